@@ -1,0 +1,76 @@
+"""Test setup: eight CPU devices, and the golden arrays of `--golden DIR`."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+DEFAULT_GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """A directory of golden arrays: `<name>.npz`, `<name>.safetensors` or `.pt`, `<name>_args.json`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def npz(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of `<name>.npz`; skips the test where the set has no such file."""
+        path = self.directory / f"{name}.npz"
+        if not path.exists():
+            pytest.skip(f"this golden set has no {path.name}")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The reference weights of `<name>.safetensors`, or of `<name>.pt` in a release layout."""
+        from safetensors.numpy import load_file
+
+        path = self.directory / f"{name}.safetensors"
+        if path.exists():
+            return load_file(path)
+        torch = pytest.importorskip("torch", reason="a .pt golden file is read with torch")
+        state = torch.load(self.directory / f"{name}.pt", weights_only=True, map_location="cpu")
+        for key in ("model", "module", "state_dict"):
+            state = state.get(key, state)
+        return {key: value.numpy() for key, value in state.items() if hasattr(value, "numpy")}
+
+    def args(self, name: str) -> dict:
+        """The hyper-parameters of `<name>_args.json`."""
+        return json.loads((self.directory / f"{name}_args.json").read_text())
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=DEFAULT_GOLDEN,
+        help="directory of golden arrays for the parity tests (default: tests/golden)",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden(request) -> Golden:
+    directory = request.config.getoption("--golden")
+    if not directory.is_dir():
+        raise pytest.UsageError(f"--golden {directory}: no such directory")
+    return Golden(directory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    assert jax.device_count() == 8, "the tests want eight (virtual) devices"
+
+
+def relative_l2(got, want) -> float:
+    """||got - want|| / ||want||, the measure of the gradient tolerances."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))

@@ -1,0 +1,172 @@
+"""The tokenizer's adversarial training against golden arrays: losses, weights and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import relative_l2
+from vapi_jax import tokenizer_loss
+from vapi_jax.models import discriminator, lpips, vq
+from vapi_jax.weights import from_reference, to_reference
+
+
+def nhwc(array):
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+@pytest.fixture(scope="module")
+def arrays(golden):
+    return golden.npz("vq_loss")
+
+
+@pytest.fixture(scope="module")
+def patchgan(golden, arrays):
+    """The golden discriminator: (model, params, running statistics)."""
+    tensors = golden.tensors("patchgan_disc")
+    kernels = [name for name, tensor in tensors.items() if tensor.ndim == 4]
+    model = discriminator.PatchGAN(
+        ndf=tensors["main.0.weight"].shape[0],
+        # All kernels but the last two (width, then logits) have stride 2.
+        n_layers=len(kernels) - 2,
+    )
+    image = jax.ShapeDtypeStruct(nhwc(arrays["image"]).shape, jnp.float32)
+    target = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=True), image)
+    params = from_reference(
+        tensors,
+        target["params"],
+        discriminator.NAME_RULES,
+        discriminator.IGNORED_REFERENCE_NAMES,
+    )
+    stats = from_reference(
+        tensors,
+        target["batch_stats"],
+        discriminator.STATS_NAME_RULES,
+        discriminator.STATS_IGNORED_REFERENCE_NAMES,
+    )
+    return model, params, stats
+
+
+def test_patchgan_names_round_trip(golden, patchgan):
+    _, params, stats = patchgan
+    back = to_reference(params, discriminator.NAME_RULES)
+    back |= to_reference(stats, discriminator.STATS_NAME_RULES)
+    theirs = golden.tensors("patchgan_disc")
+    assert set(back) == {name for name in theirs if not name.endswith("num_batches_tracked")}
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def test_losses_on_given_logits(arrays):
+    real, fake = arrays["logits_real"], arrays["logits_fake"]
+    for kind, key in (
+        ("hinge", "hinge_d_loss"),
+        ("vanilla", "vanilla_d_loss"),
+        # The reference swaps label and logit here; ours is the true one under the plain name.
+        ("non-saturating-llamagen", "non_saturating_d_loss"),
+    ):
+        got = tokenizer_loss.discriminator_loss(real, fake, kind)
+        np.testing.assert_allclose(got, arrays[key], rtol=1e-6, err_msg=kind)
+    for kind, logits, key in (
+        ("hinge", "logits_fake_gen", "gen_adv_loss"),
+        ("non-saturating-llamagen", "logits_fake", "non_saturating_gen_loss"),
+    ):
+        got = tokenizer_loss.generator_adversarial_loss(arrays[logits], kind)
+        np.testing.assert_allclose(got, arrays[key], rtol=1e-6, atol=1e-6, err_msg=kind)
+
+
+def test_discriminator_step(arrays, patchgan):
+    model, params, stats = patchgan
+
+    def loss(params, real, fake):
+        return tokenizer_loss.discriminator_step_loss(
+            params,
+            stats,
+            real,
+            fake,
+            apply_discriminator=lambda p, s, x: discriminator.apply_train(model, p, s, x),
+            weight=float(arrays["disc_weight"]),
+        )
+
+    real, fake = nhwc(arrays["image"]), nhwc(arrays["recon"])
+    (value, (metrics, _)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, real, fake
+    )
+    np.testing.assert_allclose(value, arrays["discriminator_loss_weighted"], rtol=1e-5)
+    for name in ("logits_real", "logits_fake"):
+        np.testing.assert_allclose(metrics[name], arrays[name].mean(), atol=1e-5)
+    gradients = to_reference(gradients, discriminator.NAME_RULES)
+    names = [key for key in arrays if key.startswith("disc_grad/")]
+    assert names
+    for key in names:
+        error = relative_l2(gradients[key.removeprefix("disc_grad/")], arrays[key])
+        assert error < 3e-5, f"{key}: {error}"
+
+
+def test_generator_step(golden, arrays, patchgan):
+    model, params, stats = patchgan
+    train = golden.npz("vq")
+    names = {field.name for field in dataclasses.fields(vq.VQConfig)}
+    config = vq.VQConfig(
+        **{k: v for k, v in golden.args("vq").items() if k in names}
+        | {
+            "commit_loss_beta": float(train["train_commit_loss_beta"]),
+            "entropy_loss_ratio": float(train["train_entropy_loss_ratio"]),
+            "entropy_temperature": float(train["train_entropy_temperature"]),
+        }
+    )
+    tokenizer = vq.VQModel(config)
+    image = nhwc(arrays["image"])
+    target = jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
+    tensors = golden.tensors("vq")
+    vq_params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_REFERENCE_NAMES)
+    vgg = lpips.load_lpips_params("vgg")
+
+    def apply_tokenizer(vq_params, image):
+        # At the reference's latents, see test_training_gradients of the tokenizer.
+        z = tokenizer.apply({"params": vq_params}, image, method="encode_latents")
+        z = z + jax.lax.stop_gradient(nhwc(train["z"]) - z)
+        return tokenizer.apply({"params": vq_params}, z, method="from_latents")
+
+    @jax.jit
+    def step(vq_params, disc_params, vgg, image):
+        def loss(vq_params):
+            return tokenizer_loss.generator_loss(
+                vq_params,
+                image,
+                apply_tokenizer=apply_tokenizer,
+                perceptual_fn=lambda a, b: lpips.lpips(vgg, a, b, net="vgg"),
+                codebook_size=config.codebook_size,
+                disc_logits_fn=lambda x: discriminator.apply_train(model, disc_params, stats, x)[0],
+                weights=tokenizer_loss.GeneratorWeights(
+                    reconstruction=float(arrays["rec_weight"]),
+                    perceptual=float(arrays["perceptual_weight"]),
+                    adversarial=float(arrays["disc_weight"]),
+                ),
+            )
+
+        return jax.value_and_grad(loss, has_aux=True)(vq_params)
+
+    (value, aux), gradients = step(vq_params, params, vgg, image)
+    np.testing.assert_allclose(aux.output.reconstruction, nhwc(arrays["recon"]), atol=3e-5)
+    codebook_terms = [aux.metrics[f"{name}_loss"] for name in ("vq", "commit", "entropy")]
+    np.testing.assert_allclose(codebook_terms, arrays["codebook_losses"], rtol=1e-5)
+    for name, key, rtol in (
+        ("reconstruction_loss", "rec_loss", 1e-5),
+        ("perceptual_loss", "p_loss", 1e-5),
+        ("adversarial_loss", "gen_adv_loss", 1e-5),
+        # The stored weight is 1.1e-4 below the one that the stored loss and gradients imply (which
+        # is also its float64 value); the loss below holds the weight to 2e-5.
+        ("adaptive_weight", "adaptive_weight", 3e-4),
+        ("loss", "generator_loss", 5e-6),
+    ):
+        np.testing.assert_allclose(aux.metrics[name], arrays[key], rtol=rtol, err_msg=name)
+    assert value == aux.metrics["loss"]
+    gradients = to_reference(gradients, vq.NAME_RULES)
+    names = [key for key in arrays if key.startswith("gen_grad/")]
+    assert names
+    for key in names:
+        error = relative_l2(gradients[key.removeprefix("gen_grad/")], arrays[key])
+        assert error < 3e-5, f"{key}: {error}"

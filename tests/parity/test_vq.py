@@ -1,0 +1,160 @@
+"""The tokenizer against golden arrays of the reference: forward, tokens, losses and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import relative_l2
+from vapi_jax.models import vq
+from vapi_jax.weights import from_reference, to_reference
+
+
+def nhwc(array):
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def build(golden, **overrides):
+    """The golden tokenizer: (model, params, arrays)."""
+    arrays = golden.npz("vq")
+    args = golden.args("vq")
+    names = {field.name for field in dataclasses.fields(vq.VQConfig)}
+    config = vq.VQConfig(**{k: v for k, v in args.items() if k in names} | overrides)
+    model = vq.VQModel(config)
+    image = jax.ShapeDtypeStruct(nhwc(arrays["image"]).shape, jnp.float32)
+    target = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    tensors = golden.tensors("vq")
+    params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_REFERENCE_NAMES)
+    return model, params, arrays
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    return build(golden)
+
+
+@pytest.fixture(scope="module")
+def forward(tokenizer):
+    model, params, arrays = tokenizer
+    return jax.jit(model.apply)({"params": params}, nhwc(arrays["image"]))
+
+
+def test_names_round_trip(golden, tokenizer):
+    _, params, _ = tokenizer
+    back = to_reference(params, vq.NAME_RULES)
+    theirs = golden.tensors("vq")
+    assert set(back) == set(theirs) - {"quantize.codebook_used"}
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def test_latents(tokenizer, forward):
+    np.testing.assert_allclose(forward.z, nhwc(tokenizer[2]["z"]), atol=1e-4)
+
+
+def test_tokens_are_exact(tokenizer, forward):
+    model, params, arrays = tokenizer
+    np.testing.assert_array_equal(forward.indices, arrays["indices"])
+    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))
+    tokens = encode(params, nhwc(arrays["image"]))
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, arrays["indices"])
+
+
+def test_quantised_latents_and_codebook(tokenizer, forward):
+    model, params, arrays = tokenizer
+    np.testing.assert_allclose(forward.quantized, nhwc(arrays["quant"]), atol=1e-6)
+    codes = model.apply({"params": params}, method="codes")
+    np.testing.assert_allclose(codes, arrays["codebook_norm"], atol=1e-6)
+    entries = model.apply({"params": params}, arrays["random_codes"], method="lookup")
+    np.testing.assert_allclose(entries, nhwc(arrays["codebook_entry_random"]), atol=1e-6)
+
+
+def test_reconstruction(tokenizer, forward):
+    np.testing.assert_allclose(forward.reconstruction, nhwc(tokenizer[2]["recon"]), atol=3e-5)
+
+
+def test_decoded_tokens(tokenizer):
+    model, params, arrays = tokenizer
+    decode = jax.jit(lambda p, t: model.apply({"params": p}, t, method="decode_tokens"))
+    for tokens, images in (
+        ("indices", "decode_code_indices"),
+        ("random_codes", "decode_code_random"),
+    ):
+        got = decode(params, arrays[tokens])
+        np.testing.assert_allclose(got, nhwc(arrays[images]), atol=3e-5, err_msg=tokens)
+
+
+@pytest.fixture(scope="module")
+def training(golden):
+    """The golden tokenizer with the loss weights of the training arrays, as `build` returns it."""
+    arrays = golden.npz("vq")
+    return build(
+        golden,
+        commit_loss_beta=float(arrays["train_commit_loss_beta"]),
+        entropy_loss_ratio=float(arrays["train_entropy_loss_ratio"]),
+        entropy_temperature=float(arrays["train_entropy_temperature"]),
+    )
+
+
+def codebook_terms(out):
+    return out.vq_loss + out.commit_loss + out.entropy_loss
+
+
+def test_training_losses(training):
+    model, params, arrays = training
+    image = nhwc(arrays["image"])
+    out = jax.jit(model.apply)({"params": params}, image)
+    for name in ("vq_loss", "commit_loss", "entropy_loss"):
+        np.testing.assert_allclose(
+            getattr(out, name), arrays[f"train_{name}"], rtol=1e-5, err_msg=name
+        )
+    total = jnp.square(out.reconstruction - image).mean()
+    total += codebook_terms(out)
+    np.testing.assert_allclose(total, arrays["train_total_mse_plus_codebook"], rtol=1e-5)
+    np.testing.assert_allclose(out.reconstruction, nhwc(arrays["train_recon"]), atol=3e-5)
+    # The reference counts distinct codes of a ring buffer that starts as all zeros.
+    ring = jnp.concatenate([jnp.zeros(1, jnp.int32), out.indices.reshape(-1)])
+    usage = vq.codebook_usage(ring, model.config.codebook_size)
+    np.testing.assert_allclose(usage, arrays["train_codebook_usage"], atol=1e-7)
+
+
+def test_training_gradients(training):
+    """All gradients of MSE + codebook terms, taken at the reference's latents.
+
+    The entropy term divides distances by a temperature of 0.01, which magnifies the float32 noise
+    of the encoder: the reference's own encoder gradients are 2e-4 away from their float64 values.
+    Moving the latents by a constant to the reference's values takes that noise out of both.
+    """
+    model, params, arrays = training
+    image = nhwc(arrays["image"])
+
+    @jax.jit
+    @jax.grad
+    def backward(params, image, want):
+        variables = {"params": params}
+        z = model.apply(variables, image, method="encode_latents")
+        z = z + jax.lax.stop_gradient(want - z)
+        out = model.apply(variables, z, method="from_latents")
+        return jnp.square(out.reconstruction - image).mean() + codebook_terms(out)
+
+    gradients = to_reference(backward(params, image, nhwc(arrays["z"])), vq.NAME_RULES)
+    names = [key for key in arrays if key.startswith("train_grad/")]
+    assert names
+    for key in names:
+        error = relative_l2(gradients[key.removeprefix("train_grad/")], arrays[key])
+        assert error < 3e-5, f"{key}: {error}"
+
+
+def test_gradient_through_the_quantiser(training):
+    """Straight-through, commitment and entropy gradients with respect to the latents alone."""
+    model, params, arrays = training
+
+    def loss(latents):
+        out = model.apply({"params": params}, latents, method="from_latents")
+        return (out.quantized * nhwc(arrays["train_quant_probe"])).sum() + codebook_terms(out)
+
+    got = jax.jit(jax.grad(loss))(nhwc(arrays["train_quant_input"]))
+    assert relative_l2(got, nhwc(arrays["train_quant_input_grad"])) < 3e-5

@@ -1,0 +1,114 @@
+"""Convolution and group normalisation: both formulations agree, options mean what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.signal import correlate
+
+from vapi_jax.models import layers
+from vapi_jax.models.layers import Conv, GroupNorm, conv2d
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "size, window, strides, pads",
+    [
+        ((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((1, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((4, 4), (3, 3), (2, 2), ((0, 1), (0, 1))),
+        ((5, 4), (3, 2), (2, 1), ((0, 2), (1, 0))),
+        ((3, 3), (5, 5), (1, 1), ((2, 2), (2, 2))),
+    ],
+)
+def test_formulations_agree_in_values_and_gradients(size, window, strides, pads):
+    x, kernel = arrays((2, *size, 3), (*window, 3, 4))
+    results = []
+    for formulation in (layers._conv_lax, layers._conv_matmul):
+        out, pullback = jax.vjp(lambda x, k, f=formulation: f(x, k, strides, pads), x, kernel)
+        cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        results.append((out, *pullback(cotangent)))
+    for ours, reference in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, reference, atol=2e-5)
+
+
+def test_cpu_choice_follows_the_measured_rule():
+    assert layers.uses_matmul((2, 2), (3, 3), (2, 2))
+    assert layers.uses_matmul((2, 4), (3, 3), (2, 4))
+    assert layers.uses_matmul((4, 4), (3, 3), (2, 2))  # its input gradient runs on 2x2
+    assert not layers.uses_matmul((3, 3), (3, 3), (3, 3))
+    assert not layers.uses_matmul((1, 1), (1, 1), (1, 1))
+    assert not layers.uses_matmul((32, 32), (11, 11), (7, 7))
+
+
+@pytest.mark.parametrize("side", [2, 6])
+def test_traced_operation_is_the_one_the_platform_wants(side, monkeypatch):
+    x, kernel = arrays((1, side, side, 3), (3, 3, 3, 4))
+
+    def has_convolution():
+        # A fresh function each time: jaxprs are cached per function object.
+        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv2d(x, kernel))(x))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert has_convolution() == (side == 6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert has_convolution()
+
+
+@pytest.mark.parametrize("side", [2, 6])
+def test_conv2d_against_scipy(side):
+    x, kernel = arrays((1, side, side, 2), (3, 3, 2, 3))
+    padded = np.pad(np.asarray(x[0], np.float64), ((1, 1), (1, 1), (0, 0)))
+    expected = np.stack(
+        [correlate(padded, np.asarray(kernel[..., o]), "valid")[..., 0] for o in range(3)], axis=-1
+    )
+    for padding in ("SAME", 1, ((1, 1), (1, 1))):
+        np.testing.assert_allclose(conv2d(x, kernel, padding=padding)[0], expected, atol=1e-5)
+
+
+def test_conv_module_parameters_dtype_and_asymmetric_padding():
+    (x,) = arrays((2, 6, 6, 3))
+    module = Conv(5, strides=2, padding=((0, 1), (0, 1)), dtype=jnp.bfloat16)
+    params = module.init(jax.random.key(0), x)["params"]
+    assert {name: (p.shape, p.dtype.name) for name, p in params.items()} == {
+        "kernel": ((3, 3, 3, 5), "float32"),
+        "bias": ((5,), "float32"),
+    }
+    out = module.apply({"params": {**params, "bias": jnp.ones(5)}}, x)
+    assert out.shape == (2, 3, 3, 5) and out.dtype == jnp.bfloat16
+    padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    expected = conv2d(padded, params["kernel"], strides=2, padding="VALID") + 1
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
+    assert set(Conv(5, use_bias=False).init(jax.random.key(0), x)["params"]) == {"kernel"}
+
+
+def test_conv2d_refuses_what_cannot_be_convolved():
+    x, kernel = arrays((1, 2, 2, 3), (3, 3, 3, 4))
+    with pytest.raises(ValueError, match="smaller than the 3x3 kernel"):
+        conv2d(x, kernel, padding="VALID")
+    with pytest.raises(ValueError, match="expects 3"):
+        conv2d(x[..., :2], kernel)
+
+
+def test_group_norm_against_numpy_with_large_mean_and_in_bfloat16():
+    (x,) = arrays((2, 3, 3, 64))
+    x = x + 1000.0
+    scale, bias = (
+        np.linspace(0.5, 2, 64, dtype=np.float32),
+        np.linspace(-1, 1, 64, dtype=np.float32),
+    )
+    params = {"scale": scale, "bias": bias}
+    assert set(GroupNorm().init(jax.random.key(0), x)["params"]) == set(params)
+    groups = np.asarray(x, np.float64).reshape(2, 3, 3, 32, 2)
+    mean, variance = (f(groups, axis=(1, 2, 4), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape) * scale + bias
+    np.testing.assert_allclose(GroupNorm().apply({"params": params}, x), expected, atol=2e-3)
+
+    low = GroupNorm(dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert low.dtype == jnp.bfloat16
+    # Statistics in bfloat16 would be wrong by whole units here (spacing of bfloat16 at 1000 is 4).
+    np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.05)

@@ -1,0 +1,410 @@
+"""The Llama-style transformer layer that the generators share.
+
+Rotary positions, attention over a whole sequence and against a cache, the block, and the scan
+over blocks. Parameters are float32; `dtype` is what the matmuls run in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What one transformer layer needs to know, whichever family it belongs to."""
+
+    dim: int
+    n_head: int
+    n_kv_head: int
+    hidden_dim: int
+    norm_eps: float
+    initializer_range: float = 0.02
+    fused_qkv: bool = True  # one wqkv kernel, or wq, wk, wv
+    interleaved_rope: bool = True  # pairs (0,1),(2,3).. or (i, i + hd/2)
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.0
+    ffn_dropout_p: float = 0.0
+    dtype: str = "float32"
+    attention: str = "auto"
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+
+# Rotary position embedding -----------------------------------------------------------------------
+
+
+def rope_table_2d(
+    grid: int, head_dim: int, base: float, prefix: int
+) -> Float[Array, "S hd_half 2"]:
+    """(cos, sin) per position: first half of the pairs turns with the row, second with the column.
+
+    The `prefix` conditioning positions get zeros for BOTH cos and sin, so their queries and keys
+    vanish and image tokens give them a score of exactly 0.
+    """
+    half = head_dim // 2
+    freqs = 1.0 / base ** (jnp.arange(0, half, 2, dtype=jnp.float32) / half)
+    angles = jnp.arange(grid, dtype=jnp.float32)[:, None] * freqs  # [grid, hd/4]
+    rows = jnp.repeat(angles, grid, axis=0)
+    columns = jnp.tile(angles, (grid, 1))
+    angles = jnp.concatenate([rows, columns], axis=-1)
+    table = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.concatenate([jnp.zeros((prefix, half, 2), jnp.float32), table])
+
+
+def rotate(
+    x: Float[Array, "B S H hd"], rope: Float[Array, "... hd_half 2"], interleaved: bool
+) -> Float[Array, "B S H hd"]:
+    """Turns query or key pairs in float32; `rope` is [S, hd/2, 2] or, per sample, [B, S, hd/2, 2]."""
+    cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        pairs = x32.reshape(*x.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    else:
+        a, b = jnp.split(x32, 2, axis=-1)
+        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return out.astype(x.dtype)
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def attention_implementation(requested: str, dtype: Any, head_dim: int) -> str:
+    """Resolves "auto" | "xla" | "cudnn"; raises ValueError where cuDNN is asked for but cannot be.
+
+    cuDNN's fused kernel exists on NVIDIA GPUs for 16-bit floats and heads of 8, 16, .. 128.
+    """
+    fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+    on_gpu = jax.default_backend() == "gpu"
+    if requested == "auto":
+        return "cudnn" if fits and on_gpu else "xla"
+    if requested == "cudnn" and not (fits and on_gpu):
+        raise ValueError(
+            f"cudnn attention needs a GPU, a 16-bit dtype and a head width that is a multiple of 8 "
+            f"up to 128; got {jax.default_backend()}, {dtype}, {head_dim}"
+        )
+    if requested not in ("xla", "cudnn"):
+        raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', not {requested!r}")
+    return requested
+
+
+def attend(
+    q: Float[Array, "B S H hd"],
+    k: Float[Array, "B S KV hd"],
+    v: Float[Array, "B S KV hd"],
+    mask: Bool[Array, "B 1 S S"] | None,
+    implementation: str,
+) -> Float[Array, "B S H hd"]:
+    """Causal attention over a whole sequence. `mask` None: plainly causal, no mask array exists."""
+    length = q.shape[1]
+    if implementation == "cudnn" and mask is not None:
+        q, k, v, mask = pad_to_even(q, k, v, mask)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=mask is None, implementation=implementation
+    )
+    return out[:, :length]
+
+
+def pad_to_even(
+    q: Array, k: Array, v: Array, mask: Bool[Array, "B 1 S S"]
+) -> tuple[Array, Array, Array, Bool[Array, "B 1 S_even S_even"]]:
+    """Adds, at odd lengths, a position that only sees itself: cuDNN's masks are of even length."""
+    length = mask.shape[-1]
+    pad = length % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, pad), (0, pad)))
+    alone = (jnp.arange(length + pad) >= length) & jnp.eye(length + pad, dtype=bool)
+    return q, k, v, mask | alone
+
+
+def attend_cached(
+    q: Float[Array, "B H hd"],
+    k: Float[Array, "B KV N hd"],
+    v: Float[Array, "B KV N hd"],
+    visible: Bool[Array, "#B N"],
+) -> Float[Array, "B H hd"]:
+    """One query per sample against a cache of `N` slots, of which `visible` ones take part.
+
+    In this layout the batched dot is the fast form on CPU too (1.5 ms a layer at B=256, H=6, N=64,
+    hd=32; multiply-and-sum, into which XLA fuses the softmax and then recomputes it, took 45 ms).
+    """
+    batch, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkrd,bknd->bkrn", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkrn,bknd->bkrd", weights, v)
+    return out.reshape(batch, heads, head_dim)
+
+
+def causal_mask(prefix_mask: Bool[Array, "B P"], length: int) -> Bool[Array, "B 1 S S"]:
+    """Causal over `length` positions, with padding among the first `P` hidden as keys.
+
+    A row that would see nothing (left padding) sees itself, for a softmax over nothing is NaN.
+    """
+    batch, prefix = prefix_mask.shape
+    keys = jnp.concatenate([prefix_mask, jnp.ones((batch, length - prefix), dtype=bool)], axis=1)
+    seen = jnp.tril(jnp.ones((length, length), dtype=bool)) & keys[:, None, :]
+    blind = ~jnp.any(seen, axis=-1, keepdims=True)
+    return (seen | (blind & jnp.eye(length, dtype=bool)))[:, None]
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale, in float32 whatever the input."""
+
+    eps: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(self.dtype)
+
+
+def dense(features: int, std: float, dtype: str, name: str | None = None) -> nn.Dense:
+    """A linear map without bias, weights from N(0, std)."""
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: BlockConfig
+
+    def setup(self) -> None:
+        c = self.config
+        kv_dim = c.n_kv_head * c.head_dim
+        if c.fused_qkv:
+            self.wqkv = dense(c.dim + 2 * kv_dim, c.initializer_range, c.dtype)
+        else:
+            self.wq = dense(c.dim, c.initializer_range, c.dtype)
+            self.wk = dense(kv_dim, c.initializer_range, c.dtype)
+            self.wv = dense(kv_dim, c.initializer_range, c.dtype)
+        self.wo = dense(c.dim, c.initializer_range, c.dtype)
+        self.resid_dropout = nn.Dropout(c.resid_dropout_p)
+
+    def project(self, x: Array, rope: Array) -> tuple[Array, Array, Array]:
+        """[B, S, D] -> rotated queries [B, S, H, hd] and keys, and values [B, S, KV, hd]."""
+        c = self.config
+        kv_dim = c.n_kv_head * c.head_dim
+        if c.fused_qkv:
+            q, k, v = jnp.split(self.wqkv(x), [c.dim, c.dim + kv_dim], axis=-1)
+        else:
+            q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
+        return rotate(q, rope, c.interleaved_rope), rotate(k, rope, c.interleaved_rope), v
+
+    def __call__(
+        self, x: Array, rope: Array, mask: Array | None, deterministic: bool
+    ) -> tuple[Array, Array, Array]:
+        """Whole sequence; returns the output and the keys and values it attended to."""
+        c = self.config
+        if c.attn_dropout_p > 0 and not deterministic:
+            raise NotImplementedError(
+                "attn_dropout_p > 0: the fused attention kernels have no dropout; set it to 0"
+            )
+        q, k, v = self.project(x, rope)
+        out = attend(q, k, v, mask, attention_implementation(c.attention, c.dtype, c.head_dim))
+        out = self.wo(out.reshape(*x.shape[:2], c.dim))
+        return self.resid_dropout(out, deterministic=deterministic), k, v
+
+    def step(
+        self, x: Array, rope: Array, keys: Array, values: Array, position: Array, visible: Array
+    ) -> tuple[Array, Array, Array]:
+        """One position [B, 1, D] against the cache [B, KV, N, hd], which it is first written to."""
+        q, k, v = self.project(x, rope)
+        start = (0, 0, position, 0)
+        keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2).astype(keys.dtype), start)
+        values = jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2).astype(values.dtype), start)
+        out = attend_cached(q[:, 0], keys, values, visible)
+        return self.wo(out.reshape(x.shape)), keys, values
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        c = self.config
+        gate = dense(c.hidden_dim, c.initializer_range, c.dtype, "w1")(x)
+        up = dense(c.hidden_dim, c.initializer_range, c.dtype, "w3")(x)
+        out = dense(c.dim, c.initializer_range, c.dtype, "w2")(nn.silu(gate) * up)
+        return nn.Dropout(c.ffn_dropout_p)(out, deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    config: BlockConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm = RMSNorm(c.norm_eps, c.dtype)
+        self.attention = Attention(c)
+        self.ffn_norm = RMSNorm(c.norm_eps, c.dtype)
+        self.feed_forward = FeedForward(c)
+
+    def drop_path(self, branch: Array, rate: Array | None, deterministic: bool) -> Array:
+        """Stochastic depth: a sample loses the whole branch, survivors are scaled up."""
+        if deterministic or rate is None:
+            return branch
+        keep = 1.0 - rate
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (branch.shape[0], 1, 1))
+        return jnp.where(kept, branch / keep, 0.0).astype(branch.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rope: Float[Array, "... hd_half 2"],
+        mask: Bool[Array, "B 1 S S"] | None,
+        deterministic: bool,
+        drop_path_rate: Float[Array, ""] | None,
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """In the shape `nn.scan` wants: (carry, inputs) -> (carry, nothing)."""
+        out, _, _ = self.attention(self.attention_norm(x), rope, mask, deterministic)
+        x = x + self.drop_path(out, drop_path_rate, deterministic)
+        out = self.feed_forward(self.ffn_norm(x), deterministic)
+        x = x + self.drop_path(out, drop_path_rate, deterministic)
+        self.sow("intermediates", "hidden", x)
+        return x, None
+
+    def prefill(self, x: Array, rope: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        """As `__call__` without dropout, and also the keys and values [B, S, KV, hd]."""
+        out, k, v = self.attention(self.attention_norm(x), rope, mask, True)
+        x = x + out
+        return x + self.feed_forward(self.ffn_norm(x), True), k, v
+
+    def step(self, x: Array, *args: Array) -> tuple[Array, Array, Array]:
+        """One position; see `Attention.step`."""
+        out, keys, values = self.attention.step(self.attention_norm(x), *args)
+        x = x + out
+        return x + self.feed_forward(self.ffn_norm(x), True), keys, values
+
+
+_REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_blocks(config: BlockConfig, n_layer: int, remat: str) -> nn.Module:
+    """`n_layer` blocks under one set of stacked parameters [L, ...], compiled once."""
+    block: Any = Block
+    if remat != "none":
+        if remat not in _REMAT_POLICIES:
+            raise ValueError(f"remat must be 'none', 'full' or 'dots', not {remat!r}")
+        block = nn.remat(
+            Block, prevent_cse=False, static_argnums=(4,), policy=_REMAT_POLICIES[remat]
+        )
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        length=n_layer,
+    )(config)
+
+
+@jax.custom_vjp
+def head_matmul(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+    """Logits accumulated in float32 from operands in the compute dtype.
+
+    The cotangent is rounded to the compute dtype first: left in float32 it would drag both
+    backward matmuls of the largest layer to float32 speed.
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _head_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return head_matmul(x, kernel), (x, kernel)
+
+
+def _head_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    g = cotangent.astype(x.dtype)
+    dx = jnp.matmul(g, kernel.astype(x.dtype).T)
+    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    dw = jnp.matmul(flat_x.T, flat_g, preferred_element_type=jnp.float32)
+    return dx, dw.astype(kernel.dtype)
+
+
+head_matmul.defvjp(_head_forward, _head_backward)
+
+
+# Cached generation -------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer, one buffer a layer: XLA updates separate buffers in place,
+    and a stacked one as scan input and output is copied at every step.
+    """
+
+    keys: tuple[Float[Array, "B KV N hd"], ...]
+    values: tuple[Float[Array, "B KV N hd"], ...]
+    visible: Bool[Array, "#B N"]  # False for padding of the condition
+    offset: Int[Array, "#B"]  # what a kind counts its positions from
+
+
+def layer_params(stacked: Any, layer: int) -> Any:
+    """One layer's slice of parameters stacked by `scan_blocks`."""
+    return jax.tree.map(lambda leaf: leaf[layer], stacked)
+
+
+def prefill_blocks(
+    config: BlockConfig,
+    stacked: Any,
+    x: Float[Array, "B P D"],
+    rope: Float[Array, "... hd_half 2"],
+    mask: Bool[Array, "B 1 P P"] | None,
+    slots: int,
+) -> tuple[Float[Array, "B P D"], tuple[Array, ...], tuple[Array, ...]]:
+    """Runs the condition through all layers; returns the output and caches of `slots` positions."""
+    keys, values = [], []
+    for layer in range(jax.tree.leaves(stacked)[0].shape[0]):
+        variables = {"params": layer_params(stacked, layer)}
+        x, k, v = Block(config).apply(variables, x, rope, mask, method="prefill")
+        tail = ((0, 0), (0, 0), (0, slots - x.shape[1]), (0, 0))
+        keys.append(jnp.pad(k.swapaxes(1, 2), tail))
+        values.append(jnp.pad(v.swapaxes(1, 2), tail))
+    return x, tuple(keys), tuple(values)
+
+
+def step_blocks(
+    config: BlockConfig,
+    stacked: Any,
+    x: Float[Array, "B 1 D"],
+    rope: Float[Array, "... hd_half 2"],
+    cache: KVCache,
+    position: Int[Array, ""],
+) -> tuple[Float[Array, "B 1 D"], KVCache]:
+    """One new position through all layers, at cache slot `position`."""
+    slots = cache.visible.shape[1]
+    visible = cache.visible & (jnp.arange(slots) <= position)
+    keys, values = [], []
+    for layer in range(len(cache.keys)):
+        variables = {"params": layer_params(stacked, layer)}
+        args = (x, rope, cache.keys[layer], cache.values[layer], position, visible)
+        x, k, v = Block(config).apply(variables, *args, method="step")
+        keys.append(k)
+        values.append(v)
+    return x, cache.replace(keys=tuple(keys), values=tuple(values))
