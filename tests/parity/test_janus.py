@@ -1,0 +1,132 @@
+"""Janus's generator against the reference's numbers, in both alignments.
+
+The golden prompts are padded on the RIGHT, positions count through the padding, and the first
+token's logits are read at the last column, padding or not: `padding="counted"`. Guidance is
+compared at batch 1, where the reference pairs its two halves rightly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vapi_jax import weights
+from vapi_jax.models import janus
+from vapi_jax.policy import make_policy
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def arrays(golden):
+    return golden.npz("janus")
+
+
+@pytest.fixture(scope="module")
+def make(golden, arrays):
+    args = golden.args("janus")
+
+    def build(**options):
+        policy = make_policy(
+            "janus",
+            dim=args["d"],
+            n_layer=args["L"],
+            n_head=args["H"],
+            n_kv_head=args["KV"],
+            hidden_dim=args["I"],
+            text_vocab_size=args["TV"],
+            vocab_size=args["V"],
+            image_embed_dim=args["E"],
+            num_tokens=arrays["gt_tokens"].shape[1],
+            pad_id=int(arrays["pad_id"]),
+            **options,
+        )
+        target = jax.eval_shape(policy.init, jax.random.key(0))
+        return policy, weights.from_reference(
+            golden.tensors("janus"), target, policy.name_rules, policy.ignored_names
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def condition(arrays):
+    tokens = jnp.asarray(arrays["prompt_tokens"], jnp.int32)
+    mask = jnp.asarray(arrays["attention_mask"][:, : tokens.shape[1]]).astype(bool)
+    return {"tokens": tokens, "mask": mask}
+
+
+@pytest.mark.parametrize(
+    "alignment, key",
+    [
+        ("same_position", "logits_cfg1_official"),
+        ("shifted_by_one", "logits_cfg1_shifted_by_one"),
+    ],
+)
+def test_logits(make, arrays, condition, alignment, key):
+    policy, params = make(alignment=alignment, padding="counted")
+    context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)[:, : policy.context_length]
+    got = jax.jit(policy.logits)(params, condition, context)
+    np.testing.assert_allclose(got, arrays[key], atol=TOLERANCE, rtol=0)
+
+
+def test_guided_logits(make, arrays, condition):
+    if "logits_cfg5_official_B1" not in arrays:
+        pytest.skip("this golden set has no guided logits")
+    policy, params = make(alignment="same_position", padding="counted")
+    one = jax.tree.map(lambda x: x[:1], condition)
+    context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)[:1]
+    forward = jax.jit(policy.logits)
+    given = forward(params, one, context)
+    without = forward(params, policy.unconditional(one), context)
+    guided = without + 5 * (given - without)
+    # Guidance at 5 multiplies the rounding of both halves by up to 9.
+    want = arrays["logits_cfg5_official_B1"]
+    np.testing.assert_allclose(guided, want, atol=9 * TOLERANCE, rtol=0)
+
+
+def test_hidden_states_and_embeddings(make, arrays, condition):
+    policy, params = make(alignment="same_position", padding="counted")
+    model = janus.Janus(policy.config)
+    context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)
+
+    @jax.jit
+    def run(params, condition, context):
+        variables = {"params": params}
+        image = model.apply(variables, context, method="embed_tokens")
+        _, state = model.apply(
+            variables,
+            condition,
+            context,
+            same_position=True,
+            count_padding=True,
+            mutable=["intermediates"],
+        )
+        return image, state["intermediates"]["hidden_norm"][0]
+
+    image, hidden = run(params, condition, context)
+    width = condition["tokens"].shape[1]
+    if "last_hidden" in arrays:
+        want = arrays["last_hidden"][:, width:]
+        np.testing.assert_allclose(hidden, want, atol=TOLERANCE, rtol=0)
+    if "img_embeds" in arrays:
+        np.testing.assert_allclose(image, arrays["img_embeds"], atol=TOLERANCE, rtol=0)
+
+
+def test_exact_padding_equals_no_padding(make, arrays, condition):
+    """What `padding="exact"` is for: a prompt's logits do not depend on its neighbours' lengths."""
+    policy, params = make()
+    context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)[:, : policy.context_length]
+    padded = jax.jit(policy.logits)(params, condition, context)
+    for row, length in enumerate(np.asarray(condition["mask"]).sum(axis=1)):
+        alone = {key: leaf[row : row + 1, :length] for key, leaf in condition.items()}
+        got = jax.jit(policy.logits)(params, alone, context[row : row + 1])
+        np.testing.assert_allclose(got[0], padded[row], atol=TOLERANCE, rtol=0)
+
+
+def test_names_round_trip(make, golden):
+    policy, params = make()
+    ours, theirs = weights.to_reference(params, policy.name_rules), golden.tensors("janus")
+    assert theirs.keys() - ours.keys() == {"language_model.lm_head.weight"}
+    for key, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[key])

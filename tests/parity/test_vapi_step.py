@@ -1,0 +1,202 @@
+"""Whole post-training steps against the golden arrays: rewards, losses, gradients, three updates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.conftest import relative_l2
+from tests.parity.test_vq import build, nhwc
+from vapi_jax import grpo, vapi
+from vapi_jax.config import OptimizerConfig
+from vapi_jax.models.llama import LlamaConfig
+from vapi_jax.models.lpips import load_lpips_params
+from vapi_jax.pixels import PixelSpace
+from vapi_jax.policy import make_policy
+from vapi_jax.reward import RewardWeights, reward
+from vapi_jax.sharding import make_mesh
+from vapi_jax.train import make_optimizer
+from vapi_jax.weights import from_reference, to_reference
+
+SETS = {"vapi_step": 1e-3, "vapi_step_kl": 1e-3, "vapi_step_lr1e-4": 1e-4}
+
+
+def load_policy(golden, name, weights):
+    """The golden generator `name`: (policy, params)."""
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
+    args = {k: v for k, v in golden.args(name).items() if k in fields and v is not None}
+    policy = make_policy("class" if args["model_type"] == "c2i" else "text", **args)
+    target = jax.eval_shape(policy.init, jax.random.key(0))
+    tensors = golden.tensors(weights)
+    return policy, from_reference(tensors, target, policy.name_rules, policy.ignored_names)
+
+
+@dataclasses.dataclass
+class Step:
+    """One golden set with its models, and the rollout it prescribes."""
+
+    z: dict
+    args: dict
+    policy: object
+    params: object
+    base: object
+    pixels: PixelSpace
+    frozen: dict
+    rollout: vapi.Rollout
+    batch: dict
+
+
+@pytest.fixture(scope="module", params=sorted(SETS))
+def step(request, golden):
+    z, args = golden.npz(request.param), golden.args("vapi_step")
+    policy, params = load_policy(golden, "gpt_c2i", "gpt_c2i")
+    base = None
+    if request.param.endswith("_kl"):
+        base = load_policy(golden, "gpt_c2i", "gpt_c2i_base")[1]
+    tokenizer, tokenizer_params, _ = build(golden)
+    frozen = {"tokenizer": tokenizer_params, "perceptual": load_lpips_params("vgg")}
+    pixels = PixelSpace(tokenizer, make_mesh(devices=jax.devices()[:1]))
+    images, group = nhwc(z["image"]), args["G"]
+    samples = jnp.asarray(z["token_indices"].reshape(len(images), group, -1), jnp.int32)
+    tokens = jnp.asarray(z["gt_tokens"], jnp.int32)
+    losses = jax.jit(pixels.losses)(frozen, samples, images)
+    rewards = reward(losses, RewardWeights())
+    context = jnp.asarray(np.pad(z["noisy_context"], ((0, 0), (0, 1))), jnp.int32)
+    rollout = vapi.Rollout(
+        tokens, context, samples, losses, rewards, grpo.group_advantages(rewards)
+    )
+    labels = jnp.asarray(z["class_ids"], jnp.int32)
+    batch = {"image": images, "condition": labels, "index": jnp.arange(len(images))}
+    args = args | {"lr": SETS[request.param]}
+    return Step(z, args, policy, params, base, pixels, frozen, rollout, batch)
+
+
+def test_encode(step):
+    tokens = jax.jit(step.pixels.encode)(step.frozen, step.batch["image"])
+    np.testing.assert_array_equal(tokens, step.z["gt_tokens"])
+
+
+def test_decode(step):
+    flat = step.rollout.samples.reshape(-1, step.rollout.samples.shape[-1])
+    images = jax.jit(step.pixels.decode)(step.frozen, flat)
+    np.testing.assert_allclose(images, nhwc(step.z["pred_images"]), atol=3e-5)
+
+
+def test_rewards_and_advantages(step):
+    z = step.z
+    np.testing.assert_allclose(np.ravel(step.rollout.losses["mse"]), z["mse"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(step.rollout.losses["lpips"]), z["lpips"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(step.rollout.rewards), z["rewards"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(step.rollout.advantages), z["advantages"], atol=5e-5)
+
+
+def test_logits(step):
+    fed = step.rollout.context[:, :-1]
+    logits = jax.jit(step.policy.logits)(step.params, step.batch["condition"], fed)
+    np.testing.assert_allclose(logits, step.z["sampling_logits"], atol=1e-4)
+
+
+def make_update(step):
+    """One update on the golden rollout: params -> (params, optimizer state, loss, aux, grads)."""
+    config = vapi.VAPiConfig(
+        group_size=step.args["G"],
+        ce_weight=step.args["aux_ce_weight"],
+        clip_epsilon=step.args["clip_range"],
+        advantage_clip=step.args["adv_clip_max"],
+        temperature=step.args["temperature"],
+        kl_weight=step.args["kl_coef"] if step.base is not None else 0.0,
+    )
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            learning_rate=step.args["lr"],
+            weight_decay=step.args["weight_decay"],
+            b1=step.args["betas"][0],
+            b2=step.args["betas"][1],
+            eps=step.args["eps"],
+            max_grad_norm=step.args["max_grad_norm"],
+        ),
+        steps=3,
+    )
+    keys = vapi.purpose_keys(jax.random.key(0), step.batch["index"])
+
+    def loss_of(params, old_logps):
+        fed = step.rollout.context[:, :-1]
+        logits = step.policy.logits(params, step.batch["condition"], fed)
+        logps = grpo.token_log_probs(logits, step.rollout.samples, config.temperature)
+        ce = grpo.cross_entropy(logits, step.rollout.tokens)
+        loss, aux = vapi.objective(
+            logps, old_logps, ce, logits, step.rollout, step.batch, keys, step.policy, config,
+            step.base,
+        )  # fmt: skip
+        return loss, aux | {"logps": logps}
+
+    @jax.jit
+    def update(params, opt_state, old_logps):
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params, old_logps)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, aux, grads
+
+    return optimizer, update
+
+
+@pytest.fixture(scope="module")
+def updates(step):
+    """Loss, metrics, gradients and new parameters of three updates on one rollout."""
+    optimizer, update = make_update(step)
+    params = jax.tree.map(jnp.asarray, step.params)
+    opt_state, done = optimizer.init(params), []
+    group = step.args["G"]
+    old_logps = jnp.asarray(step.z["old_logps"]).reshape(-1, group, step.z["old_logps"].shape[-1])
+    for _ in range(3):
+        params, opt_state, loss, aux, grads = update(params, opt_state, old_logps)
+        done.append((params, loss, aux, grads))
+    return done
+
+
+def test_first_loss_and_ratio(step, updates):
+    _, loss, aux, grads = updates[0]
+    z = step.z
+    np.testing.assert_allclose(loss, z["step1/loss"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(aux["ratio"]), np.ravel(z["step1/ratio"]), atol=1e-4)
+    np.testing.assert_allclose(aux["ce"].mean(), z["step1/ce"].mean(), rtol=2e-6)
+    np.testing.assert_allclose(optax.tree.norm(grads), z["step1/grad_norm"], rtol=1e-5)
+
+
+def test_first_gradients(step, updates):
+    got = to_reference(updates[0][3], step.policy.name_rules)
+    names = [key for key in step.z if key.startswith("step1/grad/")]
+    assert len(names) == len(got)
+    for key in names:
+        error = relative_l2(got[key.removeprefix("step1/grad/")], step.z[key])
+        assert error < 3e-5, f"{key}: {error}"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_later_steps(step, updates, number):
+    _, loss, aux, grads = updates[number - 1]
+    z, epsilon = step.z, step.args["clip_range"]
+    # The update of step 1 turns rounding of near-zero gradients into steps of the size of lr.
+    np.testing.assert_allclose(loss, z[f"step{number}/loss"], rtol=2e-6 if number == 1 else 1e-4)
+    np.testing.assert_allclose(
+        optax.tree.norm(grads), z[f"step{number}/grad_norm"], rtol=1e-5 if number == 1 else 4e-4
+    )
+    fraction = grpo.clip_fraction(aux["ratio"], epsilon)
+    np.testing.assert_allclose(fraction, z[f"step{number}/clip_fraction"], atol=0.005)
+    got = to_reference(grads, step.policy.name_rules)
+    for key in [key for key in z if key.startswith(f"step{number}/grad/")]:
+        error = relative_l2(got[key.split("/grad/")[1]], z[key])
+        assert error < 4e-4, f"{key}: {error}"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_parameters(step, updates, number):
+    keys = [key for key in step.z if key.startswith(f"step{number}/param/")]
+    if not keys:
+        pytest.skip("this golden set keeps no parameters of this step")
+    got = to_reference(updates[number - 1][0], step.policy.name_rules)
+    for key in keys:
+        mean = np.abs(got[key.split("/param/")[1]] - step.z[key]).mean()
+        assert mean < (1e-7 if number == 1 else 1e-6), f"{key}: {mean}"
