@@ -1,0 +1,44 @@
+"""Many draws from one categorical distribution: one cumulative sum and G uniforms."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+def sample_group(
+    rng: PRNGKeyArray,
+    logits: Float[Array, "*batch T V"],
+    group_size: int,
+    temperature: float = 1.0,
+) -> Int[Array, "*batch G T"]:
+    """G token grids, every position drawn independently from softmax(logits / temperature).
+
+    Inverse CDF in float32: the cumulative sum over V is computed once and searched G times, where
+    Gumbel noise would cost G·V variates. Nothing of size [B, G, T, V] exists. Uniforms have 24
+    bits, so a token's probability is resolved to about 6e-8; a token of probability 0 (logit
+    -inf) is never drawn.
+
+    Args:
+      rng: key.
+      logits: unnormalised log-probabilities, any float dtype; no gradient flows through the draw.
+      group_size: G.
+      temperature: > 0.
+
+    Returns:
+      int32 tokens in [0, V).
+    """
+    logits = jax.lax.stop_gradient(logits).astype(jnp.float32) / temperature
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    # Parallel scans round differently at neighbouring places; a running maximum keeps the steps of
+    # impossible tokens at height zero.
+    cdf = jax.lax.cummax(jnp.cumsum(weights, axis=-1), axis=logits.ndim - 1)
+    total = cdf[..., -1:]
+    *batch, length, _ = logits.shape
+    bits = jax.random.bits(rng, (*batch, length, group_size), jnp.uint32) >> 8
+    uniforms = bits.astype(jnp.float32) * jnp.float32(2**-24)
+    heights = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    search = jnp.vectorize(
+        lambda steps, values: jnp.searchsorted(steps, values, side="right"),
+        signature="(v),(g)->(g)",
+    )
+    return jnp.swapaxes(search(cdf, heights), -1, -2).astype(jnp.int32)

@@ -1,0 +1,262 @@
+"""VA-π on one page. Start here.
+
+    images ─ E,Q ─▶ tokens x* ─ K_ξ ─▶ context x̃ ─ π_θ ─▶ logits ─ draw G ─▶ samples ─ D ─▶ pixels
+                        │                                   │                              │ reward
+                        └───────────── CE (Eq. 9) ──────────┤                              ▼
+                                                            └── clipped policy gradient ◀─ advantages
+
+Shapes: B images, G samples of each, T tokens of an image, V vocabulary, P conditioning positions.
+
+There are two ways through the page. `vapi_loss` uses that the G samples of an image share their
+context, and that one update per rollout leaves ρ = π_θ/π_old = 1: ONE forward and ONE backward per
+image serve sampling, policy gradient and cross-entropy. `plain_vapi_loss` runs the B·G sequences of
+the reference implementation with a sampling forward of their own; without dropout its gradient is
+the same, and the tests hold the two together.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vapi_jax import grpo
+from vapi_jax.categorical import sample_group
+from vapi_jax.corruption import corrupt
+from vapi_jax.policy import Policy, drop_condition
+from vapi_jax.reward import RewardWeights, reward
+
+
+@dataclasses.dataclass(frozen=True)
+class VAPiConfig:
+    """Hyper-parameters of the method; the defaults are the paper's (Table 7, C2I)."""
+
+    group_size: int = 8  # G >= 2
+    noise_rate: float = 0.0  # ξ in [0, 1]
+    corruption: str = "paper"  # "paper": Eq. 28, without the true token | "full": all of V
+    temperature: float = 1.0  # of sampling and of log-probabilities, > 0
+    ce_weight: float = 0.1  # β
+    clip_epsilon: float = 0.2  # ε
+    advantage_clip: float = 5.0
+    ratio: str = "token"  # "token" | "sequence" (Eq. 11 as written; gradient T times larger)
+    mse_reduction: str = "mean"  # "mean" | "sum" (Eq. 31 as written)
+    kl_weight: float = 0.0  # k3 KL to the frozen base
+    monitor_kl: bool = False  # log the KL to the base though its weight is 0 (a second model)
+    token_dropout: float = 0.0  # share of tokens left out of the policy loss, in [0, 1)
+    shuffle_advantages: bool = False  # a control: advantages permuted inside each group
+    policy_gradient: bool = True  # False leaves the CE term alone: a control
+    fused: bool = True  # False: B·G sequences and a separate sampling forward
+    update_dropout: bool = False  # the model's dropout in the update; needs fused=False
+    label_dropout: float = 0.1  # conditions dropped in an update with dropout
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the frozen base generator has to be run."""
+        return self.kl_weight > 0.0 or self.monitor_kl
+
+
+# What "paper" and "reference" mean; a third, "equations", takes Eq. 11 and 31 to the letter.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "reference": {
+        "corruption": "full",
+        "fused": False,
+        "update_dropout": True,
+        "monitor_kl": True,
+    },
+    "equations": {"ratio": "sequence", "mse_reduction": "sum"},
+}
+
+Aux = dict[str, Array]
+Encode = Callable[[Float[Array, "B H W 3"]], Int[Array, "B T"]]
+RewardLosses = Callable[
+    [Int[Array, "B G T"], Float[Array, "B H W 3"]], dict[str, Float[Array, "B G"]]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What one image batch gives before any gradient."""
+
+    tokens: Int[Array, "B T"]  # x* = Q(E(I))
+    context: Int[Array, "B T"]  # x̃ ~ K_ξ(. | x*)
+    samples: Int[Array, "B G T"]  # x_g ~ π_old(. | x̃)
+    losses: dict[str, Float[Array, "B G"]]  # the reward's terms
+    rewards: Float[Array, "B G"]  # R, Eq. 10
+    advantages: Float[Array, "B G"]  # A, Eq. 4
+
+
+def purpose_keys(rng: PRNGKeyArray, index: Int[Array, " B"]) -> PRNGKeyArray:
+    """Keys [4, B] that belong to an image and a purpose, whatever microbatch or device it is on."""
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 4))(index)
+    return jnp.swapaxes(keys, 0, 1)
+
+
+def make_context(
+    keys: PRNGKeyArray, tokens: Int[Array, "B T"], vocab_size: int, config: VAPiConfig
+) -> Int[Array, "B T"]:
+    """x̃ ~ K_ξ(. | x*), Eq. 28."""
+    return jax.vmap(
+        lambda key, x: corrupt(key, x, config.noise_rate, vocab_size, config.corruption)
+    )(keys, tokens)
+
+
+def roll_out(
+    logits: Float[Array, "B T V"],
+    tokens: Int[Array, "B T"],
+    context: Int[Array, "B T"],
+    images: Float[Array, "B H W 3"],
+    keys: PRNGKeyArray,
+    config: VAPiConfig,
+    weights: RewardWeights,
+    reward_losses: RewardLosses,
+) -> Rollout:
+    """Draws G samples of each image from its logits, decodes and rewards them; no gradient."""
+    draw_keys, shuffle_keys = keys[1], keys[2]
+    samples = jax.vmap(
+        lambda key, row: sample_group(key, row, config.group_size, config.temperature)
+    )(draw_keys, logits)
+    losses = jax.lax.stop_gradient(reward_losses(samples, images))
+    rewards = reward(losses, weights)
+    advantages = grpo.group_advantages(rewards, config.advantage_clip)
+    if config.shuffle_advantages:
+        advantages = jax.vmap(jax.random.permutation)(shuffle_keys, advantages)
+    return Rollout(tokens, context, samples, losses, rewards, advantages)
+
+
+def vapi_loss(
+    params: Any,
+    batch: dict[str, Any],
+    rng: PRNGKeyArray,
+    *,
+    policy: Policy,
+    encode: Encode,
+    reward_losses: RewardLosses,
+    weights: RewardWeights,
+    config: VAPiConfig,
+    base_params: Any = None,
+    dropout_rng: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, ""], Aux]:
+    """-J_VA-π (Eq. 11) of a batch of images, one forward per image.
+
+    Args:
+      params: θ, the only thing that is trained.
+      batch: "image" [B, H, W, 3] in [-1, 1], "condition" as the policy takes it, "index" [B]: the
+        images' places in the whole batch, from which their randomness derives.
+      rng: key of this step.
+      policy: the generator's contract.
+      encode: the frozen tokenizer's E and Q.
+      reward_losses: the reward's terms of samples [B, G, T] against their images.
+      weights: of those terms.
+      config: the method's hyper-parameters.
+      base_params: the frozen base generator, where config.needs_base.
+      dropout_rng: unused here; `plain_vapi_loss` takes it.
+
+    Returns:
+      The scalar loss, and per-image arrays for metrics.
+    """
+    del dropout_rng
+    keys = purpose_keys(rng, batch["index"])
+    tokens = encode(batch["image"])  # x* = Q(E(I)), Eq. 1
+    context = make_context(keys[0], tokens, policy.vocab_size, config)  # x̃, Eq. 28
+    fed = context[:, : policy.context_length]  # the last token predicts nothing
+    logits = policy.logits(params, batch["condition"], fed)  # π_θ(. | x̃_<t), Eq. 7
+    rollout = roll_out(logits, tokens, context, batch["image"], keys, config, weights, reward_losses)
+    logps = grpo.token_log_probs(logits, rollout.samples, config.temperature)
+    old_logps = jax.lax.stop_gradient(logps)  # one update per rollout: π_old is π_θ
+    ce = grpo.cross_entropy(logits, tokens)  # L_prior, Eq. 9
+    return objective(
+        logps, old_logps, ce, logits, rollout, batch, keys, policy, config, base_params
+    )
+
+
+def plain_vapi_loss(
+    params: Any,
+    batch: dict[str, Any],
+    rng: PRNGKeyArray,
+    *,
+    policy: Policy,
+    encode: Encode,
+    reward_losses: RewardLosses,
+    weights: RewardWeights,
+    config: VAPiConfig,
+    base_params: Any = None,
+    dropout_rng: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, ""], Aux]:
+    """The same objective over B·G sequences, as the reference implementation runs it: the oracle.
+
+    With `dropout_rng` the update forward drops activations and labels while sampling does not, so
+    ρ differs from 1 at once. Arguments and results as `vapi_loss`.
+    """
+    keys = purpose_keys(rng, batch["index"])
+    tokens = encode(batch["image"])
+    context = make_context(keys[0], tokens, policy.vocab_size, config)
+    fed = context[:, : policy.context_length]
+    old_logits = policy.logits(jax.lax.stop_gradient(params), batch["condition"], fed)
+    rollout = roll_out(
+        old_logits, tokens, context, batch["image"], keys, config, weights, reward_losses
+    )
+    old_logps = grpo.token_log_probs(old_logits, rollout.samples, config.temperature)
+
+    def per_sample(x: Array) -> Array:  # [B, ...] -> [B·G, ...], image-major
+        return jnp.repeat(x, config.group_size, axis=0)
+
+    condition = jax.tree.map(per_sample, batch["condition"])
+    if dropout_rng is not None:
+        label_rng, dropout_rng = jax.random.split(dropout_rng)
+        condition = drop_condition(policy, label_rng, condition, config.label_dropout)
+    logits = policy.logits(params, condition, per_sample(fed), dropout_rng=dropout_rng)
+    sequences = rollout.samples.reshape(-1, 1, rollout.samples.shape[-1])
+    logps = grpo.token_log_probs(logits, sequences, config.temperature)
+    logps = logps.reshape(rollout.samples.shape)
+    ce = grpo.cross_entropy(logits, per_sample(tokens))
+    ce = ce.reshape(rollout.rewards.shape).mean(axis=1)
+    return objective(
+        logps, old_logps, ce, old_logits, rollout, batch, keys, policy, config, base_params
+    )
+
+
+def objective(
+    logps: Float[Array, "B G T"],
+    old_logps: Float[Array, "B G T"],
+    ce: Float[Array, " B"],
+    logits: Float[Array, "B T V"],
+    rollout: Rollout,
+    batch: dict[str, Any],
+    keys: PRNGKeyArray,
+    policy: Policy,
+    config: VAPiConfig,
+    base_params: Any,
+) -> tuple[Float[Array, ""], Aux]:
+    """Eq. 11: mean over images and samples of the clipped surrogate, plus β CE (plus KL)."""
+    ratios = jnp.exp(jax.lax.stop_gradient(logps) - old_logps)
+    aux: Aux = {f"reward_{name}": -value for name, value in rollout.losses.items()}
+    aux |= {
+        "reward": rollout.rewards,
+        "advantage": rollout.advantages,
+        "ratio": ratios,
+        "ce": ce,
+        "entropy": grpo.entropy(jax.lax.stop_gradient(logits), config.temperature).mean(axis=-1),
+    }
+    penalty = None
+    if config.needs_base:
+        fed = rollout.context[:, : policy.context_length]
+        base_logits = policy.logits(base_params, batch["condition"], fed)
+        base_logps = grpo.token_log_probs(base_logits, rollout.samples, config.temperature)
+        kl = grpo.k3_kl(logps, jax.lax.stop_gradient(base_logps))
+        aux["kl_to_base"] = kl.mean(axis=(1, 2))
+        penalty = config.kl_weight * kl if config.kl_weight > 0.0 else None
+    mask = None
+    if config.token_dropout > 0.0:
+        mask = jax.vmap(
+            lambda key, row: jax.random.bernoulli(key, 1.0 - config.token_dropout, row.shape)
+        )(keys[3], logps)
+    loss = config.ce_weight * ce.mean()
+    if config.policy_gradient:
+        loss += grpo.clipped_surrogate(
+            logps, old_logps, rollout.advantages, config.clip_epsilon, config.ratio, mask, penalty
+        ).mean()
+    aux["loss"] = jnp.broadcast_to(loss, ce.shape)
+    return loss, aux
