@@ -1,0 +1,343 @@
+"""Data from files: ADM crops, image folders, prepared TensorFlow Datasets, and their errors."""
+
+import dataclasses
+import io
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vapi_jax.data import DataConfig, class_names, fixed_batch, make_dataset, num_classes
+from vapi_jax.data.pipeline import make_source
+from vapi_jax.data.tfds_source import find_prepared
+from vapi_jax.data.transforms import center_crop, random_crop, to_array
+
+
+def take(dataset, n):
+    return list(itertools.islice(iter(dataset), n))
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        for key in ("image", "condition"):
+            np.testing.assert_array_equal(left[key], right[key])
+
+
+# Crops -----------------------------------------------------------------------------------------
+
+
+def pattern(height, width):
+    y, x = np.mgrid[:height, :width]
+    return ((37 * y * y + 53 * x * y + 91 * x) % 256).astype(np.uint8)
+
+
+# Computed in float64 with numpy alone: means of 2x2 blocks, then Keys' kernel (a = -0.5) widened by
+# the scale as two matrices, then the middle. PIL rounds to whole grey levels after each pass.
+ADM_LANDSCAPE = [
+    [135.36, 98.45, 112.72, 141.34],
+    [102.75, 105.16, 102.25, 101.89],
+    [120.88, 143.93, 159.52, 147.33],
+    [101.49, 94.62, 118.85, 116.87],
+]
+ADM_PORTRAIT = [
+    [92.97, 111.98, 159.61, 153.52],
+    [116.65, 50.2, 102.72, 136.21],
+    [76.11, 120.13, 145.91, 43.86],
+    [114.59, 59.14, 190.77, 70.34],
+]
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (pattern(10, 16), ADM_LANDSCAPE),
+        (np.kron(pattern(7, 5), np.ones((2, 2), np.uint8)), ADM_PORTRAIT),
+    ],
+    ids=["landscape", "portrait"],
+)
+def test_center_crop_equals_adm(image, expected):
+    actual = np.asarray(center_crop(Image.fromarray(image), 4), np.float64)
+    np.testing.assert_allclose(actual, expected, atol=1.5)
+    assert np.mean(np.abs(actual - expected)) < 0.6
+
+
+def test_center_crop_keeps_an_image_of_the_right_size():
+    image = pattern(6, 6)
+    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(image), 6)), image)
+    # A wide image of the right height loses (9 - 6) // 2 = 1 column on the left.
+    wide = pattern(6, 9)
+    np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(wide), 6)), wide[:, 1:7])
+
+
+def test_random_crop_lies_inside_the_image_and_moves():
+    # Brightness grows to the right, so the mean of a crop tells where it was.
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
+    image = Image.fromarray(np.ascontiguousarray(ramp))
+    rng = np.random.default_rng(0)
+    crops = [np.asarray(random_crop(image, 20, rng)) for _ in range(50)]
+    means = [crop.mean() for crop in crops]
+    assert {crop.shape for crop in crops} == {(20, 20)}
+    assert min(means) < 70
+    assert max(means) > 130
+    spans = [int(crop[0, -1]) - int(crop[0, 0]) for crop in crops]
+    assert min(spans) < 80
+    assert max(spans) > 90, "scales between 0.8 and 1 of the short side"
+
+
+def test_to_array_maps_bytes_to_minus_one_and_one():
+    image = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
+    actual = to_array(image)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, [[[-1.0, -0.6, 1.0]]], atol=1e-7)
+
+
+# Folders ---------------------------------------------------------------------------------------
+
+
+def write_images(folder, count, first=0, mode="RGB", suffix=".png"):
+    """Plain images whose red value is their number, so that a crop tells the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        Image.new("RGB", (12, 9), (number, 100, 0)).convert(mode).save(
+            folder / f"{number:03d}{suffix}"
+        )
+
+
+def numbers(batch):
+    return np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
+
+
+def folder_config(path, **options):
+    return DataConfig(name="image_folder", path=str(path), image_size=4, num_threads=0, **options)
+
+
+def test_folder_with_splits(tmp_path):
+    write_images(tmp_path / "train" / "zebra", 3)
+    write_images(tmp_path / "train" / "ant", 5, first=50)
+    write_images(tmp_path / "val" / "zebra", 2, first=100)
+    config = folder_config(tmp_path)
+    assert class_names(config) == ("ant", "zebra")
+    assert num_classes(config) == 2
+    (batch,) = take(make_dataset(config, "train", 8, seed=0), 1)
+    assert sorted(numbers(batch)) == [0, 1, 2, 50, 51, 52, 53, 54]
+    for number, label in zip(numbers(batch), batch["condition"], strict=True):
+        assert label == (0 if number >= 50 else 1)
+    held_out = fixed_batch(config, "val", 2, seed=0)
+    assert sorted(numbers(held_out)) == [100, 101]
+    assert held_out["condition"].tolist() == [1, 1]
+    with pytest.raises(FileNotFoundError, match=r"no folder .*test.*`test_split`"):
+        fixed_batch(config, "test", 1, seed=0)
+    renamed = dataclasses.replace(config, test_split="val")
+    assert sorted(numbers(fixed_batch(renamed, "test", 2, seed=0))) == [100, 101]
+
+
+def test_folder_without_splits_is_divided_in_every_class(tmp_path):
+    write_images(tmp_path / "a", 40)
+    write_images(tmp_path / "b", 20, first=100)
+    config = folder_config(tmp_path, folder_holdout=0.2)
+    files = {split: make_source(config, split) for split in ("train", "val", "test")}
+    found = {
+        split: sorted((path.name, label) for path, label in (source[i] for i in range(len(source))))
+        for split, source in files.items()
+    }
+    assert sorted(itertools.chain(*found.values())) == sorted(
+        [(f"{n:03d}.png", 0) for n in range(40)] + [(f"{n:03d}.png", 1) for n in range(100, 120)]
+    )
+    counts = {split: np.bincount([label for _, label in found[split]]) for split in found}
+    assert counts["train"].tolist() == [32, 16]
+    assert counts["val"].tolist() == counts["test"].tolist() == [4, 2]
+
+
+def test_folder_epochs_and_processes(tmp_path):
+    write_images(tmp_path / "train" / "a", 7)
+    write_images(tmp_path / "train" / "b", 6, first=100)
+    config = folder_config(tmp_path, crop="random")
+    everything = sorted([*range(7), *range(100, 106)])
+    epochs = take(make_dataset(config, "train", 13, seed=0), 2)
+    assert [sorted(numbers(epoch)) for epoch in epochs] == [everything, everything]
+    assert numbers(epochs[0]) != numbers(epochs[1])
+    shares = [take(make_dataset(config, "train", 2, 0, i, 3), 2) for i in range(3)]
+    seen = [number for share in shares for batch in share for number in numbers(batch)]
+    assert len(set(seen)) == len(seen) == 12
+
+
+def test_folder_modes_become_rgb_and_exif_is_ignored(tmp_path):
+    write_images(tmp_path / "train" / "a", 1, mode="L", suffix=".jpg")
+    write_images(tmp_path / "train" / "a", 1, first=1, mode="RGBA", suffix=".webp")
+    write_images(tmp_path / "train" / "a", 1, first=2, mode="P", suffix=".PNG")
+    turned = Image.new("RGB", (8, 8))
+    turned.paste((255, 255, 255), (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    turned.save(tmp_path / "train" / "a" / "003.png", exif=exif)
+    batch = fixed_batch(folder_config(tmp_path, flip=False), "train", 4, seed=0)
+    assert batch["image"].shape == (4, 4, 4, 3)
+    assert any(np.all(image[0] == 1) and np.all(image[-1] == -1) for image in batch["image"])
+
+
+def test_held_out_images_are_not_augmented(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    write_images(tmp_path / "train" / "a", 1)
+    Image.fromarray(np.stack([pattern(9, 12)] * 3, -1)).save(tmp_path / "val" / "a" / "0.png")
+    config = folder_config(tmp_path, crop="random")
+    first = fixed_batch(config, "val", 1, seed=0)
+    for seed in range(1, 6):
+        assert_same([first], [fixed_batch(config, "val", 1, seed=seed)])
+
+
+def test_folder_errors_name_the_place_and_the_layout(tmp_path):
+    with pytest.raises(ValueError, match="needs `path`.*PATH/CLASS/IMAGE"):
+        num_classes(DataConfig(name="image_folder"))
+    missing = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing.*PATH/CLASS/IMAGE"):
+        make_dataset(folder_config(missing), "train", 1, seed=0)
+    with pytest.raises(FileNotFoundError, match="no class folders.*PATH/CLASS/IMAGE"):
+        num_classes(folder_config(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    with pytest.raises(FileNotFoundError, match="no images for split 'train'"):
+        make_dataset(folder_config(tmp_path), "train", 1, seed=0)
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "val" / "b", 2)
+    with pytest.raises(ValueError, match=r"b is a class that the training folder lacks"):
+        fixed_batch(folder_config(tmp_path), "val", 1, seed=0)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_an_unreadable_image_is_named(tmp_path, damage, num_threads):
+    write_images(tmp_path / "train" / "a", 1)
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        buffer, "PNG"
+    )
+    content = b"not an image" if damage == "text" else buffer.getvalue()[:2000]
+    (tmp_path / "train" / "a" / "broken.png").write_bytes(content)
+    config = dataclasses.replace(folder_config(tmp_path), num_threads=num_threads)
+    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
+        take(make_dataset(config, "train", 2, seed=0), 1)
+
+
+# TensorFlow Datasets ---------------------------------------------------------------------------
+
+
+def prepare_tfds(tfds, folder, shard_lengths):
+    """Writes "tiny" as `tfds build --file_format=array_record` lays it out, without TensorFlow."""
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_generated_pb2 as example_pb2
+    from tensorflow_datasets.proto import tf_feature_generated_pb2 as feature_pb2
+
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["ant", "bee"]),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    features.save_config(str(folder))
+    number = total = 0
+    for shard, length in enumerate(shard_lengths):
+        name = f"tiny-train.array_record-{shard:05d}-of-{len(shard_lengths):05d}"
+        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1")
+        for _ in range(length):
+            buffer = io.BytesIO()
+            Image.new("RGB", (12, 9), (number, 100, 0)).save(buffer, "PNG")
+            values = {
+                "image": {"bytes_list": feature_pb2.BytesList(value=[buffer.getvalue()])},
+                "label": {"int64_list": feature_pb2.Int64List(value=[number % 2])},
+                "file_name": {"bytes_list": feature_pb2.BytesList(value=[b"x"])},
+            }
+            record = example_pb2.Example(
+                features=feature_pb2.Features(
+                    feature={key: feature_pb2.Feature(**value) for key, value in values.items()}
+                )
+            ).SerializeToString()
+            writer.write(record)
+            total += len(record)
+            number += 1
+        writer.close()
+    split = {
+        "name": "train",
+        "shardLengths": [str(length) for length in shard_lengths],
+        "numBytes": str(total),
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    }
+    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def tfds_config(path, **options):
+    return DataConfig(
+        name="tfds", path=str(path), dataset="tiny", image_size=4, num_threads=0, **options
+    )
+
+
+def test_tfds_reads_prepared_data_without_tensorflow(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    tensorflow_before = "tensorflow" in sys.modules
+    prepare_tfds(tfds, tmp_path / "tiny" / "1.0.0", shard_lengths=[6, 4])
+    config = tfds_config(tmp_path, val_split="train[80%:]")
+    assert class_names(config) == ("ant", "bee")
+    (batch,) = take(make_dataset(config, "train", 10, seed=0), 1)
+    assert batch["image"].shape == (10, 4, 4, 3)
+    assert batch["condition"].dtype == np.int32
+    assert sorted(numbers(batch)) == list(range(10))
+    assert [number % 2 for number in numbers(batch)] == batch["condition"].tolist()
+    assert sorted(numbers(fixed_batch(config, "val", 2, seed=0))) == [8, 9]
+    threaded = dataclasses.replace(config, num_threads=2)
+    assert_same(
+        take(make_dataset(config, "train", 3, 1), 6), take(make_dataset(threaded, "train", 3, 1), 6)
+    )
+    with pytest.raises(ValueError, match=r"no split 'test'.*`test_split`.*\['train'\]"):
+        fixed_batch(config, "test", 1, seed=0)
+    with pytest.raises(ValueError, match=r"no feature 'labels'.*`label_feature`.*'label'"):
+        class_names(dataclasses.replace(config, label_feature="labels"))
+    with pytest.raises(TypeError, match="'file_name' .* no images"):
+        class_names(dataclasses.replace(config, image_feature="file_name"))
+    assert ("tensorflow" in sys.modules) == tensorflow_before
+
+
+def test_tfds_in_a_format_without_random_access(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    folder = tmp_path / "tiny" / "1.0.0"
+    prepare_tfds(tfds, folder, shard_lengths=[1])
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    (folder / "tiny-train.array_record-00000-of-00001").rename(
+        folder / "tiny-train.tfrecord-00000-of-00001"
+    )
+    with pytest.raises(ValueError, match="tfds build tiny --file_format=array_record"):
+        fixed_batch(tfds_config(tmp_path), "train", 1, seed=0)
+
+
+def test_tfds_finds_the_newest_prepared_version(tmp_path):
+    for version in ("small/9.0.0", "small/10.0.0"):
+        folder = tmp_path / "tiny" / version
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
+    config = tfds_config(tmp_path)
+    newest = tmp_path / "tiny" / "small" / "10.0.0"
+    assert find_prepared(config) == newest
+    assert find_prepared(dataclasses.replace(config, path=str(newest))) == newest
+    older = dataclasses.replace(config, dataset="tiny/small:9.0.0")
+    assert find_prepared(older) == tmp_path / "tiny" / "small" / "9.0.0"
+    (tmp_path / "tiny" / "large" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "tiny" / "large" / "1.0.0" / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"several configs.*'tiny/large', 'tiny/small'"):
+        find_prepared(config)
+
+
+def test_tfds_errors_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="'tiny' is not prepared.*tfds build tiny"):
+        find_prepared(tfds_config(tmp_path))
+    with pytest.raises(ValueError, match="needs `dataset`"):
+        find_prepared(dataclasses.replace(tfds_config(tmp_path), dataset=""))
+    # None is how Python marks a module that must not be imported.
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapi_jax\[tfds\]'"):
+        make_dataset(tfds_config(tmp_path), "train", 1, seed=0)

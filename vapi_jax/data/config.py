@@ -1,0 +1,102 @@
+"""What to read and how to cut it: the one configuration shared by every data source."""
+
+from __future__ import annotations
+
+import dataclasses
+
+SOURCES = ("photos", "image_folder", "tfds")
+SPLITS = ("train", "val", "test")
+CROPS = ("center", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, at what size, cropped how.
+
+    Three splits exist everywhere: "train" to learn from, "val" to choose settings on and "test" for
+    the final table. What they map to is said at each source.
+
+    Attributes:
+        name: "photos" (bundled photographs, no files needed), "image_folder" or "tfds".
+        image_size: side of the square images, in pixels.
+        path: image_folder: the root folder. tfds: the data_dir, or a prepared version folder; empty
+            means $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        dataset: tfds only: "name", "name/config" or "name/config:version", for example
+            "imagenet2012", "cifar10", "imagenette/320px-v2".
+        train_split, val_split, test_split: image_folder: sub-folder of `path`; tfds: a split, or
+            a slice such as "train[:90%]". Empty means the source's usual name: "train"; "val"
+            (image_folder) or "validation" (tfds); "test".
+        image_feature, label_feature: tfds only: names of the features to read.
+        crop: "center" (ADM's centre crop) or "random" (ADM's random crop, training split only).
+            Photographs are always cropped at random places.
+        flip: mirror half of the training images left to right. Photographs: in every split, so that
+            held-out crops have the distribution of the training crops.
+        shuffle: visit the training split in a new random order every epoch.
+        photo_min_scale, photo_max_scale: side of a photo crop, as a fraction of the photograph's
+            short side, drawn uniformly between the two.
+        photo_holdout: fraction of a photograph's longer side that is never trained on.
+        photo_crops_per_class: crops of each photograph in one epoch.
+        folder_holdout: image_folder without sub-folders for splits: fraction of every class that is
+            kept for val and test, half each.
+        num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than
+            spare cores slow the trainer down.
+        prefetch: batches prepared ahead.
+    """
+
+    name: str = "photos"
+    image_size: int = 32
+    path: str = ""
+    dataset: str = ""
+    train_split: str = ""
+    val_split: str = ""
+    test_split: str = ""
+    image_feature: str = "image"
+    label_feature: str = "label"
+    crop: str = "center"
+    flip: bool = True
+    shuffle: bool = True
+    photo_min_scale: float = 0.3
+    photo_max_scale: float = 0.45
+    photo_holdout: float = 0.375
+    photo_crops_per_class: int = 1024
+    folder_holdout: float = 0.1
+    num_threads: int = 1
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise ValueError(f"name must be one of {SOURCES}, got {self.name!r}")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop must be one of {CROPS}, got {self.crop!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        # Above one half, a crop would not fit into the val or the test half of the held-out strip.
+        if not 0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5:
+            raise ValueError(
+                "photo scales must satisfy 0 < photo_min_scale <= photo_max_scale <= 0.5, got "
+                f"{self.photo_min_scale} and {self.photo_max_scale}"
+            )
+        for field in ("photo_holdout", "folder_holdout"):
+            value = getattr(self, field)
+            if not 0.0 < value <= 0.5:
+                raise ValueError(f"{field} must be in (0, 0.5], got {value}")
+        if self.photo_crops_per_class < 1:
+            raise ValueError(
+                f"photo_crops_per_class must be at least 1, got {self.photo_crops_per_class}"
+            )
+        if self.num_threads < 0 or self.prefetch < max(1, self.num_threads):
+            raise ValueError(
+                "num_threads must not be negative and prefetch must be at least max(1, "
+                f"num_threads), got num_threads={self.num_threads}, prefetch={self.prefetch}"
+            )
+
+    def source_split(self, split: str, usual: str) -> str:
+        """The source's own name of `split`, or `usual` where the configuration names none."""
+        return getattr(self, f"{check_split(split)}_split") or usual
+
+
+def check_split(split: str) -> str:
+    """Returns `split`. Raises ValueError unless it is "train", "val" or "test"."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    return split

@@ -1,0 +1,154 @@
+"""Prepared TensorFlow Datasets, read without TensorFlow.
+
+The data must have been prepared in the array_record format, which allows random access. Preparing
+needs TensorFlow, once, on any machine; reading does not:
+
+    pip install "tensorflow-datasets" tensorflow
+    tfds build imagenet2012 --file_format=array_record --data_dir=DIR
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import re
+import types
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.transforms import image_to_sample
+
+_USUAL_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+
+
+def _tfds() -> types.ModuleType:
+    # Imported late: it is an optional extra and takes seconds to import.
+    try:
+        import tensorflow_datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error}. Data source 'tfds' needs the extra of that name: "
+            "pip install 'vapi_jax[tfds]'"
+        ) from error
+    return tensorflow_datasets
+
+
+def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in folder.name.split("."))
+
+
+def find_prepared(config: DataConfig) -> pathlib.Path:
+    """The version folder to read: `path` itself, or the newest one under path/dataset[/config].
+
+    Raises:
+        ValueError: no dataset named.
+        FileNotFoundError: nothing prepared there; says how to prepare it.
+    """
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    data_dir = pathlib.Path(config.path or default).expanduser()
+    if (data_dir / "dataset_info.json").is_file():
+        return data_dir
+    name, _, version = config.dataset.partition(":")
+    if not name:
+        raise ValueError("tfds needs `dataset`, for example 'imagenet2012' or 'cifar10'")
+    versions = [
+        info.parent
+        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
+        for info in (data_dir / name).glob(pattern)
+        if re.fullmatch(r"\d+(\.\d+)*", info.parent.name) and version in ("", info.parent.name)
+    ]
+    parents = sorted({folder.parent for folder in versions})
+    if len(parents) > 1:
+        choices = [parent.relative_to(data_dir).as_posix() for parent in parents]
+        raise ValueError(f"{name!r} is prepared in several configs, name one of {choices}")
+    if not versions:
+        raise FileNotFoundError(
+            f"{config.dataset!r} is not prepared in {data_dir}. Set `path` to the data_dir, or "
+            "prepare it once (this step needs TensorFlow): "
+            f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        )
+    return max(versions, key=_version_key)
+
+
+def _builder(config: DataConfig) -> Any:
+    """The builder of the prepared data, with image and label features checked."""
+    tfds = _tfds()
+    folder = find_prepared(config)
+    builder = tfds.builder_from_directory(str(folder))
+    features = builder.info.features
+    for field in ("image_feature", "label_feature"):
+        if getattr(config, field) not in features:
+            raise ValueError(
+                f"{folder} has no feature {getattr(config, field)!r}; set `{field}` to one of "
+                f"{sorted(features)}"
+            )
+    if not isinstance(features[config.image_feature], tfds.features.Image):
+        raise TypeError(f"feature {config.image_feature!r} of {folder} holds no images")
+    if not isinstance(features[config.label_feature], tfds.features.ClassLabel):
+        raise TypeError(f"feature {config.label_feature!r} of {folder} holds no class labels")
+    return builder
+
+
+def tfds_class_names(config: DataConfig) -> tuple[str, ...]:
+    """Class names as the prepared data lists them."""
+    return tuple(_builder(config).info.features[config.label_feature].names)
+
+
+class TfdsSource:
+    """Images and class labels of one split of a prepared dataset.
+
+    Raises:
+        ModuleNotFoundError: tensorflow-datasets is not installed.
+        FileNotFoundError: the dataset is not prepared.
+        ValueError: no dataset named, not in a random-access format, or an unknown feature or split.
+        TypeError: the image or label feature holds something else.
+    """
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        tfds = _tfds()
+        builder = _builder(config)
+        self.class_names = tuple(builder.info.features[config.label_feature].names)
+        self._config = config
+        self._training = check_split(split) == "train"
+        name = config.source_split(split, _USUAL_SPLITS[split])
+        base = re.split(r"[\[+]", name)[0]
+        if base not in builder.info.splits:
+            raise ValueError(
+                f"{builder.info.full_name} has no split {name!r} for {split!r}; set "
+                f"`{split}_split` to one of {sorted(builder.info.splits)} or a slice such as "
+                "'train[90%:]'"
+            )
+        try:
+            # The encoded bytes are enough: PIL decodes every source the same way.
+            self._records = builder.as_data_source(
+                split=name, decoders={config.image_feature: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{builder.data_dir} is not prepared in a random-access format; prepare it with "
+                f"tfds build {builder.info.name} --file_format=array_record"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        record = self._records[index]
+        return record[self._config.image_feature], int(record[self._config.label_feature])
+
+    def sample(self, record: tuple[bytes, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Decodes and crops: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
+        encoded, label = record
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image_to_sample(
+                image,
+                label,
+                rng,
+                size=self._config.image_size,
+                crop=self._config.crop if self._training else "center",
+                flip=self._config.flip and self._training,
+            )
