@@ -1,0 +1,103 @@
+"""Fréchet distance and the features it is taken in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from vapi_jax.evaluation import features as F
+from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
+from vapi_jax.models.lpips import backbone_features, load_lpips_params
+
+
+def gaussians(dim=6):
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(2, dim, dim))
+    means = rng.normal(size=(2, dim))
+    return [(m, r @ r.T) for m, r in zip(means, roots, strict=True)]
+
+
+def test_closed_form_of_commuting_covariances():
+    a, b = np.array([4.0, 9.0, 0.25]), np.array([1.0, 16.0, 0.0])
+    rotation = scipy.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    mu = np.array([1.0, -2.0, 0.5])
+    got = frechet_distance(mu, rotation * a @ rotation.T, np.zeros(3), rotation * b @ rotation.T)
+    assert got == pytest.approx(mu @ mu + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-7)
+
+
+def test_against_matrix_root_symmetry_and_zero():
+    (mu1, cov1), (mu2, cov2) = gaussians()
+    root = scipy.linalg.sqrtm(cov1 @ cov2).real
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mu2, cov2, mu1, cov1) == pytest.approx(expected, rel=1e-9)
+    assert 0 <= frechet_distance(mu1, cov1, mu1, cov1) < 1e-9
+    with pytest.raises(ValueError, match="two means"):
+        frechet_distance(mu1, cov1, mu2[:-1], cov2)
+
+
+def test_statistics_equal_numpy_and_refuse_bad_samples():
+    sample = np.random.default_rng(2).normal(loc=100, size=(20, 4)).astype(np.float32)
+    mean, cov = gaussian_statistics(sample)
+    assert mean.dtype == cov.dtype == np.float64
+    np.testing.assert_allclose(mean, sample.astype(np.float64).mean(0))
+    np.testing.assert_allclose(cov, np.cov(sample.astype(np.float64), rowvar=False, ddof=1))
+    with pytest.raises(ValueError, match="at least 5"):
+        gaussian_statistics(sample[:4])
+    assert gaussian_statistics(sample[:4], allow_singular=True)[1].shape == (4, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        gaussian_statistics(sample[:1], allow_singular=True)
+    with pytest.raises(ValueError, match="NaN"):
+        gaussian_statistics(np.where(sample > 101, np.nan, sample))
+
+
+def test_singular_covariances():
+    (mu, cov), _ = gaussians()
+    values, vectors = np.linalg.eigh(cov)
+    values[:3] = 0
+    flat = vectors * values @ vectors.T
+    assert frechet_distance(mu, flat, mu, flat) < 1e-5
+    expected = np.trace(flat)
+    assert frechet_distance(mu, flat, mu, np.zeros_like(cov)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", sorted(F.FEATURES))
+def test_extraction_does_not_depend_on_batching(name):
+    images = np.random.default_rng(3).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
+    params = F.FEATURES[name].load()
+    out = F.extract_features(name, images, params=params, batch_size=2)
+    assert out.shape == (5, F.FEATURES[name].dim) and out.dtype == np.float32
+    assert out.std(axis=0).max() > 0
+    # The same rows elsewhere in a batch, and beside padding.
+    again = F.extract_features(name, images[[4, 0, 2]], params=params, batch_size=2)
+    np.testing.assert_allclose(again, out[[4, 0, 2]], rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_what_their_names_say():
+    images = jnp.asarray(np.random.default_rng(4).uniform(-1, 1, (1, 32, 32, 3)), jnp.float32)
+    vgg, alex = load_lpips_params("vgg"), load_lpips_params("alex")
+    maps = jax.jit(lambda p, x: backbone_features(p, x, "vgg"))(vgg, images)[3]
+    assert maps.shape == (1, 4, 4, 512)
+    got = jax.jit(F.vgg_relu4_3)(vgg, images)
+    np.testing.assert_allclose(got, maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    enlarged = jax.image.resize(images, (1, 64, 64, 3), "bilinear")
+    maps = jax.jit(lambda p, x: backbone_features(p, x, "alex"))(alex, enlarged)[4]
+    assert maps.shape == (1, 3, 3, 256)
+    got = jax.jit(F.alex_conv5)(alex, images)
+    np.testing.assert_allclose(got, maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_extraction_refuses_other_images():
+    good = np.zeros((1, 32, 32, 3), np.float32)
+    for images, message in [
+        (good.astype(np.uint8), "floating point"),
+        (good + 255, r"\[-1, 1\]"),
+        (good + np.nan, r"\[-1, 1\]"),
+        (good[0], "shape"),
+        (good[:0], "N > 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            F.extract_features("vgg_relu4_3", images, params={})
+    with pytest.raises(ValueError, match="unknown"):
+        F.extract_features("fid", good)

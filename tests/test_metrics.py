@@ -1,0 +1,205 @@
+"""metrics.py: what a run writes while it runs."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+
+from vapi_jax import metrics
+
+
+def read_tensorboard(folder):
+    """[(tag, step, value or 'image')] from event files, parsed without TensorFlow."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events*")):
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            length = int.from_bytes(data[position : position + 8], "little")
+            event = Event.FromString(data[position + 12 : position + 12 + length])
+            position += 12 + length + 4
+            for value in event.summary.value:
+                content = "image" if value.HasField("image") else value.simple_value
+                found.append((value.tag, event.step, content))
+    return found
+
+
+def strict(line):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_writer_jsonl_and_tensorboard(tmp_path):
+    import jax.numpy as jnp
+
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"reward": jnp.float32(-0.5), "count": np.int64(3), "ok": True})
+        # Flushed line by line: readable while the run goes on.
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+        writer.write(2, {"loss": float("nan"), "norm": np.inf, "ce": jnp.bfloat16(0.25)})
+        writer.write_images(2, {"samples": np.zeros((8, 8, 3), np.uint8)})
+    first, second = map(strict, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["step"] == 1 and first["reward"] == -0.5 and first["count"] == 3
+    assert first["ok"] is True and "non_finite" not in first
+    assert second["loss"] is None and second["norm"] is None and second["ce"] == 0.25
+    assert second["non_finite"] == ["loss", "norm"]
+    events = read_tensorboard(tmp_path / "tensorboard")
+    assert ("reward", 1, -0.5) in events and ("samples", 2, "image") in events
+    assert not [event for event in events if event[0] == "loss"]
+
+
+def test_writer_appends_after_a_half_written_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(2, {"a": 2})
+        writer.write(2, {"b": 5})
+        writer.write(3, {"a": 3})
+    rows = metrics.read_history(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row.get("a"), row.get("b")) for row in rows] == [
+        (1, 1, None),
+        (2, 2, 5),
+        (3, 3, None),
+    ]
+
+
+def test_writer_refuses_what_it_cannot_write(tmp_path):
+    with metrics.MetricsWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match="reserved"):
+            writer.write(1, {"step": 3})
+        with pytest.raises(TypeError, match="scalar"):
+            writer.write(1, {"a": np.zeros(2)})
+        with pytest.raises(TypeError, match="number"):
+            writer.write(1, {"a": "high"})
+        with pytest.raises(ValueError, match="uint8"):
+            writer.write_images(1, {"a": np.zeros((2, 2, 3))})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_inactive_writer_makes_no_files(tmp_path):
+    with metrics.MetricsWriter(tmp_path / "run", active=False) as writer:
+        writer.write(1, {"a": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "monotonic", clock)
+    return clock
+
+
+def test_progress_in_a_log(clock):
+    stream = io.StringIO()
+    with metrics.Progress(10, "vapi", interval=10, stream=stream) as progress:
+        for step in range(1, 11):
+            # The first step compiles for a minute; the rate afterwards is 4 s a step.
+            clock.now += 60 if step == 1 else 4
+            progress.update(step, images=8, metrics={"reward": -0.5 + step / 100})
+    lines = stream.getvalue().splitlines()
+    # Steps 1, then the first ones at least 10 s later, and the last.
+    steps = [int(re.search(r"(\d+)/10", line)[1]) for line in lines]
+    assert steps == [1, 4, 7, 10]
+    assert "ETA" not in lines[0] and "ETA 24 s" in lines[1] and "2 images/s" in lines[1]
+    assert "reward -0.46" in lines[1] and " 40%" in lines[1]
+    assert "100%" in lines[-1] and "elapsed 1 min 36 s" in lines[-1] and "ETA" not in lines[-1]
+
+
+def test_progress_on_a_terminal_is_one_line(clock):
+    stream = Terminal()
+    with metrics.Progress(3, "base", stream=stream) as progress:
+        for step in range(1, 4):
+            clock.now += 1
+            progress.update(step)
+    text = stream.getvalue()
+    assert text.count("\n") == 1 and text.endswith("\n") and text.count("\r") == 3
+
+
+def test_progress_of_an_interrupted_run_shows_the_last_step(clock):
+    stream = io.StringIO()
+    with metrics.Progress(10, "x", stream=stream) as progress:
+        progress.update(1)
+        clock.now += 1
+        progress.update(2)
+    assert stream.getvalue().count("\n") == 2 and " 2/10" in stream.getvalue()
+
+
+def test_timer_accumulates_even_when_a_phase_fails(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 4.0, 4.5, 10.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    timer = metrics.Timer()
+    with timer.phase("train"):
+        pass
+    with pytest.raises(KeyError), timer.phase("train"):
+        raise KeyError("x")
+    assert timer.summary() == {"total": 10.0, "train": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.42, "0.4 s"),
+        (9.97, "10 s"),
+        (59.6, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (3725, "1 h 02 min"),
+        (86390, "1 d 00 h"),
+        (93600, "1 d 02 h"),
+        (-5, "-5.0 s"),
+        (float("inf"), "?"),
+    ],
+)
+def test_format_duration(seconds, text):
+    assert metrics.format_duration(seconds) == text
+
+
+def test_to_uint8_truncates():
+    x = np.array([-2, -1, -0.999, 0, 0.001, 0.9999, 1, 3])
+    assert metrics.to_uint8(x).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+    # Truncation, not rounding: 127.5 x + 128 = 130.9 -> 130.
+    assert metrics.to_uint8(np.float32(2.9 / 127.5)) == 130
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.to_uint8(np.array([np.nan]))
+
+
+def test_image_grid_places_every_pixel():
+    images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
+    grid = metrics.image_grid(images, columns=2, pad=1, scale=3, background=200)
+    assert grid.shape == (2 * (6 + 1) + 1, 2 * (12 + 1) + 1, 3)
+    assert np.array_equal(grid[1:7:3, 1:13:3], images[0])
+    assert np.array_equal(grid[3:7:3, 16:26:3], images[1])
+    assert np.array_equal(grid[8:14:3, 1:13:3], images[2])
+    assert (grid[0] == 200).all() and (grid[8:, 14:] == 200).all()
+    with pytest.raises(ValueError, match="uint8"):
+        metrics.image_grid(images.astype(np.float32))
+
+
+def test_table_is_aligned():
+    text = metrics.format_table(
+        [["base, T=1", -0.50512, "471.6 ± 1.8"], ["VA-π", None, "458.4 ± 1.0"]],
+        ["model", "reward", "distance"],
+    )
+    assert text.splitlines() == [
+        "model       reward     distance",
+        "---------  -------  -----------",
+        "base, T=1  -0.5051  471.6 ± 1.8",
+        "VA-π             -  458.4 ± 1.0",
+    ]
+    with pytest.raises(ValueError, match="cells"):
+        metrics.format_table([[1]], ["a", "b"])

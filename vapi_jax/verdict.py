@@ -1,0 +1,290 @@
+"""What a run's numbers say, in plain words: better, worse, or not to be told apart.
+
+A difference of two Fréchet distances counts when it lies outside the 95 % interval of Welch's t-test
+over sampling seeds. That interval holds the noise of sampling only: one training run says nothing about
+the next, and the text says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Two-sided 95 % quantiles of Student's t: degrees of freedom -> t.
+T_95 = ((1, 12.71), (2, 4.30), (3, 3.18), (4, 2.78), (5, 2.57), (6, 2.45), (8, 2.31), (10, 2.23),
+        (15, 2.13), (20, 2.09), (30, 2.04), (60, 2.00))  # fmt: skip
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def show(value: Any, digits: int = 4) -> str:
+    """Four significant digits without exponents where possible; an en dash for what is absent."""
+    value = number(value)
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude >= 7 or magnitude < -4:
+        text = f"{value:.{digits - 1}e}"
+    else:
+        text = f"{value:.{max(0, digits - 1 - magnitude)}f}"
+    return text.replace("-", "−")
+
+
+def show_distance(estimate: Mapping[str, Any] | None) -> str:
+    """'458.4 ± 1.0' (with no-break spaces), or without ± where there is no standard deviation."""
+    mean = number((estimate or {}).get("mean"))
+    if estimate is None or mean is None:
+        return "–"
+    sd = number(estimate.get("sd"))
+    decimals = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 4
+    text = f"{mean:.{decimals}f}".replace("-", "−")
+    if sd is None or (number(estimate.get("n")) or 0) < 2:
+        return text
+    return f"{text}\u00a0±\u00a0{sd:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How distance `a` compares with distance `b`; lower is better.
+
+    Attributes:
+      outcome: "better" or "worse" (outside the noise), "same" (inside it), "unknown" (no noise estimate:
+        fewer than two seeds on a side) or "absent" (a number is missing).
+      difference: a - b.
+      margin: half width of the 95 % interval of the difference; None when unknown.
+    """
+
+    outcome: str
+    difference: float = 0.0
+    margin: float | None = None
+
+
+def compare(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Comparison:
+    """Welch's comparison of two {"mean", "sd", "n"}."""
+    means = [number((x or {}).get("mean")) for x in (a, b)]
+    if a is None or b is None or means[0] is None or means[1] is None:
+        return Comparison("absent")
+    difference = means[0] - means[1]
+    counts = [number(x.get("n")) or 0 for x in (a, b)]
+    deviations = [number(x.get("sd")) for x in (a, b)]
+    if min(counts) < 2 or deviations[0] is None or deviations[1] is None:
+        return Comparison("unknown", difference)
+    parts = [sd**2 / n for sd, n in zip(deviations, counts, strict=True) if sd is not None]
+    variance = sum(parts)
+    margin = 0.0
+    if variance > 0:
+        freedom = variance**2 / sum(p**2 / (n - 1) for p, n in zip(parts, counts, strict=True))
+        quantile = next((t for df, t in reversed(T_95) if df <= freedom + 1e-6), T_95[0][1])
+        margin = quantile * math.sqrt(variance)
+    if abs(difference) <= margin or difference == 0:
+        return Comparison("same", difference, margin)
+    return Comparison("better" if difference < 0 else "worse", difference, margin)
+
+
+def rows_of(summary: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
+    """The rows of the table of one kind."""
+    return [row for row in summary.get("table") or [] if row.get("kind") == kind]
+
+
+def first_row(summary: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    return next(iter(rows_of(summary, kind)), None)
+
+
+def distances(summary: Mapping[str, Any], features: str) -> dict[str, Mapping[str, Any] | None]:
+    """{"before", "after", "floor"} of "frechet" or "frechet_unseen", from the table where absent."""
+    block = summary.get(features) or {}
+    kinds = {"before": "base", "after": "vapi", "floor": "floor"}
+    return {
+        name: block.get(name) or (first_row(summary, kind) or {}).get(features)
+        for name, kind in kinds.items()
+    }
+
+
+def feature_name(summary: Mapping[str, Any], features: str) -> str:
+    named = (summary.get(features) or {}).get("feature")
+    return str(named) if named else "seen features" if features == "frechet" else "unseen features"
+
+
+def _noise(c: Comparison) -> str:
+    """How a difference stands to the noise, for use after a comma or inside parentheses."""
+    margin = "" if c.margin is None else f" (±\u00a0{show(c.margin, 2)})"
+    return {
+        "better": f"more than the noise{margin}",
+        "worse": f"more than the noise{margin}",
+        "same": f"inside the noise{margin}",
+        "unknown": "from one seed, so with no estimate of the noise",
+    }[c.outcome]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """tone: "good", "mixed", "bad" or "plain"; headline: one line; sentences: the paragraph."""
+
+    tone: str
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def _reward_sentence(summary: Mapping[str, Any]) -> tuple[str | None, str]:
+    """('rose' | 'fell' | 'stayed' | None, a sentence or '')."""
+    reward = summary.get("reward") or {}
+    first, last = number(reward.get("first")), number(reward.get("last"))
+    if first is None or last is None:
+        return None, ""
+    if abs(last - first) < 1e-3 * max(abs(first), abs(last)):
+        return "stayed", f"The reward on held-out images stayed at {show(last)}."
+    way = "rose" if last > first else "fell"
+    return way, f"The reward on held-out images {way} from {show(first)} to {show(last)}."
+
+
+def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Comparison, list[str]]:
+    """Before against after, in the features of the reward and in the others."""
+    seen, unseen = distances(summary, "frechet"), distances(summary, "frechet_unseen")
+    change = compare(seen["after"], seen["before"])
+    other = compare(unseen["after"], unseen["before"])
+    sentences = []
+    if change.outcome != "absent":
+        way = "fell" if change.difference < 0 else "rose"
+        sentences.append(
+            f"The Fréchet distance of samples to real images ({feature_name(summary, 'frechet')};"
+            f" lower is better) {way} from {show_distance(seen['before'])} to"
+            f" {show_distance(seen['after'])}, {_noise(change)}."
+        )
+    if other.outcome != "absent":
+        agree = "agree" if other.outcome == change.outcome else "do not say the same"
+        sentences.append(
+            f"Features that the reward never sees ({feature_name(summary, 'frechet_unseen')}) {agree}:"
+            f" {show_distance(unseen['before'])} became {show_distance(unseen['after'])},"
+            f" {_noise(other)}."
+        )
+    return change, other, sentences
+
+
+def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[str]]:
+    """VA-π against the base at the temperature of equal entropy: is the gain more than sharpening?"""
+    vapi, matched = first_row(summary, "vapi"), first_row(summary, "matched")
+    if vapi is None or matched is None:
+        return Comparison("absent"), []
+    comparison = compare(vapi.get("frechet"), matched.get("frechet"))
+    if comparison.outcome == "absent":
+        return comparison, []
+    temperature = number(matched.get("temperature"))
+    at = "" if temperature is None else f" (temperature {temperature:.3g})"
+    noise = _noise(comparison)
+    meaning = {
+        "better": f"so the post-trained model is better than mere sharpening makes the base, by {noise}",
+        "same": f"a difference {noise}: lowering the temperature of the base does as well, so sharpening"
+        " alone can explain what changed",
+        "worse": f"which is better than the post-trained model by {noise}: simply lowering the"
+        " temperature of the base does more",
+        "unknown": f"{noise}: this run cannot say whether the change is more than sharpening",
+    }
+    reached = show_distance(matched.get("frechet"))
+    sentences = [
+        f"The base sampled at the same entropy{at} reaches {reached}, {meaning[comparison.outcome]}."
+    ]
+    entropies = number(vapi.get("entropy")), number(matched.get("entropy"))
+    if entropies[0] is not None and entropies[1] is not None:
+        gap = entropies[1] - entropies[0]
+        if abs(gap) > 0.03:
+            sentences.append(
+                f"(The match is not exact: that control's entropy is {show(abs(gap), 2)} nats"
+                f" {'higher' if gap > 0 else 'lower'}.)"
+            )
+    return comparison, sentences
+
+
+def _control_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """VA-π against trained controls (cross-entropy only, shuffled advantages)."""
+    after = (first_row(summary, "vapi") or {}).get("frechet")
+    words = {
+        "better": "VA-π is better",
+        "worse": "VA-π is worse",
+        "same": "not to be told apart from VA-π",
+        "unknown": "one seed only",
+    }
+    said = []
+    for row in rows_of(summary, "control"):
+        outcome = compare(after, row.get("frechet")).outcome
+        if outcome != "absent":
+            name = row.get("name", "a control")
+            said.append(f"“{name}” {show_distance(row.get('frechet'))} ({words[outcome]})")
+    return [f"Trained controls: {', '.join(said)}."] if said else []
+
+
+def vapi_verdict(summary: Mapping[str, Any]) -> Verdict:
+    """The verdict on a post-training run; every clause appears only where its numbers exist."""
+    way, reward = _reward_sentence(summary)
+    change, other, distance = _distance_sentences(summary)
+    matched, sharpening = _sharpening_sentences(summary)
+    sentences = [reward, *distance, *sharpening, *_control_sentences(summary)]
+    if change.outcome not in ("absent", "unknown"):
+        sentences.append(
+            "Noise means the 95\u00a0% interval over sampling seeds of this one training run; a repeated"
+            " training may differ by more."
+        )
+    return Verdict(*_headline(way, change, other, matched), tuple(s for s in sentences if s))
+
+
+def _headline(
+    way: str | None, change: Comparison, other: Comparison, matched: Comparison
+) -> tuple[str, str]:
+    """(tone, headline). 'Good' asks for a gain over the base AND over the entropy-matched control."""
+    if change.outcome == "absent":
+        words = {"rose": "Reward rose", "fell": "Reward fell", "stayed": "Reward did not change"}
+        tone = {"rose": "plain", "fell": "bad", "stayed": "mixed"}
+        if way is None:
+            return "plain", "The run is complete"
+        return tone[way], f"{words[way]}; samples were not evaluated"
+    if change.outcome == "unknown":
+        way_text = "Lower" if change.difference < 0 else "Higher"
+        return "mixed", f"{way_text} Fréchet distance, from one seed: not conclusive"
+    reward = "" if way in (None, "rose") else f", and the reward {way}"
+    if change.outcome == "worse":
+        tail = ", although the reward rose" if way == "rose" else reward
+        return "bad", f"Samples are worse than those of the base{tail}"
+    if change.outcome == "same":
+        tail = ", although the reward rose" if way == "rose" else reward
+        return "mixed", f"No change of the samples beyond noise{tail}"
+    if matched.outcome == "worse":
+        return "mixed", "Better than the base, but a lower temperature does better still"
+    if matched.outcome == "same":
+        return "mixed", "Better than the base, but no better than lowering its temperature"
+    if other.outcome == "worse":
+        return "mixed", "Better in the features of the reward, worse in features it never sees"
+    if matched.outcome == "better":
+        if reward:
+            return "mixed", f"Better than the base, by more than sharpening{reward}"
+        return "good", "Better than the base, and by more than sharpening"
+    return "mixed", f"Better than the base; not compared at equal entropy{reward}"
+
+
+def plain_verdict(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Tokenizer and base training: where the main numbers began and ended."""
+    way, reward = _reward_sentence(summary)
+    sentences = [reward] if reward and way else []
+    for key, name in (("ce", "Held-out cross-entropy"), ("entropy", "Entropy")):
+        block = summary.get(key) or {}
+        first, last = number(block.get("first")), number(block.get("last"))
+        if first is not None and last is not None:
+            sentences.append(f"{name} went from {show(first)} to {show(last)} nats per token.")
+    losses = [v for row in history if (v := number(row.get("loss"))) is not None]
+    if len(losses) >= 10:
+        tenth = max(1, len(losses) // 10)
+        first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+        sentences.append(
+            f"The training loss went from {show(first)} (mean of the first tenth of the run) to"
+            f" {show(last)} (mean of the last)."
+        )
+        ending = "fell" if last < first else "did not fall"
+        return Verdict("plain" if last < first else "bad", f"The loss {ending}", tuple(sentences))
+    return Verdict("plain", "The run is complete", tuple(sentences))
