@@ -1,0 +1,210 @@
+"""The loop round the step: input, metrics, health, held-out evaluation, checkpoints, final weights.
+
+Nothing here knows what is being trained; see `vapi_jax.tasks`.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vapi_jax import train
+from vapi_jax.checkpoint import Checkpointer, abstract_like
+from vapi_jax.config import TrainConfig
+from vapi_jax.data import fixed_batch, make_dataset
+from vapi_jax.metrics import MetricsWriter, Progress, Timer
+from vapi_jax.sharding import replicated, shard_batch
+from vapi_jax.tasks import Task
+from vapi_jax.weights import save_safetensors
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out/"
+
+
+@dataclasses.dataclass
+class Run:
+    """What a finished run hands to its report."""
+
+    task: Task
+    params: Any
+    start_params: Any  # the parameters at step 0, where they were asked for
+    frozen: dict[str, Any]
+    first: dict[str, float]  # held-out metrics before the first step
+    last: dict[str, float]  # and after the last
+    timer: Timer
+    weights: dict[str, str]  # file -> SHA-256
+
+
+class _Clock:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        return max(elapsed, 1e-9)
+
+
+class HeldOut:
+    """The fixed held-out batch of a run and its metrics, the same images and keys at every call."""
+
+    def __init__(self, task: Task, frozen: Mapping[str, Any]):
+        config = task.config
+        batch = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
+        self._batch = shard_batch(batch, task.mesh)
+        self._frozen = frozen
+        self._rng = jax.device_put(jax.random.key(config.seed), replicated(task.mesh))
+        self._metrics = jax.jit(task.held_out)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        metrics = self._metrics(params, self._frozen, self._batch, self._rng)
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def _batches(config: TrainConfig, mesh: Mesh) -> Iterator[Any]:
+    count = jax.process_count()
+    return iter(
+        make_dataset(
+            config.data,
+            "train",
+            config.batch_size // count,
+            config.seed,
+            jax.process_index(),
+            count,
+        )
+    )
+
+
+def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = False) -> Run:
+    """Trains a task to its last step and saves the weights under `workdir`/weights.
+
+    A run whose `workdir`/checkpoints holds a checkpoint goes on from it.
+
+    Args:
+      task: what to train.
+      workdir: receives metrics.jsonl, tensorboard/, checkpoints/ and weights/.
+      keep_start: also hand back the parameters of step 0 (a second copy on the mesh).
+      quiet: no progress line.
+
+    Returns:
+      The final parameters and what a report needs.
+
+    Raises:
+      HealthError: if a step's metrics say that training is broken.
+      WeightsError: if weights to start from are missing or do not fit.
+    """
+    config, mesh, timer = task.config, task.mesh, Timer()
+    with timer.phase("setup"):
+        optimizer = train.make_optimizer(config.optimizer, config.steps)
+        state, shardings = train.init_state(task, optimizer, config.seed)
+        frozen = train.load_frozen(task)
+        start = jax.tree.map(jnp.copy, state.params) if keep_start else None
+        if config.task == "vapi" and config.vapi.needs_base:
+            frozen["base"] = start if keep_start else jax.tree.map(jnp.copy, state.params)
+        batches = _batches(config, mesh)
+        step_fn = train.make_train_step(task, optimizer, shardings)
+        held_out = HeldOut(task, frozen)
+    saver = Checkpointer(workdir / "checkpoints", config.checkpoint.keep_last)
+    if saver.latest_step() is not None:
+        state = _restore(saver, state, batches)
+    done = int(state.step)
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    pending: tuple[int, Any] | None = None
+    clock = _Clock()
+
+    with (
+        saver,
+        MetricsWriter(workdir, active=jax.process_index() == 0) as writer,
+        Progress(config.steps, config.name, first_step=done) as progress,
+    ):
+
+        def judge(step: int, params: Any) -> dict[str, float]:
+            with timer.phase("held_out"):
+                found = held_out(params)
+            writer.write(step, {HELD_OUT + name: value for name, value in found.items()})
+            return found
+
+        def settle(entry: tuple[int, Any]) -> None:
+            """Metrics of a step that has already been followed by another: nothing waits for them."""
+            step, values = entry
+            scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+            task.check(step, scalars)
+            scalars["images_per_second"] = config.batch_size / clock.lap()
+            if step % config.log_every == 0 or step == config.steps:
+                writer.write(step, scalars)
+            shown = {name: scalars[name] for name in task.headline if name in scalars}
+            progress.update(step, config.batch_size, {} if quiet else shown)
+
+        first = last = judge(done, state.params)
+        clock.lap()
+        for step in range(done + 1, config.steps + 1):
+            with timer.phase("input"):
+                batch = shard_batch(next(batches), mesh)
+            with timer.phase("step"):
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, frozen, batch)
+                if pending is not None:
+                    settle(pending)
+                pending = (step, metrics)
+            if step % config.eval.every == 0 or step == config.steps:
+                with timer.phase("step"):
+                    settle(pending)
+                pending = None
+                last = judge(step, state.params)
+                clock.lap()
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                with timer.phase("checkpoint"):
+                    _save(saver, step, state, batches)
+        with timer.phase("checkpoint"):
+            weights = _save_weights(task, state.params, workdir)
+    return Run(task, state.params, start, frozen, first, last, timer, weights)
+
+
+def _items(state: train.TrainState) -> dict[str, Any]:
+    rest = {"step": state.step, "rng": jax.random.key_data(state.rng), "extra": state.extra}
+    return {"params": state.params, "opt_state": state.opt_state, "rest": rest}
+
+
+def _save(saver: Checkpointer, step: int, state: train.TrainState, batches: Any) -> None:
+    saver.save(step, {**_items(state), "data": batches.get_state()})
+
+
+def _restore(saver: Checkpointer, state: train.TrainState, batches: Any) -> train.TrainState:
+    abstract = {**abstract_like(_items(state)), "data": bytes}
+    step, items = saver.restore(None, abstract)
+    batches.set_state(items["data"])
+    logger.info("resumed at step %d from %s", step, saver.directory)
+    rest = items["rest"]
+    return dataclasses.replace(
+        state,
+        step=rest["step"],
+        params=items["params"],
+        opt_state=items["opt_state"],
+        extra=rest["extra"],
+        rng=jax.random.wrap_key_data(rest["rng"]),
+    )
+
+
+def _save_weights(task: Task, params: Any, workdir: Path) -> dict[str, str]:
+    """Final weights as safetensors, one file a network: {file name: SHA-256}."""
+    folder = workdir / "weights"
+    digests = {}
+    for name, tree in task.weights_of(params).items():
+        path = folder / f"{name}.safetensors"
+        host = jax.tree.map(lambda x: np.asarray(jax.device_get(x)), tree)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = {"name": task.config.name, "task": task.config.task}
+            digests[path.name] = save_safetensors(path, host, facts)
+    return digests

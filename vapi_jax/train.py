@@ -1,0 +1,240 @@
+"""The one trainer: state, a jitted step, the loop. What is trained is a `Task`.
+
+Order of a step in the loop: restore (once) > input > step > metrics of the step before > held-out
+evaluation > save, all before the next batch is asked for; so a checkpoint always holds the state of
+the data iterator that belongs to it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PRNGKeyArray
+from safetensors import safe_open
+
+from vapi_jax.config import OptimizerConfig, TrainConfig
+from vapi_jax.sharding import BATCH_AXES, put_sharded, replicated, tree_shardings
+from vapi_jax.tasks import Task
+from vapi_jax.weights import WeightsError, check_like
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and the key it derives its randomness from."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    extra: Any
+    rng: PRNGKeyArray
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine to a tenth of the peak at the last step."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=0.1)
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything but norms and biases."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [str(getattr(key, "key", key)) for key in path]
+        return not (names[-1] in ("bias", "scale") or any("norm" in name for name in names))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with decoupled decay."""
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.max_grad_norm <= 0.0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state's shapes and dtypes, nothing computed."""
+    return jax.eval_shape(functools.partial(_fresh_state, task, optimizer), jax.random.key(seed))
+
+
+def _fresh_state(
+    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray
+) -> TrainState:
+    init_rng, step_rng = jax.random.split(rng)
+    params = task.init(init_rng)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        extra=task.init_extra(params),
+        rng=step_rng,
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """The layout of every array of the state: parameters and moments by name, the rest replicated."""
+    whole = replicated(mesh)
+    return TrainState(
+        step=whole,
+        params=tree_shardings(state.params, mesh),
+        opt_state=tree_shardings(state.opt_state, mesh),
+        extra=jax.tree.map(lambda _: whole, state.extra),
+        rng=whole,
+    )
+
+
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, seed: int
+) -> tuple[TrainState, TrainState]:
+    """A fresh state, and its shardings.
+
+    Parameters are born on the devices that keep them; where the task names weights to start from,
+    each device reads its own slices of the file. No device ever holds a full copy of a split array.
+
+    Raises:
+      WeightsError: if the weights to start from do not fit.
+    """
+    shapes = abstract_state(task, optimizer, seed)
+    shardings = state_shardings(shapes, task.mesh)
+    make = functools.partial(_fresh_state, task, optimizer)
+    state = jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
+    if task.init_from:
+        wanted = task.start_like(shapes.params)
+        layout = task.start_like(shardings.params)
+        loaded = load_sharded(task.init_from, wanted, layout)
+        state = dataclasses.replace(state, params=task.with_start(state.params, loaded))
+    return state, shardings
+
+
+def load_sharded(path: Any, target: Any, shardings: Any) -> Any:
+    """Safetensors weights laid out as `shardings`, each device reading its slices of the file.
+
+    Raises:
+      WeightsError: if the file cannot be read or does not fit `target`.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {
+                name: jax.ShapeDtypeStruct(tuple(part.get_shape()), jnp.float32)
+                for name, part in slices.items()
+            }
+            check_like(found, target, f"the weights in {path}")
+            return put_sharded(lambda name, index: slices[name][index], target, shardings)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+def split_microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
+    """[B, ...] -> [count, B/count, ...], every device keeping its own images.
+
+    Microbatch i takes images i, i + count, ...: with the batch axis split over devices in order, no
+    image moves.
+    """
+    spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def split(x: Array) -> Array:
+        x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted step (state, frozen weights, batch) -> (state, metrics); the state is donated.
+
+    Gradients are accumulated over microbatches by `lax.scan` and stay in the parameters' layout.
+    """
+    config = task.config
+    count = config.batch_size // (config.microbatch_size or config.batch_size)
+    schedule = learning_rate(config.optimizer, config.steps)
+
+    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any, extra: Any) -> Any:
+        loss = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (aux, extra)), grads = loss(state.params, extra, frozen, batch, rng, state.step)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), aux, extra
+
+    def train_step(
+        state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        batch = {**batch, "index": jnp.arange(config.batch_size)}
+        micro = split_microbatches(batch, count, task.mesh)
+
+        def body(carry: Any, part: Any) -> Any:
+            total, extra = carry
+            grads, aux, extra = gradients(state, frozen, rng, part, extra)
+            return (jax.tree.map(jnp.add, total, grads), extra), aux
+
+        if count == 1:
+            first = jax.tree.map(lambda x: x[0], micro)
+            grads, aux, extra = gradients(state, frozen, rng, first, state.extra)
+            aux = jax.tree.map(lambda x: x[None], aux)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            (grads, extra), aux = jax.lax.scan(body, (zeros, state.extra), micro)
+            grads = jax.tree.map(lambda g: g / count, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        params, extra = task.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
+        metrics = {
+            **task.summarize(aux),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        new = dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra
+        )
+        return new, metrics
+
+    whole = replicated(task.mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def load_frozen(task: Task) -> dict[str, Any]:
+    """The task's frozen weights on the mesh."""
+    frozen = task.load_frozen()
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        frozen,
+        tree_shardings(frozen, task.mesh),
+    )
+
+
+def base_copy(params: Any) -> Any:
+    """A second copy of the starting policy, where the KL to it is asked for."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def microbatches(config: TrainConfig) -> int:
+    """How many forward and backward passes one update takes."""
+    return config.batch_size // (config.microbatch_size or config.batch_size)
