@@ -22,6 +22,7 @@ CONFIG = vq.VQConfig(
     groupnorm_groups=4,
 )
 MODEL = vq.VQModel(CONFIG)
+RUN = jax.jit(lambda params, images: MODEL.apply({"params": params}, images))
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,33 @@ def images():
     return jax.random.uniform(jax.random.key(1), (2, 8, 8, 3), minval=-1, maxval=1)
 
 
+def random_params(model, images, seed=0):
+    """Weights of the right size, drawn by numpy: compiling the initialisers takes far longer."""
+    target = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape)
+        match path[-1].key:
+            case "scale":
+                values = 1 + 0.1 * values
+            case "bias":
+                values = 0.1 * values
+            case "kernel":
+                values = values / np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, target)
+
+
 @pytest.fixture(scope="module")
 def params(images):
-    return jax.jit(MODEL.init)(jax.random.key(0), images)["params"]
+    return random_params(MODEL, images)
 
 
 @pytest.fixture(scope="module")
 def output(params, images):
-    return jax.jit(MODEL.apply)({"params": params}, images)
+    return RUN(params, images)
 
 
 def apply(params, x, method, model=MODEL):
@@ -58,7 +78,7 @@ def test_scaling_codes_or_latents_changes_nothing(params, images, output):
     scales = jax.random.uniform(jax.random.key(2), (CONFIG.codebook_size, 1), minval=0.1, maxval=9)
     scaled = params | {"codebook": {"embedding": params["codebook"]["embedding"] * scales}}
     scaled["quant_conv"] = jax.tree.map(lambda x: 3.0 * x, params["quant_conv"])
-    got = jax.jit(MODEL.apply)({"params": scaled}, images)
+    got = RUN(scaled, images)
     np.testing.assert_array_equal(got.indices, output.indices)
     np.testing.assert_allclose(got.reconstruction, output.reconstruction, atol=1e-5)
     np.testing.assert_allclose(got.vq_loss, output.vq_loss, rtol=1e-5)
@@ -149,10 +169,13 @@ def test_full_size_presets(name, size, grid, millions):
     assert round(count / 1e6, 1) == millions
 
 
-def test_codes_start_on_the_unit_sphere(params):
-    np.testing.assert_allclose(
-        jnp.linalg.norm(params["codebook"]["embedding"], axis=-1), 1.0, atol=1e-6
-    )
+def test_codes_start_on_the_unit_sphere():
+    codes = vq.Codebook(CONFIG).init(jax.random.key(0))["params"]["embedding"]
+    assert codes.shape == (CONFIG.codebook_size, CONFIG.codebook_embed_dim)
+    np.testing.assert_allclose(jnp.linalg.norm(codes, axis=-1), 1.0, atol=1e-6)
+    raw = vq.Codebook(dataclasses.replace(CONFIG, codebook_l2_norm=False))
+    codes = raw.init(jax.random.key(0))["params"]["embedding"]
+    assert 0.9 / CONFIG.codebook_size < float(jnp.abs(codes).max()) <= 1 / CONFIG.codebook_size
 
 
 @pytest.mark.parametrize("block_size", [4, 5, 16])

@@ -7,16 +7,23 @@ all errors of a configuration are reported at once.
 
 import dataclasses
 import difflib
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vapi_jax.corruption import VARIANTS
 from vapi_jax.data import DataConfig
+from vapi_jax.data.config import SPLITS
+from vapi_jax.grpo import RATIOS
+from vapi_jax.models.janus import JanusConfig
+from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.vq import VQConfig
+from vapi_jax.policy import POLICIES, make_policy
 from vapi_jax.reward import RewardWeights
-from vapi_jax.tokenizer_loss import GeneratorWeights
+from vapi_jax.tokenizer_loss import ADVERSARIAL_KINDS, DISCRIMINATOR_KINDS, GeneratorWeights
 from vapi_jax.vapi import PRESETS, VAPiConfig
 
 TASKS = ("vapi", "tokenizer", "base")
@@ -133,16 +140,18 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> TrainConfig:
     raw = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     errors: list[str] = []
     preset = raw.get("preset", "paper")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         errors.append(f"preset={preset!r}: choose one of {tuple(PRESETS)}")
-    raw["vapi"] = {**PRESETS.get(preset, {}), **dict(raw.get("vapi", {}))}
-    for required in ("name", "task"):
+        raw["preset"] = preset = "paper"
+    if isinstance(raw.setdefault("vapi", {}), Mapping):
+        raw["vapi"] = {**PRESETS[preset], **raw["vapi"]}
+    for required, stand_in in (("name", "unnamed"), ("task", TASKS[0])):
         if required not in raw:
             errors.append(f"{required}: missing")
-    resolved = _build(TrainConfig, raw, "", errors) if not errors else None
-    if resolved is not None:
-        errors += _impossible(resolved)
-    if errors or resolved is None:
+            raw[required] = stand_in
+    resolved = _build(TrainConfig, raw, "", errors)
+    errors += _impossible(resolved)
+    if errors:
         raise ConfigError(
             f"{len(errors)} error(s) in the configuration:\n"
             + "\n".join(f"  - config.{error}" for error in errors)
@@ -150,93 +159,173 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> TrainConfig:
     return resolved
 
 
-def _build(kind: type, values: Mapping[str, Any], where: str, errors: list[str]) -> Any:
-    """A dataclass from a mapping, collecting errors instead of stopping at the first."""
+def _build(kind: type, values: Any, where: str, errors: list[str]) -> Any:
+    """A dataclass from a mapping, collecting errors instead of stopping at the first.
+
+    A value that cannot be used is left at its default, so that the rest can be judged as well.
+    """
+    if not isinstance(values, Mapping):
+        errors.append(f"{where.rstrip('.')}={values!r}: wants options of its own, not a value")
+        return kind()
     hints = typing.get_type_hints(kind)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}"
-            errors.append(f"{where}{name}: nothing reads this option{hint}")
+            errors.append(f"{where}{name}: nothing reads this option{_nearest(name, hints, where)}")
         elif dataclasses.is_dataclass(hints[name]):
             kwargs[name] = _build(hints[name], value, f"{where}{name}.", errors)
         else:
-            kwargs[name] = _coerce(value, hints[name], f"{where}{name}", errors)
-    return kind(**kwargs) if not errors else None
+            before = len(errors)
+            value = _coerce(value, hints[name], f"{where}{name}", errors)
+            if len(errors) == before:
+                kwargs[name] = value
+            elif kind is TrainConfig and name in ("name", "task"):  # these have no default
+                kwargs[name] = str(value)
+    try:
+        return kind(**kwargs)
+    except ValueError as error:  # the dataclass's own check
+        errors.append(f"{where.rstrip('.')}: {error}")
+        return kind()
+
+
+def _nearest(name: str, known: Iterable[str], where: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(known)}"
 
 
 def _coerce(value: Any, hint: Any, where: str, errors: list[str]) -> Any:
     """A value of the field's type; whole floats pass for ints and ints for floats."""
-    origin = typing.get_origin(hint)
-    if origin is tuple and isinstance(value, list | tuple):
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            errors.append(f"{where}={value!r}: wants a tuple, not {type(value).__name__}")
+            return value
         inner = typing.get_args(hint)[0]
         return tuple(_coerce(item, inner, where, errors) for item in value)
+    if typing.get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            errors.append(f"{where}={value!r}: wants options of its own, not a value")
+        return value
+    if typing.get_origin(hint) is types.UnionType:  # "int | None"
+        return value if value is None else _coerce(value, typing.get_args(hint)[0], where, errors)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint in (int, float, str, bool) and (
-        not isinstance(value, hint) or (hint is int and isinstance(value, bool))
-    ):
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         errors.append(f"{where}={value!r}: wants {hint.__name__}, not {type(value).__name__}")
     return value
 
 
 def _impossible(config: TrainConfig) -> list[str]:
     """Everything about a well-typed configuration that cannot work, each with its fix."""
-    errors = []
+    errors: list[str] = []
 
     def wants(condition: bool, message: str) -> None:
         if not condition:
             errors.append(message)
 
-    v, tokenizer = config.vapi, config.tokenizer
-    wants(config.task in TASKS, f"task={config.task!r}: choose one of {TASKS}")
-    wants(config.steps > 0, f"steps={config.steps}: wants at least 1")
-    wants(config.batch_size > 0, f"batch_size={config.batch_size}: wants at least 1")
+    def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+        wants(value in choices, f"{name}={value!r}: choose one of {tuple(choices)}")
+
+    def at_least(name: str, value: float, least: float) -> None:
+        wants(value >= least, f"{name}={value}: wants at least {least}")
+
+    one_of("task", config.task, TASKS)
+    one_of("perceptual_net", config.perceptual_net, ("vgg", "alex"))
+    one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine"))
+    one_of("eval.split", config.eval.split, SPLITS)
+    for name in ("steps", "batch_size", "cpu_devices", "log_every"):
+        at_least(name, getattr(config, name), 1)
+    at_least("decode_chunk", config.decode_chunk, 0)
+    for name in ("every", "images", "samples", "seeds", "grid_per_class", "grid_classes"):
+        at_least(f"eval.{name}", getattr(config.eval, name), 1)
+    at_least("checkpoint.every", config.checkpoint.every, 0)
+    at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        at_least(f"optimizer.{name}", getattr(config.optimizer, name), 0)
+    share = config.label_dropout
+    wants(0.0 <= share <= 1.0, f"label_dropout={share}: wants 0 to 1")
     micro = config.microbatch_size or config.batch_size
     wants(
-        micro > 0 and config.batch_size % micro == 0,
+        config.batch_size < 1 or (micro > 0 and config.batch_size % micro == 0),
         f"microbatch_size={micro}: batch_size={config.batch_size} is not a multiple of it",
     )
-    factor = tokenizer.downsample_factor
+    factor = config.tokenizer.downsample_factor
     wants(
         config.data.image_size % factor == 0,
         f"data.image_size={config.data.image_size}: the tokenizer reduces by {factor}; take a "
         "multiple of it",
     )
-    if config.task in ("vapi", "base"):
-        grid = config.data.image_size // factor
-        block = config.policy.get("block_size", grid * grid)
-        wants(
-            block == grid * grid,
-            f"policy.block_size={block}: images of {config.data.image_size} px give {grid}x{grid} "
-            f"tokens, so {grid * grid}",
-        )
-        vocab = config.policy.get("vocab_size", tokenizer.codebook_size)
-        wants(
-            vocab == tokenizer.codebook_size,
-            f"policy.vocab_size={vocab}: the tokenizer has {tokenizer.codebook_size} codes",
-        )
+    if config.task == "tokenizer":
+        training = config.tokenizer_training
+        name = "tokenizer_training."
+        one_of(f"{name}discriminator_kind", training.discriminator_kind, DISCRIMINATOR_KINDS)
+        one_of(f"{name}adversarial_kind", training.adversarial_kind, ADVERSARIAL_KINDS)
+        at_least(f"{name}restart_every", training.restart_every, 1)
+    else:
+        errors += _policy_errors(config)
     if config.task == "vapi":
-        wants(v.group_size >= 2, f"vapi.group_size={v.group_size}: advantages need at least 2")
-        wants(0.0 <= v.noise_rate <= 1.0, f"vapi.noise_rate={v.noise_rate}: wants 0 to 1")
-        wants(v.temperature > 0.0, f"vapi.temperature={v.temperature}: wants more than 0")
-        wants(0.0 <= v.token_dropout < 1.0, f"vapi.token_dropout={v.token_dropout}: wants [0, 1)")
-        wants(
-            not (v.fused and v.update_dropout),
-            "vapi.update_dropout: the fused step samples from its training forward; set "
-            "vapi.fused=False to run dropout in the update",
+        errors += _method_errors(config)
+    return errors
+
+
+def _method_errors(config: TrainConfig) -> list[str]:
+    v = config.vapi
+    checks = {
+        f"group_size={v.group_size}: advantages need at least 2": v.group_size >= 2,
+        f"noise_rate={v.noise_rate}: wants 0 to 1": 0.0 <= v.noise_rate <= 1.0,
+        f"corruption={v.corruption!r}: choose one of {VARIANTS}": v.corruption in VARIANTS,
+        f"temperature={v.temperature}: wants more than 0": v.temperature > 0.0,
+        f"ratio={v.ratio!r}: choose one of {RATIOS}": v.ratio in RATIOS,
+        f"mse_reduction={v.mse_reduction!r}: choose 'mean' or 'sum'": (
+            v.mse_reduction in ("mean", "sum")
+        ),
+        f"clip_epsilon={v.clip_epsilon}: wants more than 0": v.clip_epsilon > 0.0,
+        f"advantage_clip={v.advantage_clip}: wants more than 0": v.advantage_clip > 0.0,
+        f"kl_weight={v.kl_weight}: wants at least 0": v.kl_weight >= 0.0,
+        f"token_dropout={v.token_dropout}: wants [0, 1)": 0.0 <= v.token_dropout < 1.0,
+        f"label_dropout={v.label_dropout}: wants 0 to 1": 0.0 <= v.label_dropout <= 1.0,
+        "update_dropout: the fused step samples from its training forward; set vapi.fused=False to "
+        "run dropout in the update": not (v.fused and v.update_dropout),
+    }
+    errors = [f"vapi.{message}" for message, holds in checks.items() if not holds]
+    if not config.reward.used():
+        errors.append("reward: all weights are 0; the reward would be constant")
+    if config.reward.gan != 0.0:
+        errors.append("reward.gan: no discriminator weights can be named yet")
+    return errors
+
+
+def _policy_errors(config: TrainConfig) -> list[str]:
+    """What is wrong with the generator's options, which are those of its own kind."""
+    options, errors = dict(config.policy), []
+    kind = options.pop("kind", None)
+    if kind not in POLICIES:
+        return [f"policy.kind={kind!r}: choose one of {tuple(POLICIES)}"]
+    hints = typing.get_type_hints(JanusConfig if kind == "janus" else LlamaConfig)
+    more = ("alignment", "padding") if kind == "janus" else ("size",)
+    hints |= dict.fromkeys(more, str)
+    for name, value in options.items():
+        if name in hints:
+            options[name] = _coerce(value, hints[name], f"policy.{name}", errors)
+        else:
+            near = _nearest(name, hints, "policy.")
+            errors.append(f"policy.{name}: nothing reads this option{near}")
+    side, codes = config.data.image_size, config.tokenizer.codebook_size
+    grid = side // config.tokenizer.downsample_factor
+    length = "num_tokens" if kind == "janus" else "block_size"
+    if options.setdefault(length, grid * grid) != grid * grid:
+        errors.append(
+            f"policy.{length}={options[length]}: images of {side} px give {grid}x{grid} tokens, so "
+            f"{grid * grid}"
         )
-        wants(bool(config.reward.used()), "reward: all weights are 0; the reward would be constant")
-        wants(config.reward.gan == 0.0, "reward.gan: no discriminator weights can be named yet")
-    wants(
-        config.optimizer.schedule in ("constant", "cosine"),
-        f"optimizer.schedule={config.optimizer.schedule!r}: choose 'constant' or 'cosine'",
-    )
-    wants(
-        config.perceptual_net in ("vgg", "alex"),
-        f"perceptual_net={config.perceptual_net!r}: choose 'vgg' or 'alex'",
-    )
+    if options.setdefault("vocab_size", codes) != codes:
+        errors.append(f"policy.vocab_size={options['vocab_size']}: the tokenizer has {codes} codes")
+    if not errors:
+        try:
+            make_policy(kind, **options)
+        except ValueError as error:
+            errors.append(f"policy: {error}")
     return errors
 
 

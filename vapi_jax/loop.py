@@ -4,6 +4,7 @@ Nothing here knows what is being trained; see `vapi_jax.tasks`.
 """
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vapi_jax import train
-from vapi_jax.checkpoint import Checkpointer, abstract_like
+from vapi_jax.checkpoint import Checkpointer, CheckpointError, abstract_like
 from vapi_jax.config import TrainConfig
 from vapi_jax.data import fixed_batch, make_dataset
-from vapi_jax.metrics import MetricsWriter, Progress, Timer
+from vapi_jax.metrics import MetricsWriter, Progress, Timer, read_history
 from vapi_jax.sharding import replicated, shard_batch
 from vapi_jax.tasks import Task
 from vapi_jax.weights import save_safetensors
@@ -85,7 +86,7 @@ def _batches(config: TrainConfig, mesh: Mesh) -> Iterator[Any]:
     )
 
 
-def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = False) -> Run:
+def fit(task: Task, workdir: Path, *, keep_start: bool = False) -> Run:
     """Trains a task to its last step and saves the weights under `workdir`/weights.
 
     A run whose `workdir`/checkpoints holds a checkpoint goes on from it.
@@ -94,7 +95,6 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = Fa
       task: what to train.
       workdir: receives metrics.jsonl, tensorboard/, checkpoints/ and weights/.
       keep_start: also hand back the parameters of step 0 (a second copy on the mesh).
-      quiet: no progress line.
 
     Returns:
       The final parameters and what a report needs.
@@ -118,8 +118,6 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = Fa
     if saver.latest_step() is not None:
         state = _restore(saver, state, batches)
     done = int(state.step)
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
     pending: tuple[int, Any] | None = None
     clock = _Clock()
 
@@ -136,7 +134,7 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = Fa
             return found
 
         def settle(entry: tuple[int, Any]) -> None:
-            """Metrics of a step that has already been followed by another: nothing waits for them."""
+            """Metrics of a step that another has followed already: nothing waits for them."""
             step, values = entry
             scalars = {name: float(value) for name, value in jax.device_get(values).items()}
             task.check(step, scalars)
@@ -144,9 +142,11 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = Fa
             if step % config.log_every == 0 or step == config.steps:
                 writer.write(step, scalars)
             shown = {name: scalars[name] for name in task.headline if name in scalars}
-            progress.update(step, config.batch_size, {} if quiet else shown)
+            progress.update(step, config.batch_size, shown)
 
         first = last = judge(done, state.params)
+        if done:
+            first = _first_judgement(workdir, first)
         clock.lap()
         for step in range(done + 1, config.steps + 1):
             with timer.phase("input"):
@@ -164,11 +164,24 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False, quiet: bool = Fa
                 last = judge(step, state.params)
                 clock.lap()
             if config.checkpoint.every and step % config.checkpoint.every == 0:
+                if pending is not None:  # a broken step must not be saved
+                    with timer.phase("step"):
+                        settle(pending)
+                    pending = None
                 with timer.phase("checkpoint"):
                     _save(saver, step, state, batches)
         with timer.phase("checkpoint"):
             weights = _save_weights(task, state.params, workdir)
     return Run(task, state.params, start, frozen, first, last, timer, weights)
+
+
+def _first_judgement(workdir: Path, default: dict[str, float]) -> dict[str, float]:
+    """Held-out metrics of the first row that has them: step 0 of a run that was resumed."""
+    for row in read_history(workdir / "metrics.jsonl"):
+        found = {k.removeprefix(HELD_OUT): v for k, v in row.items() if k.startswith(HELD_OUT)}
+        if found:
+            return found
+    return default
 
 
 def _items(state: train.TrainState) -> dict[str, Any]:
@@ -177,13 +190,17 @@ def _items(state: train.TrainState) -> dict[str, Any]:
 
 
 def _save(saver: Checkpointer, step: int, state: train.TrainState, batches: Any) -> None:
-    saver.save(step, {**_items(state), "data": batches.get_state()})
+    data = json.dumps(batches.get_state()).encode()
+    saver.save(step, {**_items(state), "data": data})
 
 
 def _restore(saver: Checkpointer, state: train.TrainState, batches: Any) -> train.TrainState:
     abstract = {**abstract_like(_items(state)), "data": bytes}
-    step, items = saver.restore(None, abstract)
-    batches.set_state(items["data"])
+    try:
+        step, items = saver.restore(None, abstract)
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Give this run another --workdir") from error
+    batches.set_state(json.loads(items["data"]))
     logger.info("resumed at step %d from %s", step, saver.directory)
     rest = items["rest"]
     return dataclasses.replace(

@@ -109,9 +109,19 @@ def generate(
     if guided and cfg_interval > -1:
         guided = min(guided, cfg_interval + 2)
     tokens, entropies = _generate(
-        policy, params, condition, rng, sample_ids, jnp.float32(temperature), jnp.float32(cfg_scale),
-        top_k=top_k, top_p=top_p, guided=guided, greedy=greedy, with_entropy=return_entropy,
-    )  # fmt: skip
+        policy,
+        params,
+        condition,
+        rng,
+        sample_ids,
+        jnp.float32(temperature),
+        jnp.float32(cfg_scale),
+        top_k=top_k,
+        top_p=top_p,
+        guided=guided,
+        greedy=greedy,
+        with_entropy=return_entropy,
+    )
     return (tokens, entropies) if return_entropy else tokens
 
 

@@ -23,10 +23,10 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(^|/)(tokenizer|discriminator|perceptual)/", PartitionSpec()),
     (r"norm\w*/", PartitionSpec()),
     (r"/bias$", PartitionSpec()),
-    (r"layers/attention/(wqkv|q|k|v)\w*/kernel$", PartitionSpec(None, "fsdp", None)),
-    (r"layers/attention/\w*o\w*/kernel$", PartitionSpec(None, None, "fsdp")),
-    (r"layers/\w+/(w1|w3|gate_proj|up_proj)/kernel$", PartitionSpec(None, "fsdp", None)),
-    (r"layers/\w+/(w2|down_proj)/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"layers/attention/(wqkv|wq|wk|wv)/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/attention/wo/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"layers/feed_forward/(w1|w3)/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/feed_forward/w2/kernel$", PartitionSpec(None, None, "fsdp")),
     (r"embed\w*/embedding$", PartitionSpec(None, "fsdp")),
     (r"uncond_embedding$", PartitionSpec()),
     (r"/kernel$", PartitionSpec("fsdp", None)),
@@ -77,7 +77,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, spec in PARTITION_RULES:
         if re.search(pattern, path):
             if len(spec) not in (0, len(shape)):
-                raise ValueError(f"{path} has shape {shape}, its partition rule {pattern} is {spec}")
+                raise ValueError(f"{path} has shape {shape}, its rule {pattern} is {spec}")
             axes = [
                 axis if axis is None or size % mesh.shape[axis] == 0 else None
                 for axis, size in zip(spec, shape, strict=False)
@@ -90,7 +90,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of arrays or ShapeDtypeStructs, by the table above."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)

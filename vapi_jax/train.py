@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from vapi_jax.config import OptimizerConfig, TrainConfig
+from vapi_jax.config import OptimizerConfig
 from vapi_jax.sharding import BATCH_AXES, put_sharded, replicated, tree_shardings
 from vapi_jax.tasks import Task
 from vapi_jax.weights import WeightsError, check_like
@@ -95,7 +95,7 @@ def _fresh_state(
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The layout of every array of the state: parameters and moments by name, the rest replicated."""
+    """The layout of the whole state: parameters and moments by name, the rest replicated."""
     whole = replicated(mesh)
     return TrainState(
         step=whole,
@@ -144,7 +144,7 @@ def load_sharded(path: Any, target: Any, shardings: Any) -> Any:
             }
             check_like(found, target, f"the weights in {path}")
             return put_sharded(lambda name, index: slices[name][index], target, shardings)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
@@ -228,13 +228,3 @@ def load_frozen(task: Task) -> dict[str, Any]:
         frozen,
         tree_shardings(frozen, task.mesh),
     )
-
-
-def base_copy(params: Any) -> Any:
-    """A second copy of the starting policy, where the KL to it is asked for."""
-    return jax.tree.map(jnp.copy, params)
-
-
-def microbatches(config: TrainConfig) -> int:
-    """How many forward and backward passes one update takes."""
-    return config.batch_size // (config.microbatch_size or config.batch_size)

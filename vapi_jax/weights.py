@@ -25,6 +25,8 @@ Params = Mapping[str, Any]
 _ASSETS = Path(__file__).parent / "assets"
 ASSETS = {kind: _ASSETS / f"demo_{kind}.safetensors" for kind in ("tokenizer", "policy")}
 """The weights that ship with the package, trained by configs/demo_tokenizer.py and demo_base.py."""
+DIGESTS = _ASSETS / "digests.json"
+"""SHA-256 of each of them."""
 
 
 class WeightsError(ValueError):
@@ -214,6 +216,29 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
     if dtype is not None:
         flat = {name: array.astype(dtype) for name, array in flat.items()}
     return unflatten(flat)
+
+
+def resolve_path(path: str, kind: str) -> Path | None:
+    """The file that an option of `config.init` names: None for "", the shipped file for "demo".
+
+    Raises:
+      WeightsError: if the shipped file is absent or is not the one that was shipped.
+    """
+    if not path:
+        return None
+    if path != "demo":
+        return Path(path)
+    shipped = ASSETS[kind]
+    if not shipped.exists():
+        raise WeightsError(f"{shipped} is missing: reinstall the package")
+    wanted = json.loads(DIGESTS.read_text())[shipped.name]
+    found = sha256_file(shipped)
+    if found != wanted:
+        raise WeightsError(
+            f"{shipped} is damaged: its SHA-256 is {found}, {DIGESTS.name} says {wanted}. Reinstall "
+            "the package, or bring the file back from version control"
+        )
+    return shipped
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def test_discriminator_step(arrays, patchgan):
         assert error < 3e-5, f"{key}: {error}"
 
 
+@pytest.mark.slow
 def test_generator_step(golden, arrays, patchgan):
     model, params, stats = patchgan
     train = golden.npz("vq")

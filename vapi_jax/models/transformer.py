@@ -6,8 +6,9 @@ over blocks. Parameters are float32; `dtype` is what the matmuls run in.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def rope_table_2d(
 def rotate(
     x: Float[Array, "B S H hd"], rope: Float[Array, "... hd_half 2"], interleaved: bool
 ) -> Float[Array, "B S H hd"]:
-    """Turns query or key pairs in float32; `rope` is [S, hd/2, 2] or, per sample, [B, S, hd/2, 2]."""
+    """Turns query or key pairs, in float32; `rope` has a leading B where samples differ."""
     cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]
     x32 = x.astype(jnp.float32)
     if interleaved:
@@ -79,23 +80,24 @@ def rotate(
 # Attention ---------------------------------------------------------------------------------------
 
 
-def attention_implementation(requested: str, dtype: Any, head_dim: int) -> str:
+Implementation = Literal["xla", "cudnn"]
+
+
+def attention_implementation(requested: str, dtype: str, head_dim: int) -> Implementation:
     """Resolves "auto" | "xla" | "cudnn"; raises ValueError where cuDNN is asked for but cannot be.
 
     cuDNN's fused kernel exists on NVIDIA GPUs for 16-bit floats and heads of 8, 16, .. 128.
     """
     fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    on_gpu = jax.default_backend() == "gpu"
-    if requested == "auto":
-        return "cudnn" if fits and on_gpu else "xla"
-    if requested == "cudnn" and not (fits and on_gpu):
+    possible = fits and jax.default_backend() == "gpu"
+    if requested not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', not {requested!r}")
+    if requested == "cudnn" and not possible:
         raise ValueError(
             f"cudnn attention needs a GPU, a 16-bit dtype and a head width that is a multiple of 8 "
             f"up to 128; got {jax.default_backend()}, {dtype}, {head_dim}"
         )
-    if requested not in ("xla", "cudnn"):
-        raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', not {requested!r}")
-    return requested
+    return "cudnn" if possible and requested != "xla" else "xla"
 
 
 def attend(
@@ -103,7 +105,7 @@ def attend(
     k: Float[Array, "B S KV hd"],
     v: Float[Array, "B S KV hd"],
     mask: Bool[Array, "B 1 S S"] | None,
-    implementation: str,
+    implementation: Implementation,
 ) -> Float[Array, "B S H hd"]:
     """Causal attention over a whole sequence. `mask` None: plainly causal, no mask array exists."""
     length = q.shape[1]
@@ -407,4 +409,4 @@ def step_blocks(
         x, k, v = Block(config).apply(variables, *args, method="step")
         keys.append(k)
         values.append(v)
-    return x, cache.replace(keys=tuple(keys), values=tuple(values))
+    return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))

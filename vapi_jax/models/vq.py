@@ -121,7 +121,7 @@ def nearest_codes(
     if num_codes <= block_size or num_codes % block_size:
         return jnp.argmin(squared_distances(latents, codebook), axis=-1).astype(jnp.int32)
 
-    def visit(best, block):
+    def visit(best: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple, None]:
         best_distance, best_index = best
         codes, offset = block
         distances = squared_distances(latents, codes)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from vapi_jax.models.vq import VQModel
 from vapi_jax.pixels import PixelSpace
 from vapi_jax.policy import Policy, drop_condition, make_policy
 from vapi_jax.tasks.task import Aux, HealthError, Scalars, Task, mean_of
-from vapi_jax.weights import ASSETS, WeightsError, check_like, load_safetensors
+from vapi_jax.weights import WeightsError, check_like, load_safetensors, resolve_path
 
 # A bf16 update forward over B·G rows may round unlike its sampling forward over B rows.
 _RATIO_TOLERANCE = 0.02
@@ -50,8 +51,8 @@ class GeneratorTask(Task):
         )
 
     @property
-    def init_from(self) -> str:
-        return ASSETS["policy"] if self.config.init.policy == "demo" else self.config.init.policy
+    def init_from(self) -> Path | None:
+        return resolve_path(self.config.init.policy, "policy")
 
     def init(self, rng: PRNGKeyArray) -> Any:
         return self.policy.init(rng)
@@ -66,14 +67,19 @@ class GeneratorTask(Task):
         if not path:
             raise WeightsError(
                 "config.init.tokenizer: name a safetensors file of tokenizer weights "
-                "(configs/demo_tokenizer.py trains one), or 'demo' for the shipped one"
+                "(configs/demo_tokenizer.py trains one), 'demo' for the shipped one, or 'random' for "
+                "an untrained one that only exercises the code"
             )
-        params = load_safetensors(ASSETS["tokenizer"] if path == "demo" else path, "float32")
         side = self.config.data.image_size
-        wanted = jax.eval_shape(
-            lambda: self.pixels.tokenizer.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))
-        )["params"]
-        check_like(params, wanted, f"the tokenizer weights {path}")
+
+        def fresh() -> Any:
+            key = jax.random.key(self.config.seed)
+            return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+        if path == "random":
+            return jax.device_get(jax.jit(fresh)())
+        params = load_safetensors(resolve_path(path, "tokenizer"), "float32")
+        check_like(params, jax.eval_shape(fresh), f"the tokenizer weights {path}")
         return params
 
     def load_frozen(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ trainer.
 import abc
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,9 +45,9 @@ class Task(abc.ABC):
         """Trainable parameters from scratch; traced, so that they are born sharded."""
 
     @property
-    def init_from(self) -> str:
-        """The safetensors file to start from instead, or ""."""
-        return ""
+    def init_from(self) -> Path | None:
+        """The safetensors file to start from instead, if any."""
+        return None
 
     def init_extra(self, params: Params) -> Any:
         """State beside the parameters that gradients do not touch (running statistics)."""

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.models.vq import VQModel, VQOutput, codebook_usage, restart_dead_codes
 from vapi_jax.tasks.task import Aux, Scalars, Task
 from vapi_jax.tokenizer_loss import discriminator_step_loss, generator_loss
-from vapi_jax.weights import ASSETS
+from vapi_jax.weights import resolve_path
 
 _USAGE_DECAY = 0.98
 
@@ -47,9 +48,8 @@ class TokenizerTask(Task):
         return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
-    def init_from(self) -> str:
-        path = self.config.init.tokenizer
-        return ASSETS["tokenizer"] if path == "demo" else path
+    def init_from(self) -> Path | None:
+        return resolve_path(self.config.init.tokenizer, "tokenizer")
 
     def start_like(self, params: Any) -> Any:
         return params["tokenizer"]

@@ -1,0 +1,81 @@
+# Sourced by demo.sh and test.sh: finds a Python, makes .venv beside pyproject.toml, installs into it.
+# Afterwards $root is the repository and $python the interpreter of the environment.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="${VAPI_VENV:-$root/.venv}"
+python="$venv/bin/python"
+marker="$venv/made-by-vapi_jax"
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# The first Python >= 3.11 that runs and can make environments. A name on PATH may be a shim of a
+# version manager that does not run, so every candidate is tried and not just looked up.
+find_python() {
+  local candidate without_venv=""
+  for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
+    command -v "$candidate" >/dev/null 2>&1 || continue
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue
+    if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+    without_venv="$candidate"
+  done
+  if [ -n "$without_venv" ]; then
+    die "$without_venv cannot make environments: install its venv module (Debian and Ubuntu:" \
+      "the package python3-venv), or name another interpreter: PYTHON=/path/to/python $0"
+  fi
+  die "needs Python 3.11 or newer (python3.13, python3.12, python3.11 or python3 on PATH)." \
+    "Install one, or name it: PYTHON=/path/to/python $0"
+}
+
+# What the installed environment depends on. The place belongs to it: an editable install in a
+# copied tree would still run the code of the original.
+digest() {
+  "$python" - "$root" "$1" <<'PY'
+import hashlib, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+text = repr((sys.version, str(root), sys.argv[2])).encode()
+for name in ("pyproject.toml", "constraints.txt"):
+    text += (root / name).read_bytes()
+print(hashlib.sha256(text).hexdigest())
+PY
+}
+
+# prepare [EXTRA]: the environment with the base dependencies, and those of one extra.
+# A stamp for each extra makes the second call free; it is written last, so that an interrupted
+# installation is taken up again.
+prepare() {
+  local extra="${1:-}" found wanted stamp started=$SECONDS log="$venv/install.log"
+  if [ -e "$venv" ] && [ ! -e "$marker" ]; then
+    die "$venv exists and was not made by this script, which leaves it alone." \
+      "Move it away, or choose another place: VAPI_VENV=/some/directory $0"
+  fi
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    found="$(find_python)"
+    printf 'Making %s with %s (%s)\n' "$venv" "$found" "$("$found" --version)"
+    mkdir -p "$venv"
+    touch "$marker"
+    rm -f "$venv"/installed-*
+    "$found" -m venv --clear "$venv" || die "$found could not make an environment in $venv"
+    touch "$marker"
+  fi
+  wanted="$(digest "$extra")"
+  stamp="$venv/installed-${extra:-base}"
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    return
+  fi
+  printf 'Installing vapi_jax%s (a minute or two; log: %s)\n' "${extra:+ with the extra $extra}" "$log"
+  if ! "$python" -m pip install --no-input --disable-pip-version-check \
+    -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    die "the installation failed, most often for want of a network or of disk space (1.5 GB)." \
+      "The whole log: $log"
+  fi
+  printf '%s\n' "$wanted" >"$stamp"
+  printf 'Installed in %d s\n' "$((SECONDS - started))"
+}
