@@ -9,10 +9,20 @@ Published: FID 14.36 -> 7.65, IS 86.55 -> 116.70 (50k samples, no guidance); 2.3
 
 100 steps of 128 images see 12.8k images, 1 % of ImageNet-1k. `--config.preset=reference` switches
 to what the authors' released code does instead of the paper; see the README for the differences.
-":tiny" runs the same path on small models and photographs in seconds on a CPU.
+":tiny" runs the same path with the demo's models on photographs in seconds on a CPU.
 """
 
+import importlib.util
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+
+def _sibling(name: str):  # configs are files, not a package: a recipe can be copied anywhere
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -72,19 +82,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.update({"steps": 3, "batch_size": 16, "microbatch_size": 8, "cpu_devices": 8})
         config.mesh.update({"data": 2, "fsdp": 4})
         config.data.update({"name": "photos", "image_size": 32, "num_threads": 1, "prefetch": 2})
-        config.tokenizer.update(
-            {
-                "codebook_size": 64,
-                "ch": 32,
-                "encoder_ch_mult": (1, 1, 1),
-                "decoder_ch_mult": (1, 1, 1),
-                "num_res_blocks": 1,
-                "z_channels": 32,
-            }
-        )
-        del config.policy.size
-        config.policy.update({"dim": 64, "n_layer": 2, "n_head": 4, "num_classes": 12})
-        config.init.update({"tokenizer": "random", "policy": ""})
+        demo = _sibling("c2i_demo").get_config()
+        config.tokenizer.update(demo.tokenizer)
+        config.policy = ConfigDict({**demo.policy, "dtype": "bfloat16", "remat": "full"})
+        config.init.update(demo.init)
         config.vapi.update({"group_size": 4})
         config.eval.update({"every": 2, "images": 8})
         config.checkpoint.update({"every": 2})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax.models import vq
+from vapi_jax.models import quantize, vq
 from vapi_jax.weights import flatten
 
 CONFIG = vq.VQConfig(
@@ -128,7 +128,7 @@ def test_straight_through_gradient(params):
         return (MODEL.apply({"params": params}, z, method="from_latents").quantized * probe).sum()
 
     def straight(z):
-        return (vq.l2_normalize(z) * probe).sum()
+        return (quantize.l2_normalize(z) * probe).sum()
 
     np.testing.assert_allclose(
         jax.jit(jax.grad(through))(latents), jax.grad(straight)(latents), rtol=1e-5, atol=1e-7
@@ -184,44 +184,44 @@ def test_nearest_codes_in_blocks(block_size):
     latents = jax.random.normal(jax.random.key(5), (200, 3))
     codebook = jax.random.normal(jax.random.key(6), (16, 3))
     distances = np.square(np.asarray(latents)[:, None] - np.asarray(codebook)[None]).sum(-1)
-    got = jax.jit(vq.nearest_codes, static_argnums=2)(latents, codebook, block_size)
+    got = jax.jit(quantize.nearest_codes, static_argnums=2)(latents, codebook, block_size)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, distances.argmin(-1))
 
 
 def test_the_smaller_index_wins_a_tie_across_blocks():
     codebook = jnp.tile(jnp.eye(3), (4, 1))
-    np.testing.assert_array_equal(vq.nearest_codes(jnp.eye(3), codebook, 3), [0, 1, 2])
+    np.testing.assert_array_equal(quantize.nearest_codes(jnp.eye(3), codebook, 3), [0, 1, 2])
 
 
 def test_l2_normalize_has_a_finite_gradient_at_zero():
     zero = jnp.zeros(4)
-    np.testing.assert_array_equal(vq.l2_normalize(zero), zero)
-    assert np.isfinite(jax.grad(lambda x: vq.l2_normalize(x).sum())(zero)).all()
+    np.testing.assert_array_equal(quantize.l2_normalize(zero), zero)
+    assert np.isfinite(jax.grad(lambda x: quantize.l2_normalize(x).sum())(zero)).all()
 
 
 def test_entropy_loss_extremes():
     """Sure and even: -log K. Sure of one and the same code, or undecided: 0."""
     sure_and_even, same = 100.0 * jnp.eye(8), 100.0 * jnp.eye(8)[:1].repeat(8, 0)
-    np.testing.assert_allclose(vq.entropy_loss(sure_and_even, 1.0), -np.log(8), atol=1e-3)
-    np.testing.assert_allclose(vq.entropy_loss(same, 1.0), 0.0, atol=1e-3)
-    np.testing.assert_allclose(vq.entropy_loss(jnp.zeros((8, 8)), 1.0), 0.0, atol=1e-3)
+    np.testing.assert_allclose(quantize.entropy_loss(sure_and_even, 1.0), -np.log(8), atol=1e-3)
+    np.testing.assert_allclose(quantize.entropy_loss(same, 1.0), 0.0, atol=1e-3)
+    np.testing.assert_allclose(quantize.entropy_loss(jnp.zeros((8, 8)), 1.0), 0.0, atol=1e-3)
 
 
 def test_codebook_usage():
-    assert vq.codebook_usage(jnp.array([[0, 3], [3, 3]]), 8) == 0.25
-    assert vq.codebook_usage(jnp.arange(8), 8) == 1.0
+    assert quantize.codebook_usage(jnp.array([[0, 3], [3, 3]]), 8) == 0.25
+    assert quantize.codebook_usage(jnp.arange(8), 8) == 1.0
 
 
 def test_restart_dead_codes():
     codebook = jax.random.normal(jax.random.key(7), (6, 3))
     latents = 5.0 * jax.random.normal(jax.random.key(8), (9, 3))
     counts = jnp.array([4.0, 0.0, 0.5, 2.0, 0.0, 1.0])
-    restart = jax.jit(vq.restart_dead_codes)
+    restart = jax.jit(quantize.restart_dead_codes)
     got = restart(jax.random.key(9), codebook, counts, latents)
     live = np.array([0, 3, 5])
     np.testing.assert_array_equal(got[live], codebook[live])
-    unit = np.asarray(vq.l2_normalize(latents))
+    unit = np.asarray(quantize.l2_normalize(latents))
     sources = [int(np.abs(unit - row).max(-1).argmin()) for row in np.asarray(got)[[1, 2, 4]]]
     np.testing.assert_allclose(got[np.array([1, 2, 4])], unit[sources], atol=1e-6)
     assert len(set(sources)) == 3, "two dead codes landed on one latent"

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vapi_jax.models.layers import conv2d
-from vapi_jax.models.vq import VQOutput, codebook_usage
+from vapi_jax.models.quantize import codebook_usage
+from vapi_jax.models.vq import VQOutput
 
 Scalar = Float[Array, ""]
 

@@ -83,14 +83,20 @@ def abstract_state(task: Task, optimizer: optax.GradientTransformation, seed: in
 def _fresh_state(
     task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray
 ) -> TrainState:
-    init_rng, step_rng = jax.random.split(rng)
-    params = task.init(init_rng)
+    init_rng, _ = jax.random.split(rng)
+    return _state_of(task, optimizer, rng, task.init(init_rng))
+
+
+def _state_of(
+    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray, params: Any
+) -> TrainState:
+    """Step 0 with these parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         extra=task.init_extra(params),
-        rng=step_rng,
+        rng=jax.random.split(rng)[1],
     )
 
 
@@ -117,16 +123,22 @@ def init_state(
     Raises:
       WeightsError: if the weights to start from do not fit.
     """
-    shapes = abstract_state(task, optimizer, seed)
+    shapes, rng = abstract_state(task, optimizer, seed), jax.random.key(seed)
     shardings = state_shardings(shapes, task.mesh)
-    make = functools.partial(_fresh_state, task, optimizer)
-    state = jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
-    if task.init_from:
-        wanted = task.start_like(shapes.params)
-        layout = task.start_like(shardings.params)
-        loaded = load_sharded(task.init_from, wanted, layout)
-        state = dataclasses.replace(state, params=task.with_start(state.params, loaded))
-    return state, shardings
+    if task.init_from is None:
+        make = functools.partial(_fresh_state, task, optimizer)
+        return jax.jit(make, out_shardings=shardings)(rng), shardings
+    loaded = load_sharded(
+        task.init_from, task.start_like(shapes.params), task.start_like(shardings.params)
+    )
+    make = functools.partial(_state_of, task, optimizer)
+    params = task.with_start(loaded, functools.partial(_init_sharded, task, shardings, rng))
+    return jax.jit(make, out_shardings=shardings)(rng, params), shardings
+
+
+def _init_sharded(task: Task, shardings: TrainState, rng: PRNGKeyArray) -> Any:
+    """Fresh parameters in their layout, where weights cover a part of them only."""
+    return jax.jit(task.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
 
 
 def load_sharded(path: Any, target: Any, shardings: Any) -> Any:

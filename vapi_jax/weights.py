@@ -192,7 +192,7 @@ def save_safetensors(
     """
     path = Path(path)
     arrays = {
-        name: np.ascontiguousarray(np.asarray(jax.device_get(leaf), dtype=dtype))
+        name: np.asarray(jax.device_get(leaf), dtype=dtype, order="C")
         for name, leaf in flatten(params).items()
     }
     header = {"vapi_jax": json.dumps(dict(metadata or {}), sort_keys=True)}
@@ -242,9 +242,16 @@ def resolve_path(path: str, kind: str) -> Path | None:
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """The facts that `save_safetensors` stored in the file's header."""
-    with safe_open(path, framework="numpy") as file:
-        return json.loads((file.metadata() or {}).get("vapi_jax", "{}"))
+    """The facts that `save_safetensors` stored in the file's header.
+
+    Raises:
+      WeightsError: if the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("vapi_jax", "{}"))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def sha256_file(path: str | Path) -> str:

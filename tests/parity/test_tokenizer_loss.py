@@ -38,13 +38,13 @@ def patchgan(golden, arrays):
         tensors,
         target["params"],
         discriminator.NAME_RULES,
-        discriminator.IGNORED_REFERENCE_NAMES,
+        discriminator.IGNORED_NAMES,
     )
     stats = from_reference(
         tensors,
         target["batch_stats"],
         discriminator.STATS_NAME_RULES,
-        discriminator.STATS_IGNORED_REFERENCE_NAMES,
+        discriminator.STATS_IGNORED_NAMES,
     )
     return model, params, stats
 
@@ -122,7 +122,7 @@ def test_generator_step(golden, arrays, patchgan):
     image = nhwc(arrays["image"])
     target = jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
     tensors = golden.tensors("vq")
-    vq_params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_REFERENCE_NAMES)
+    vq_params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_NAMES)
     vgg = lpips.load_lpips_params("vgg")
 
     def apply_tokenizer(vq_params, image):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import relative_l2
-from vapi_jax.models import vq
+from vapi_jax.models import quantize, vq
 from vapi_jax.weights import from_reference, to_reference
 
 
@@ -26,7 +26,7 @@ def build(golden, **overrides):
     image = jax.ShapeDtypeStruct(nhwc(arrays["image"]).shape, jnp.float32)
     target = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     tensors = golden.tensors("vq")
-    params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_REFERENCE_NAMES)
+    params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_NAMES)
     return model, params, arrays
 
 
@@ -117,7 +117,7 @@ def test_training_losses(training):
     np.testing.assert_allclose(out.reconstruction, nhwc(arrays["train_recon"]), atol=3e-5)
     # The reference counts distinct codes of a ring buffer that starts as all zeros.
     ring = jnp.concatenate([jnp.zeros(1, jnp.int32), out.indices.reshape(-1)])
-    usage = vq.codebook_usage(ring, model.config.codebook_size)
+    usage = quantize.codebook_usage(ring, model.config.codebook_size)
     np.testing.assert_allclose(usage, arrays["train_codebook_usage"], atol=1e-7)
 
 

@@ -113,14 +113,14 @@ _PARAMETERS = r"main\.\d+\.(weight|bias)"
 _STATISTICS = r"main\.\d+\.(running_mean|running_var)"
 _COUNTERS = r"main\.\d+\.num_batches_tracked"
 
-# 'params': from_reference(tensors, target, NAME_RULES, IGNORED_REFERENCE_NAMES)
+# 'params': from_reference(tensors, target, NAME_RULES, IGNORED_NAMES)
 NAME_RULES: tuple[Rule, ...] = (
     Rule(r"main_(\d+)/kernel", r"main.\1.weight", "conv"),
     Rule(r"main_(\d+)/scale", r"main.\1.weight"),
     Rule(r"main_(\d+)/bias", r"main.\1.bias"),
 )
-IGNORED_REFERENCE_NAMES: tuple[str, ...] = (_STATISTICS, _COUNTERS)
+IGNORED_NAMES: tuple[str, ...] = (_STATISTICS, _COUNTERS)
 
-# 'batch_stats': from_reference(tensors, target, STATS_NAME_RULES, STATS_IGNORED_REFERENCE_NAMES)
+# 'batch_stats': from_reference(tensors, target, STATS_NAME_RULES, STATS_IGNORED_NAMES)
 STATS_NAME_RULES: tuple[Rule, ...] = (Rule(r"main_(\d+)/(mean|var)", r"main.\1.running_\2"),)
-STATS_IGNORED_REFERENCE_NAMES: tuple[str, ...] = (_PARAMETERS, _COUNTERS)
+STATS_IGNORED_NAMES: tuple[str, ...] = (_PARAMETERS, _COUNTERS)

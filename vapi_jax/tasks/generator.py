@@ -67,17 +67,14 @@ class GeneratorTask(Task):
         if not path:
             raise WeightsError(
                 "config.init.tokenizer: name a safetensors file of tokenizer weights "
-                "(configs/demo_tokenizer.py trains one), 'demo' for the shipped one, or 'random' for "
-                "an untrained one that only exercises the code"
+                "(configs/demo_tokenizer.py trains one), or 'demo' for the shipped one"
             )
         side = self.config.data.image_size
 
         def fresh() -> Any:
-            key = jax.random.key(self.config.seed)
+            key = jax.random.key(0)
             return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
-        if path == "random":
-            return jax.device_get(jax.jit(fresh)())
         params = load_safetensors(resolve_path(path, "tokenizer"), "float32")
         check_like(params, jax.eval_shape(fresh), f"the tokenizer weights {path}")
         return params

@@ -6,7 +6,7 @@ trainer.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,9 @@ class Task(abc.ABC):
         """The part of the parameters that `init_from` replaces: all of them."""
         return params
 
-    def with_start(self, params: Params, loaded: Params) -> Params:
-        """The parameters with that part replaced."""
-        del params
+    def with_start(self, loaded: Params, fresh: Callable[[], Params]) -> Params:
+        """All parameters, of which `loaded` replaces `start_like`; `fresh` makes the others."""
+        del fresh
         return loaded
 
 

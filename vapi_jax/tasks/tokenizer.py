@@ -1,7 +1,7 @@
 """The task that trains the tokenizer with its discriminator, as LlamaGen does (Eq. 30-33)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax import reward
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.lpips import load_lpips_params, lpips
-from vapi_jax.models.vq import VQModel, VQOutput, codebook_usage, restart_dead_codes
+from vapi_jax.models.quantize import codebook_usage, restart_dead_codes
+from vapi_jax.models.vq import VQModel, VQOutput
 from vapi_jax.tasks.task import Aux, Scalars, Task
 from vapi_jax.tokenizer_loss import discriminator_step_loss, generator_loss
 from vapi_jax.weights import resolve_path
@@ -54,8 +55,10 @@ class TokenizerTask(Task):
     def start_like(self, params: Any) -> Any:
         return params["tokenizer"]
 
-    def with_start(self, params: Any, loaded: Any) -> Any:
-        return {**params, "tokenizer": loaded}
+    def with_start(self, loaded: Any, fresh: Callable[[], Any]) -> Any:
+        if self.discriminator is None:
+            return {"tokenizer": loaded}
+        return {**fresh(), "tokenizer": loaded}
 
     def _example(self) -> Array:
         side = self.config.data.image_size
