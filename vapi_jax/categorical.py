@@ -9,7 +9,7 @@ def sample_group(
     rng: PRNGKeyArray,
     logits: Float[Array, "*batch T V"],
     group_size: int,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> Int[Array, "*batch G T"]:
     """G token grids, every position drawn independently from softmax(logits / temperature).
 

@@ -77,7 +77,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 def array_digest(leaf: Any) -> str:
     """SHA-256 of an array's bytes in C order: independent of its sharding."""
     host = np.ascontiguousarray(_host_array(leaf))
-    return hashlib.sha256(host.reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _gather_text(value: bytes) -> list[str]:

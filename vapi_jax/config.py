@@ -76,6 +76,7 @@ class InitConfig:
 
     tokenizer: str = ""
     policy: str = ""
+    discriminator: str = ""  # of the GAN reward: weights/discriminator.safetensors of a tokenizer run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,14 +292,15 @@ def _method_errors(config: TrainConfig) -> list[str]:
     errors = [f"vapi.{message}" for message, holds in checks.items() if not holds]
     if not config.reward.used():
         errors.append("reward: all weights are 0; the reward would be constant")
-    if config.reward.gan != 0.0:
-        errors.append("reward.gan: no discriminator weights can be named yet")
+    if config.reward.gan != 0.0 and not config.init.discriminator:
+        errors.append("reward.gan: name the discriminator's weights in init.discriminator")
     return errors
 
 
 def _policy_errors(config: TrainConfig) -> list[str]:
     """What is wrong with the generator's options, which are those of its own kind."""
-    options, errors = dict(config.policy), []
+    options: dict[str, Any] = dict(config.policy)
+    errors: list[str] = []
     kind = options.pop("kind", None)
     if kind not in POLICIES:
         return [f"policy.kind={kind!r}: choose one of {tuple(POLICIES)}"]

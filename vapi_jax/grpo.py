@@ -27,7 +27,9 @@ def group_advantages(
 
 
 def token_log_probs(
-    logits: Float[Array, "B T V"], samples: Int[Array, "B G T"], temperature: float = 1.0
+    logits: Float[Array, "B T V"],
+    samples: Int[Array, "B G T"],
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B G T"]:
     """log π(x_t | context) of every sampled token, in float32."""
     logits = logits.astype(jnp.float32) / temperature
@@ -110,7 +112,9 @@ def cross_entropy(
     return -token_log_probs(logits, tokens[:, None, :])[:, 0].mean(axis=-1)
 
 
-def entropy(logits: Float[Array, "*s V"], temperature: float = 1.0) -> Float[Array, "*s"]:
+def entropy(
+    logits: Float[Array, "*s V"], temperature: float | Float[Array, ""] = 1.0
+) -> Float[Array, "*s"]:
     """Entropy in nats of softmax(logits / temperature)."""
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
     return -jnp.sum(jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)

@@ -30,18 +30,9 @@ logger = logging.getLogger(__name__)
 HELD_OUT = "held_out/"
 
 
-@dataclasses.dataclass
-class Run:
-    """What a finished run hands to its report."""
-
-    task: Task
-    params: Any
-    start_params: Any  # the parameters at step 0, where they were asked for
-    frozen: dict[str, Any]
-    first: dict[str, float]  # held-out metrics before the first step
-    last: dict[str, float]  # and after the last
-    timer: Timer
-    weights: dict[str, str]  # file -> SHA-256
+def count(tree: Any) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 class _Clock:
@@ -66,10 +57,30 @@ class HeldOut:
         self._frozen = frozen
         self._rng = jax.device_put(jax.random.key(config.seed), replicated(task.mesh))
         self._metrics = jax.jit(task.held_out)
+        self._mesh, self._temperature = task.mesh, config.vapi.temperature
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        metrics = self._metrics(params, self._frozen, self._batch, self._rng)
+    def __call__(self, params: Any, temperature: float | None = None) -> dict[str, float]:
+        """The metrics; samples are drawn at the configured temperature unless told otherwise."""
+        drawn_at = self._temperature if temperature is None else temperature
+        drawn_at = jax.device_put(np.float32(drawn_at), replicated(self._mesh))
+        metrics = self._metrics(params, self._frozen, self._batch, self._rng, drawn_at)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+@dataclasses.dataclass
+class Run:
+    """What a finished run hands to its report."""
+
+    task: Task
+    params: Any
+    start_params: Any  # the parameters at step 0, where they were asked for
+    frozen: dict[str, Any]
+    first: dict[str, float]  # held-out metrics before the first step
+    last: dict[str, float]  # and after the last
+    held_out: HeldOut
+    timer: Timer
+    parameters: dict[str, int]  # network -> number of parameters
+    weights: dict[str, str]  # file -> SHA-256
 
 
 def _batches(config: TrainConfig, mesh: Mesh) -> Iterator[Any]:
@@ -171,8 +182,12 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False) -> Run:
                 with timer.phase("checkpoint"):
                     _save(saver, step, state, batches)
         with timer.phase("checkpoint"):
-            weights = _save_weights(task, state.params, workdir)
-    return Run(task, state.params, start, frozen, first, last, timer, weights)
+            weights = _save_weights(task, state, workdir)
+    parameters = {name: count(tree) for name, tree in task.weights_of(state.params, state.extra).items()}
+    parameters |= {name: count(tree) for name, tree in frozen.items() if name == "tokenizer"}
+    return Run(
+        task, state.params, start, frozen, first, last, held_out, timer, parameters, weights
+    )
 
 
 def _first_judgement(workdir: Path, default: dict[str, float]) -> dict[str, float]:
@@ -202,7 +217,7 @@ def _restore(saver: Checkpointer, state: train.TrainState, batches: Any) -> trai
         raise CheckpointError(f"{error}. Give this run another --workdir") from error
     batches.set_state(json.loads(items["data"]))
     logger.info("resumed at step %d from %s", step, saver.directory)
-    rest = items["rest"]
+    rest: Any = items["rest"]
     return dataclasses.replace(
         state,
         step=rest["step"],
@@ -213,11 +228,11 @@ def _restore(saver: Checkpointer, state: train.TrainState, batches: Any) -> trai
     )
 
 
-def _save_weights(task: Task, params: Any, workdir: Path) -> dict[str, str]:
+def _save_weights(task: Task, state: train.TrainState, workdir: Path) -> dict[str, str]:
     """Final weights as safetensors, one file a network: {file name: SHA-256}."""
     folder = workdir / "weights"
     digests = {}
-    for name, tree in task.weights_of(params).items():
+    for name, tree in task.weights_of(state.params, state.extra).items():
         path = folder / f"{name}.safetensors"
         host = jax.tree.map(lambda x: np.asarray(jax.device_get(x)), tree)
         if jax.process_index() == 0:

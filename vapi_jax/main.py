@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         if _CHECK.value:
             run.print_plan(config)
         else:
-            run.run(config, Path(_WORKDIR.value))
+            run.run(config, Path(str(_WORKDIR.value)))
     except (ConfigError, *run.EXPECTED_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -33,7 +33,7 @@ from vapi_jax.tasks import HealthError, make_task
 from vapi_jax.tasks.generator import VAPiTask
 from vapi_jax.tasks.tokenizer import TokenizerTask
 from vapi_jax.verdict import show, show_distance
-from vapi_jax.weights import WeightsError, flatten
+from vapi_jax.weights import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +109,6 @@ def _with_classes(config: TrainConfig) -> TrainConfig:
 
 
 def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
-    def count(tree: Any) -> int:
-        return sum(leaf.size for leaf in flatten(tree).values())
-
-    parameters = {name: count(tree) for name, tree in done.task.weights_of(done.params).items()}
-    if "tokenizer" in done.frozen:
-        parameters["tokenizer"] = count(done.frozen["tokenizer"])
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     summary: dict[str, Any] = {
         "task": config.task,
@@ -128,7 +122,7 @@ def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
         },
         "versions": {"vapi_jax": __version__, "python": platform.python_version(), **versions},
         "steps": config.steps,
-        "parameters": parameters,
+        "parameters": done.parameters,
         "weights": done.weights,
         "held_out": {"split": config.eval.split, "images": config.eval.images},
     }
@@ -147,7 +141,7 @@ def _evaluate(
 ) -> dict[str, np.ndarray]:
     """Fills the summary's table and distances; returns the report's pictures."""
     config = task.config
-    judge = Judge(task, done.frozen)
+    judge = Judge(task, done.frozen, done.held_out)
     real = fixed_batch(config.data, config.eval.split, 24, config.seed)["image"]
     images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
     names, per_class = class_names(config.data), config.eval.grid_per_class
@@ -180,8 +174,8 @@ def _evaluate(
 
 def _controls(task: VAPiTask, workdir: Path) -> dict[str, Any]:
     """Other trainings from the same base for as many steps: what VA-π has to beat."""
-    changes = {
-        "CE only": {"policy_gradient": False, "ce_weight": 1.0},
+    changes: dict[str, dict[str, Any]] = {
+        "CE only": {"policy_gradient": False},
         "shuffled advantages": {"shuffle_advantages": True},
     }
     found = {}

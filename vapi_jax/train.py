@@ -100,22 +100,20 @@ def _state_of(
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     """The layout of the whole state: parameters and moments by name, the rest replicated."""
-    whole = replicated(mesh)
-    return TrainState(
-        step=whole,
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    return dataclasses.replace(
+        whole,
         params=tree_shardings(state.params, mesh),
         opt_state=tree_shardings(state.opt_state, mesh),
-        extra=jax.tree.map(lambda _: whole, state.extra),
-        rng=whole,
     )
 
 
 def init_state(
     task: Task, optimizer: optax.GradientTransformation, seed: int
-) -> tuple[TrainState, TrainState]:
-    """A fresh state, and its shardings.
+) -> tuple[TrainState, Any]:
+    """A fresh state, and its shardings (a `TrainState` of NamedShardings).
 
     Parameters are born on the devices that keep them; where the task names weights to start from,
     each device reads its own slices of the file. No device ever holds a full copy of a split array.
@@ -136,7 +134,7 @@ def init_state(
     return jax.jit(make, out_shardings=shardings)(rng, params), shardings
 
 
-def _init_sharded(task: Task, shardings: TrainState, rng: PRNGKeyArray) -> Any:
+def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
     """Fresh parameters in their layout, where weights cover a part of them only."""
     return jax.jit(task.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
 
@@ -179,7 +177,7 @@ def split_microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, shardings: TrainState
+    task: Task, optimizer: optax.GradientTransformation, shardings: Any
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The jitted step (state, frozen weights, batch) -> (state, metrics); the state is donated.
 

@@ -17,6 +17,7 @@ from vapi_jax.config import TrainConfig
 from vapi_jax.data import fixed_batch, num_classes
 from vapi_jax.evaluation.features import FEATURES, extract_features
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
+from vapi_jax.loop import HeldOut
 from vapi_jax.metrics import Progress
 from vapi_jax.sampling import generate
 from vapi_jax.sharding import replicated, shard_batch
@@ -49,22 +50,18 @@ class Judge:
     Attributes:
       task: the run's task.
       frozen: its frozen weights on the mesh.
+      held_out: teacher-forced metrics on the run's held-out images.
       batch: samples drawn at once.
     """
 
     task: VAPiTask
     frozen: Mapping[str, Any]
+    held_out: HeldOut
     batch: int = 256
 
     def __post_init__(self) -> None:
-        config = self.task.config
         self._whole = replicated(self.task.mesh)
         self._decode = jax.jit(self.task.pixels.decode)
-        self._held_out = jax.jit(self.task.held_out_at)
-        reward_batch = fixed_batch(
-            config.data, config.eval.split, config.eval.images, config.seed
-        )
-        self._reward_batch = shard_batch(reward_batch, self.task.mesh)
         self._feature_params = {
             name: jax.device_put(FEATURES[name].load()) for name in (SEEN, UNSEEN)
         }
@@ -150,17 +147,6 @@ class Judge:
             low, high = (middle, high) if entropy < target else (low, middle)
         return 0.5 * (low + high)
 
-    def teacher_forced(self, params: Any, temperature: float) -> dict[str, float]:
-        """Reward and cross-entropy on the fixed held-out images."""
-        metrics = self._held_out(
-            params,
-            self.frozen,
-            self._reward_batch,
-            self._put(jax.random.key(self.task.config.seed)),
-            self._put(np.float32(temperature)),
-        )
-        return {name: float(value) for name, value in metrics.items()}
-
     def row(self, entry: Entry, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """A row of the table, over `eval.seeds` sampling seeds."""
         config = self.task.config.eval
@@ -172,7 +158,7 @@ class Judge:
             for name, distance in self.distances(images).items():
                 found[name].append(distance)
             tick()
-        forced = self.teacher_forced(entry.params, entry.temperature)
+        forced = self.held_out(entry.params, entry.temperature)
         return {
             "name": entry.name,
             "kind": entry.kind,

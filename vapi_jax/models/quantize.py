@@ -83,7 +83,7 @@ def restart_dead_codes(
     codebook: Float[Array, "K D"],
     usage_counts: Float[Array, " K"],
     latents: Float[Array, "N D"],
-    threshold: float = 1.0,
+    threshold: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "K D"]:
     """Puts every code used less than `threshold` on the place of a random encoder output.
 

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax import grpo, vapi
+from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.models.vq import VQModel
 from vapi_jax.pixels import PixelSpace
@@ -48,7 +49,16 @@ class GeneratorTask(Task):
             mse_reduction=config.vapi.mse_reduction,
             chunk=config.decode_chunk,
             dtype=config.tokenizer.dtype,
+            discriminator=self._discriminator,
         )
+
+    @property
+    def _discriminator(self) -> PatchGAN | None:
+        """The frozen network of the GAN reward, where it is asked for."""
+        training = self.config.tokenizer_training
+        if self.config.reward.gan == 0.0:
+            return None
+        return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
     def init_from(self) -> Path | None:
@@ -63,8 +73,8 @@ class GeneratorTask(Task):
         Raises:
           WeightsError: if none are named, or they do not fit.
         """
-        path = self.config.init.tokenizer
-        if not path:
+        path = resolve_path(self.config.init.tokenizer, "tokenizer")
+        if path is None:
             raise WeightsError(
                 "config.init.tokenizer: name a safetensors file of tokenizer weights "
                 "(configs/demo_tokenizer.py trains one), or 'demo' for the shipped one"
@@ -75,14 +85,15 @@ class GeneratorTask(Task):
             key = jax.random.key(0)
             return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
-        params = load_safetensors(resolve_path(path, "tokenizer"), "float32")
+        params = load_safetensors(path, "float32")
         check_like(params, jax.eval_shape(fresh), f"the tokenizer weights {path}")
         return params
 
     def load_frozen(self) -> dict[str, Any]:
         return {"tokenizer": self.load_tokenizer()}
 
-    def weights_of(self, params: Any) -> dict[str, Any]:
+    def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
+        del extra
         return {"policy": params}
 
 
@@ -122,12 +133,13 @@ class BaseTask(GeneratorTask):
         frozen: Mapping[str, Any],
         batch: Mapping[str, Any],
         rng: PRNGKeyArray,
+        temperature: Float[Array, ""],
     ) -> Scalars:
         del rng
         tokens = self.pixels.encode(frozen, batch["image"])
         context = tokens[:, : self.policy.context_length]
         logits = self.policy.logits(params, batch["condition"], context)
-        ce, entropy = grpo.cross_entropy(logits, tokens), grpo.entropy(logits)
+        ce, entropy = grpo.cross_entropy(logits, tokens), grpo.entropy(logits, temperature)
         return {"ce": ce.mean(), "entropy": entropy.mean()}
 
 
@@ -141,6 +153,13 @@ class VAPiTask(GeneratorTask):
         frozen = super().load_frozen()
         if self.config.reward.lpips:
             frozen["perceptual"] = load_lpips_params(self.config.perceptual_net)
+        if self._discriminator is not None:
+            path, side = self.config.init.discriminator, self.config.data.image_size
+            frozen["discriminator"] = load_safetensors(path, "float32")
+            init = partial(self._discriminator.init, train=False)
+            example = jnp.zeros((1, side, side, 3))
+            wanted = jax.eval_shape(init, jax.random.key(0), example)
+            check_like(frozen["discriminator"], wanted, f"the discriminator weights {path}")
         return frozen
 
     def _parts(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,24 +234,13 @@ class VAPiTask(GeneratorTask):
         frozen: Mapping[str, Any],
         batch: Mapping[str, Any],
         rng: PRNGKeyArray,
+        temperature: Float[Array, ""],
     ) -> Scalars:
-        return self.held_out_at(params, frozen, batch, rng, self.config.vapi.temperature)
-
-    def held_out_at(
-        self,
-        params: Any,
-        frozen: Mapping[str, Any],
-        batch: Mapping[str, Any],
-        rng: PRNGKeyArray,
-        temperature: float | Float[Array, ""],
-    ) -> Scalars:
-        """The same with samples drawn at another temperature, which may be traced.
-
-        Reward and entropy are those of the sharpened policy, the cross-entropy the model's own.
-        """
+        """Reward and entropy are those of sampling at this temperature, CE is the model's own."""
         batch = {**batch, "index": jnp.arange(batch["image"].shape[0])}
+        traced = cast(float, temperature)  # a traced value does where a float does
         config = dataclasses.replace(
-            self.config.vapi, temperature=temperature, kl_weight=0.0, monitor_kl=False
+            self.config.vapi, temperature=traced, kl_weight=0.0, monitor_kl=False
         )
         parts = {**self._parts(frozen), "config": config}
         _, aux = vapi.vapi_loss(params, batch, rng, **parts)

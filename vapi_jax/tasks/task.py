@@ -102,11 +102,15 @@ class Task(abc.ABC):
         frozen: Mapping[str, Any],
         batch: Mapping[str, Any],
         rng: PRNGKeyArray,
+        temperature: Float[Array, ""],
     ) -> Scalars:
-        """Metrics on a fixed batch of held-out images; the same rng at every call."""
+        """Metrics on a fixed batch of held-out images; the same rng at every call.
+
+        `temperature` is that of sampling, for tasks that sample.
+        """
 
     @abc.abstractmethod
-    def weights_of(self, params: Params) -> dict[str, Params]:
+    def weights_of(self, params: Params, extra: Any) -> dict[str, Params]:
         """What is saved at the end: file name (without suffix) -> tree."""
 
     def start_like(self, params: Params) -> Params:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vapi_jax import reward
-from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.models.discriminator import PatchGAN, apply_train
 from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.models.quantize import codebook_usage, restart_dead_codes
 from vapi_jax.models.vq import VQModel, VQOutput
@@ -105,16 +105,11 @@ class TokenizerTask(Task):
         on = (step >= training.discriminator_start).astype(jnp.float32)
         extra, images = dict(extra), batch["image"]
 
-        def discriminate(weights: Any, stats: Any, x: Array) -> tuple[Array, Any]:
-            logits, new = self.discriminator.apply(
-                {"params": weights, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
-            )
-            return logits, new["batch_stats"]
-
-        fool = None
+        discriminate = fool = None
         if self.discriminator is not None:
-            adversary = jax.lax.stop_gradient(params["discriminator"])
-            fool = lambda x: discriminate(adversary, extra["batch_stats"], x)[0]  # noqa: E731
+            discriminate = partial(apply_train, self.discriminator)
+            now = jax.lax.stop_gradient(params["discriminator"]), extra["batch_stats"]
+            fool = lambda x: discriminate(*now, x)[0]  # noqa: E731
         loss, aux = generator_loss(
             params["tokenizer"],
             images,
@@ -127,7 +122,7 @@ class TokenizerTask(Task):
             disc_on=on,
         )
         metrics, output = dict(aux.metrics), aux.output
-        if self.discriminator is not None:
+        if discriminate is not None:
             adversary_loss, (adversary_metrics, stats) = discriminator_step_loss(
                 params["discriminator"],
                 extra["batch_stats"],
@@ -180,7 +175,9 @@ class TokenizerTask(Task):
         frozen: Mapping[str, Any],
         batch: Mapping[str, Any],
         rng: PRNGKeyArray,
+        temperature: Float[Array, ""],
     ) -> Scalars:
+        del temperature
         output = self._apply(rng, params["tokenizer"], batch["image"])
         mse = reward.mse(output.reconstruction, batch["image"])
         distance = lpips(
@@ -194,5 +191,11 @@ class TokenizerTask(Task):
             "codebook_usage": codebook_usage(output.indices, self.config.tokenizer.codebook_size),
         }
 
-    def weights_of(self, params: Any) -> dict[str, Any]:
-        return dict(params)
+    def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
+        found = {"tokenizer": params["tokenizer"]}
+        if self.discriminator is not None:
+            found["discriminator"] = {
+                "params": params["discriminator"],
+                "batch_stats": extra["batch_stats"],
+            }
+        return found
