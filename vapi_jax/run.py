@@ -27,6 +27,7 @@ from vapi_jax.metrics import (
     to_uint8,
 )
 from vapi_jax.models.lpips import PerceptualWeightsError
+from vapi_jax.pictures import overview
 from vapi_jax.report import write_report
 from vapi_jax.sharding import make_mesh
 from vapi_jax.tasks import HealthError, make_task
@@ -151,6 +152,7 @@ def _evaluate(
     images["samples_after"] = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
     if not compared:
         return images
+    images |= _one_of_each(config, shown)
     images["samples_before"] = to_uint8(judge.sample_labels(done.start_params, labels, seed=7)[0])
     controls = _controls(task, workdir) if config.eval.controls else {}
     rows = compare(judge, done.start_params, done.params, controls)
@@ -170,6 +172,15 @@ def _evaluate(
         "last": by_kind["vapi"]["entropy"],
     }
     return images
+
+
+def _one_of_each(config: TrainConfig, classes: int) -> dict[str, np.ndarray]:
+    """A real training crop of each of the first classes, where a small batch has them all."""
+    batch = fixed_batch(config.data, "train", config.eval.images, config.seed)
+    labels = list(batch["condition"])
+    if not set(range(classes)) <= set(labels):
+        return {}
+    return {"real_of_classes": to_uint8(batch["image"][[labels.index(c) for c in range(classes)]])}
 
 
 def _controls(task: VAPiTask, workdir: Path) -> dict[str, Any]:
@@ -203,6 +214,10 @@ def _finish(workdir: Path, summary: dict[str, Any], images: dict[str, np.ndarray
     partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
     grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
+    if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():
+        one_each = slice(None, None, summary["config"]["eval"]["grid_per_class"])
+        rows = {"real crops": images["real_of_classes"], "base": images["samples_before"][one_each]}
+        grids["overview"] = overview({**rows, "post-trained": images["samples_after"][one_each]})
     for name, grid in grids.items():
         Image.fromarray(grid).save(workdir / f"{name}.png")
     with MetricsWriter(workdir) as writer:
