@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from vapi_jax.sharding import host_array
+
 logger = logging.getLogger(__name__)
 
 PyTree = Any
@@ -52,19 +54,6 @@ def _named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
     }
 
 
-def _host_array(leaf: Any) -> np.ndarray:
-    """The whole array on this host, whatever its sharding. A collective across processes."""
-    if isinstance(leaf, jax.Array):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if not leaf.is_fully_addressable:
-            if leaf.is_fully_replicated:
-                leaf = leaf.addressable_data(0)
-            else:
-                leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
-
-
 def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
@@ -76,7 +65,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 def array_digest(leaf: Any) -> str:
     """SHA-256 of an array's bytes in C order: independent of its sharding."""
-    host = np.ascontiguousarray(_host_array(leaf))
+    host = np.ascontiguousarray(host_array(leaf))
     return hashlib.sha256(host.reshape(-1).view(np.uint8).data).hexdigest()
 
 

@@ -21,7 +21,7 @@ from vapi_jax.checkpoint import Checkpointer, CheckpointError, abstract_like
 from vapi_jax.config import TrainConfig
 from vapi_jax.data import fixed_batch, make_dataset
 from vapi_jax.metrics import MetricsWriter, Progress, Timer, read_history
-from vapi_jax.sharding import replicated, shard_batch
+from vapi_jax.sharding import host_array, replicated, shard_batch, shard_whole
 from vapi_jax.tasks import Task
 from vapi_jax.weights import save_safetensors
 
@@ -53,7 +53,7 @@ class HeldOut:
     def __init__(self, task: Task, frozen: Mapping[str, Any]):
         config = task.config
         batch = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
-        self._batch = shard_batch(batch, task.mesh)
+        self._batch = shard_whole(batch, task.mesh)
         self._frozen = frozen
         self._rng = jax.device_put(jax.random.key(config.seed), replicated(task.mesh))
         self._metrics = jax.jit(task.held_out)
@@ -234,7 +234,7 @@ def _save_weights(task: Task, state: train.TrainState, workdir: Path) -> dict[st
     digests = {}
     for name, tree in task.weights_of(state.params, state.extra).items():
         path = folder / f"{name}.safetensors"
-        host = jax.tree.map(lambda x: np.asarray(jax.device_get(x)), tree)
+        host = jax.tree.map(host_array, tree)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             facts = {"name": task.config.name, "task": task.config.task}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vapi_jax.weights import flatten, unflatten
@@ -128,6 +129,22 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def constrain_batch(tree: Any, mesh: Mesh) -> Any:
-    """Inside jit: keeps the leading axis over all devices."""
-    return jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+def shard_whole(batch: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds whole as global arrays, the leading axis over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def host_array(leaf: Any) -> np.ndarray:
+    """The whole array on this host, whatever its sharding. A collective across processes."""
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not leaf.is_fully_addressable:
+            if leaf.is_fully_replicated:
+                leaf = leaf.addressable_data(0)
+            else:
+                leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)

@@ -20,7 +20,7 @@ from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.loop import HeldOut
 from vapi_jax.metrics import Progress
 from vapi_jax.sampling import generate
-from vapi_jax.sharding import replicated, shard_batch
+from vapi_jax.sharding import host_array, replicated, shard_whole
 from vapi_jax.tasks.generator import VAPiTask
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Judge:
             part = labels[start : start + self.batch].astype(np.int32)
             padded = np.pad(part, (0, self.batch - len(part)))
             ids = np.arange(start, start + self.batch, dtype=np.int32)
-            batch = shard_batch({"condition": padded, "ids": ids}, self.task.mesh)
+            batch = shard_whole({"condition": padded, "ids": ids}, self.task.mesh)
             tokens, entropy = generate(
                 self.task.policy,
                 params,
@@ -118,8 +118,8 @@ class Judge:
                 sample_ids=batch["ids"],
                 return_entropy=True,
             )
-            images.append(np.asarray(self._decode(self.frozen, tokens))[: len(part)])
-            entropies.append(np.asarray(entropy)[: len(part)])
+            images.append(host_array(self._decode(self.frozen, tokens))[: len(part)])
+            entropies.append(host_array(entropy)[: len(part)])
         return np.clip(np.concatenate(images), -1.0, 1.0), np.concatenate(entropies)
 
     def sample(
@@ -192,8 +192,8 @@ class Judge:
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
-            decoded = there_and_back(self.frozen, shard_batch(padded, self.task.mesh))
-            out.append(np.asarray(decoded)[: len(part)])
+            decoded = there_and_back(self.frozen, shard_whole(padded, self.task.mesh))
+            out.append(host_array(decoded)[: len(part)])
         return np.clip(np.concatenate(out), -1.0, 1.0)
 
 
