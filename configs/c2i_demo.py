@@ -11,17 +11,9 @@ more samples; ":tiny" runs the same path in seconds.
 The paper's learning rate (1e-6) is meant for 1.4B parameters; this model wants 1e-5.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-
-def _sibling(name: str):  # configs are files, not a package: a recipe can be copied anywhere
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from vapi_jax.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -37,8 +29,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "cpu_devices": 8,
             "mesh": {"data": 2, "fsdp": 4},
             "data": {"name": "photos", "image_size": 32},
-            "tokenizer": _sibling("demo_tokenizer").tokenizer(),
-            "policy": _sibling("demo_base").policy(),
+            "tokenizer": load_recipe(__file__, "demo_tokenizer").tokenizer(),
+            "policy": load_recipe(__file__, "demo_base").policy(),
             "init": {"tokenizer": "demo", "policy": "demo"},
             "vapi": {"group_size": 8, "noise_rate": 0.0, "ce_weight": 0.1},
             "optimizer": {"learning_rate": 1e-5, "weight_decay": 1e-4},

@@ -12,17 +12,9 @@ to what the authors' released code does instead of the paper; see the README for
 ":tiny" runs the same path with the demo's models on photographs in seconds on a CPU.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-
-def _sibling(name: str):  # configs are files, not a package: a recipe can be copied anywhere
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from vapi_jax.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -82,7 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.update({"steps": 3, "batch_size": 16, "microbatch_size": 8, "cpu_devices": 8})
         config.mesh.update({"data": 2, "fsdp": 4})
         config.data.update({"name": "photos", "image_size": 32, "num_threads": 1, "prefetch": 2})
-        demo = _sibling("c2i_demo").get_config()
+        demo = load_recipe(__file__, "c2i_demo").get_config()
         config.tokenizer.update(demo.tokenizer)
         config.policy = ConfigDict({**demo.policy, "dtype": "bfloat16", "remat": "full"})
         config.init.update(demo.init)

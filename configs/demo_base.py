@@ -6,17 +6,9 @@
 Without the second flag it builds on the shipped tokenizer. Writes weights/policy.safetensors.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-
-def _sibling(name: str):  # configs are files, not a package: a recipe can be copied anywhere
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from vapi_jax.recipes import load_recipe
 
 
 def policy() -> ConfigDict:
@@ -38,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "log_every": 10,
             "label_dropout": 0.1,
             "data": {"name": "photos", "image_size": 32},
-            "tokenizer": _sibling("demo_tokenizer").tokenizer(),
+            "tokenizer": load_recipe(__file__, "demo_tokenizer").tokenizer(),
             "policy": policy(),
             "init": {"tokenizer": "demo"},
             "optimizer": {

@@ -1,0 +1,21 @@
+"""Recipes are files, not a package, so that one can be copied anywhere; this lets one build on another."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def load_recipe(beside: str, name: str) -> ModuleType:
+    """The recipe `name`.py in the folder of the file `beside` (a recipe's own `__file__`).
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    path = Path(beside).with_name(f"{name}.py")
+    if not path.exists():
+        raise FileNotFoundError(f"{beside} builds on {path}, which does not exist")
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
