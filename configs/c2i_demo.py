@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "samples": 1024,
                 "seeds": 3,
                 "temperatures": (0.95, 0.9),
+                "grid_classes": 12,
             },
         }
     )

@@ -153,7 +153,10 @@ def test_wrong_types(changes, line):
             {"reward": {"mse": 0.0, "lpips": 0.0}},
             "reward: all weights are 0; the reward would be constant",
         ),
-        ({"reward": {"gan": 0.1}}, "reward.gan: no discriminator weights can be named yet"),
+        (
+            {"reward": {"gan": 0.1}},
+            "reward.gan: name the discriminator's weights in init.discriminator",
+        ),
         (
             {"data": {"name": "flickr"}},
             "data: name must be one of ('photos', 'image_folder', 'tfds'), got 'flickr'",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vapi_jax.policy import make_policy
-from vapi_jax.sampling import draw, entropy, filter_logits, generate
+from vapi_jax.grpo import entropy
+from vapi_jax.sampling import draw, filter_logits, generate
 
 VOCAB, TOKENS = 7, 4
 POLICY = make_policy(

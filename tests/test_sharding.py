@@ -161,7 +161,7 @@ def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
     scratch = make_tiny_task("base", mesh)
     wanted = with_random_head(jax.jit(scratch.init)(jax.random.key(5)), 1)
     save_safetensors(path, wanted, dtype=np.float16)
-    task = make_tiny_task("base", mesh, init={"tokenizer": "random", "policy": str(path)})
+    task = make_tiny_task("base", mesh, init={"policy": str(path)})
     optimizer = train.make_optimizer(task.config.optimizer, 2)
     for made in (scratch, task):
         state, _ = train.init_state(made, optimizer, seed=0)
@@ -180,8 +180,7 @@ def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
 
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(mesh, tmp_path):
     path = tmp_path / "policy.safetensors"
-    init = {"tokenizer": "random", "policy": str(path)}
-    task = make_tiny_task("base", mesh, init=init)
+    task = make_tiny_task("base", mesh, init={"policy": str(path)})
     target = jax.eval_shape(task.init, jax.random.key(0))
     layout = tree_shardings(target, mesh)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), target)

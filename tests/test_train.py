@@ -1,7 +1,10 @@
 """The optimizer by hand, the schedules, and one step that is the same on every mesh."""
 
 import dataclasses
+import functools
 import math
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,40 @@ import pytest
 
 from vapi_jax import train
 from vapi_jax.config import OptimizerConfig, resolve
+from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.sharding import make_mesh, put_sharded, shard_batch
 from vapi_jax.tasks import HealthError, make_task
-from vapi_jax.weights import flatten
+from vapi_jax.weights import flatten, save_safetensors, unflatten
 
 SIDE, BATCH = 8, 16
+TOKENIZER = {
+    "codebook_size": 16,
+    "codebook_embed_dim": 4,
+    "ch": 32,
+    "encoder_ch_mult": (1, 1),
+    "decoder_ch_mult": (1, 1),
+    "num_res_blocks": 1,
+    "z_channels": 8,
+}
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def tokenizer_file():
+    """Random weights of a tokenizer, drawn by numpy so that nothing is compiled for them."""
+    rng = np.random.default_rng(7)
+
+    def draw(name, shape):
+        if name.endswith("/scale"):
+            return np.ones(shape, np.float32)
+        fan_in = 1 if name.startswith("codebook/") else max(1, math.prod(shape[:-1]))
+        return (rng.normal(size=shape) * fan_in**-0.5).astype(np.float32)
+
+    model, image = VQModel(VQConfig(**TOKENIZER)), jnp.zeros((1, SIDE, SIDE, 3))
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    path = Path(_FOLDER.name) / "tokenizer.safetensors"
+    save_safetensors(path, unflatten({name: draw(name, s.shape) for name, s in shapes.items()}))
+    return str(path)
 
 
 def make_tiny_config(task, image_size=SIDE, **changes):
@@ -26,15 +58,7 @@ def make_tiny_config(task, image_size=SIDE, **changes):
         "steps": 2,
         "batch_size": BATCH,
         "data": {"image_size": image_size, "num_threads": 0},
-        "tokenizer": {
-            "codebook_size": 16,
-            "codebook_embed_dim": 4,
-            "ch": 32,
-            "encoder_ch_mult": (1, 1),
-            "decoder_ch_mult": (1, 1),
-            "num_res_blocks": 1,
-            "z_channels": 8,
-        },
+        "tokenizer": TOKENIZER,
         "tokenizer_training": {
             "discriminator_start": 1,
             "discriminator_ndf": 4,
@@ -46,13 +70,13 @@ def make_tiny_config(task, image_size=SIDE, **changes):
         },
         "vapi": {"group_size": 3, "noise_rate": 0.3},
         "reward": {"lpips": 0.0},  # no second network to compile
-        "init": {"tokenizer": "" if task == "tokenizer" else "random"},
+        "init": {"tokenizer": "" if task == "tokenizer" else tokenizer_file()},
         # An eps this large keeps Adam's division from blowing rounding errors up to the size of lr.
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
         "eval": {"every": 1, "images": 8},
     }  # fmt: skip
     for name, change in changes.items():
-        config[name] = {**config[name], **change} if isinstance(change, dict) else change
+        config[name] = {**config.get(name, {}), **change} if isinstance(change, dict) else change
     return resolve(config)
 
 

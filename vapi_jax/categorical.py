@@ -5,6 +5,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
+def cumulative(logits: Float[Array, "*s V"]) -> Float[Array, "*s V"]:
+    """The unnormalised cumulative distribution of softmax(logits), never falling."""
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    # Parallel scans round differently at neighbouring places; a running maximum keeps the steps of
+    # impossible tokens at height zero.
+    return jax.lax.cummax(jnp.cumsum(weights, axis=-1), axis=logits.ndim - 1)
+
+
+def uniforms_24(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Uniforms in [0, 1) of all 24 bits that a float32 below 1 can tell apart; JAX's have 23."""
+    bits = jax.random.bits(rng, shape, jnp.uint32) >> 8
+    return bits.astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def scaled_heights(
+    uniforms: Float[Array, "*s G"], cdf: Float[Array, "*s V"]
+) -> Float[Array, "*s G"]:
+    """Uniforms stretched to the height of a cumulative distribution and kept below its top."""
+    total = cdf[..., -1:]
+    return jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
+
+
 def sample_group(
     rng: PRNGKeyArray,
     logits: Float[Array, "*batch T V"],
@@ -28,15 +50,9 @@ def sample_group(
       int32 tokens in [0, V).
     """
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32) / temperature
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    # Parallel scans round differently at neighbouring places; a running maximum keeps the steps of
-    # impossible tokens at height zero.
-    cdf = jax.lax.cummax(jnp.cumsum(weights, axis=-1), axis=logits.ndim - 1)
-    total = cdf[..., -1:]
     *batch, length, _ = logits.shape
-    bits = jax.random.bits(rng, (*batch, length, group_size), jnp.uint32) >> 8
-    uniforms = bits.astype(jnp.float32) * jnp.float32(2**-24)
-    heights = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    cdf = cumulative(logits)
+    heights = scaled_heights(uniforms_24(rng, (*batch, length, group_size)), cdf)
     search = jnp.vectorize(
         lambda steps, values: jnp.searchsorted(steps, values, side="right"),
         signature="(v),(g)->(g)",

@@ -91,7 +91,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     for key, name in (
         ("reward", "Reward, held-out"),
         ("ce", "Cross-entropy, held-out"),
-        ("entropy", "Sampling entropy"),
+        ("free_running_entropy", "Sampling entropy, free-running"),
     ):
         block = summary.get(key) or {}
         if number(block.get("last")) is not None:

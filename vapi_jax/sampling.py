@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vapi_jax.categorical import cumulative, scaled_heights, uniforms_24
+from vapi_jax.grpo import entropy
 from vapi_jax.policy import Condition, Params, Policy
 
 
@@ -44,20 +46,9 @@ def filter_logits(
 
 def draw(uniforms: Float[Array, " B"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """One token a row by inverse CDF in float32: 1 uniform where Gumbel noise would take V."""
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    # Parallel scans round differently at neighbouring places; a running maximum keeps the steps
-    # of impossible tokens at height zero.
-    cdf = jax.lax.cummax(jnp.cumsum(weights, axis=-1), axis=1)
-    total = cdf[:, -1]
-    height = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.sum(cdf <= height[:, None], axis=-1, dtype=jnp.int32)
-
-
-def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """Entropy of softmax(logits) in nats; logits of -inf count for nothing."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    probs = jnp.exp(log_probs)
-    return -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1)
+    cdf = cumulative(logits)
+    heights = scaled_heights(uniforms[:, None], cdf)
+    return jnp.sum(cdf <= heights, axis=-1, dtype=jnp.int32)
 
 
 def generate(
@@ -144,8 +135,7 @@ def _generate(
     """The loop; the first `guided` tokens are drawn from guided logits."""
     batch, length = sample_ids.shape[0], policy.num_tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(sample_ids)
-    bits = jax.vmap(lambda key: jax.random.bits(key, (length,), jnp.uint32))(keys) >> 8
-    uniforms = bits.T.astype(jnp.float32) * jnp.float32(2**-24)  # [T, B]
+    uniforms = jax.vmap(lambda key: uniforms_24(key, (length,)))(keys).T  # [T, B]
 
     def pick(logits: Array, uniform: Array) -> tuple[Array, Array]:
         if logits.shape[0] == 2 * batch:

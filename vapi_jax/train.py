@@ -48,11 +48,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but norms and biases."""
+    """True where weight decay applies: not on norms, biases and the unconditional caption.
+
+    The released text models keep that caption as a constant.
+    """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = [str(getattr(key, "key", key)) for key in path]
-        return not (names[-1] in ("bias", "scale") or any("norm" in name for name in names))
+        constant = names[-1] in ("bias", "scale", "uncond_embedding")
+        return not (constant or any("norm" in name for name in names))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

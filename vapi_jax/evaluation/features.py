@@ -72,7 +72,7 @@ FEATURES: dict[str, FeatureExtractor] = {
         load=functools.partial(load_lpips_params, "alex"),
         apply=alex_conv5,
         dim=256,
-        description="LPIPS-AlexNet conv5 spatial mean (images below 64 px enlarged to 64)",
+        description="LPIPS-AlexNet conv5 spatial mean, at 64 px or more",
     ),
 }
 
