@@ -41,14 +41,14 @@ def get_config(variant: str = "") -> ConfigDict:
                 "compare": True,
                 "samples": 1024,
                 "seeds": 3,
-                "temperatures": (0.95, 0.9),
+                "temperatures": (0.9,),
                 "grid_classes": 12,
             },
         }
     )
     if variant == "full":
-        config.eval.update({"controls": True, "samples": 5000, "seeds": 5})
-        config.eval.update({"temperatures": (0.98, 0.95, 0.92, 0.9, 0.87, 0.8)})
+        config.eval.update({"controls": True, "samples": 2048, "seeds": 4})
+        config.eval.update({"temperatures": (0.95, 0.9, 0.85, 0.8)})
     elif variant == "tiny":
         config.update({"steps": 4, "batch_size": 8})
         config.vapi.update({"group_size": 4})

@@ -132,8 +132,9 @@ def test_adamw_decays_matrices_only_and_clips_the_whole_gradient(clip):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
     grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), GRADS)
     state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
     for _ in range(3):
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     for name, want in adamw_by_hand(config, 3, clip).items():
         np.testing.assert_allclose(flatten(params)[name], want, rtol=2e-6, err_msg=name)
@@ -143,8 +144,9 @@ def test_the_first_step_in_numbers():
     """Norm 2.4372: clipped to 1, the kernel's gradients become 0.12309 and -0.16412."""
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, eps=0.5, max_grad_norm=1.0)
     optimizer = train.make_optimizer(config, steps=1)
-    updates, _ = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
-    got = flatten(optax.apply_updates(PARAMS, updates))
+    params, grads = (jax.tree.map(np.float32, tree) for tree in (PARAMS, GRADS))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    got = flatten(optax.apply_updates(params, updates))
     # p - 0.1 (g / (|g| + 0.5) + 0.2 p), without the last term for norm and bias
     np.testing.assert_allclose(got["layer/kernel"], [[0.960245, -1.935287]], atol=2e-6)
     np.testing.assert_allclose(got["layer/bias"], [0.450385], atol=2e-6)

@@ -51,15 +51,19 @@ class Judge:
       task: the run's task.
       frozen: its frozen weights on the mesh.
       held_out: teacher-forced metrics on the run's held-out images.
-      batch: samples drawn at once.
+      batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
     """
 
     task: VAPiTask
     frozen: Mapping[str, Any]
     held_out: HeldOut
-    batch: int = 256
+    batch: int = 0
 
     def __post_init__(self) -> None:
+        samples, devices = self.task.config.eval.samples, self.task.mesh.size
+        if not self.batch:
+            rounds = -(-samples // 256)
+            self.batch = -(-samples // (rounds * devices)) * devices
         self._whole = replicated(self.task.mesh)
         self._decode = jax.jit(self.task.pixels.decode)
         self._feature_params = {
