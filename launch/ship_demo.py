@@ -22,7 +22,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for kind in ASSETS:
-        parser.add_argument(f"--{kind}", type=Path, help=f"workdir of the run that trained the {kind}")
+        parser.add_argument(
+            f"--{kind}", type=Path, help=f"workdir of the run that trained the {kind}"
+        )
     args = parser.parse_args()
     digests = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
     for kind, target in ASSETS.items():

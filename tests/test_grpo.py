@@ -86,9 +86,7 @@ def test_clip_stops_the_gradient_only_where_it_is_pessimistic():
 
 def test_sequence_ratio_is_the_product_of_token_ratios():
     logps = jnp.log(jnp.array([[[1.1, 0.9, 1.05]]]))
-    got = grpo.clipped_surrogate(
-        logps, jnp.zeros_like(logps), jnp.ones((1, 1)), ratio="sequence"
-    )
+    got = grpo.clipped_surrogate(logps, jnp.zeros_like(logps), jnp.ones((1, 1)), ratio="sequence")
     np.testing.assert_allclose(got, [[-1.1 * 0.9 * 1.05]], rtol=1e-6)
 
 

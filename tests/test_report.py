@@ -1,4 +1,4 @@
-"""report.py, verdict.py, svg.py: the page is whole, self-contained, escaped, and says what the numbers say."""
+"""The report page is whole, self-contained, escaped, and says what the numbers say."""
 
 import base64
 import io

@@ -35,9 +35,7 @@ def test_terms_vanish_on_the_image_itself():
 
 def test_reward_is_the_weighted_sum():
     losses = {"mse": jnp.array([[1.0, 2.0]]), "lpips": jnp.array([[0.5, 0.25]])}
-    chex.assert_trees_all_close(
-        reward.reward(losses, RewardWeights()), jnp.array([[-1.5, -2.25]])
-    )
+    chex.assert_trees_all_close(reward.reward(losses, RewardWeights()), jnp.array([[-1.5, -2.25]]))
     weights = RewardWeights(mse=0.0, lpips=2.0)
     assert weights.used() == ("lpips",)
     chex.assert_trees_all_close(reward.reward(losses, weights), jnp.array([[-1.0, -0.5]]))

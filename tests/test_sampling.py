@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax.policy import make_policy
 from vapi_jax.grpo import entropy
+from vapi_jax.policy import make_policy
 from vapi_jax.sampling import draw, filter_logits, generate
 
 VOCAB, TOKENS = 7, 4

@@ -62,9 +62,7 @@ def toy(request):
         policy = make_policy("class", num_classes=5, block_size=GRID**2, **sizes)
         condition = jnp.arange(B, dtype=jnp.int32)
     else:
-        policy = make_policy(
-            "text", block_size=GRID**2, cls_token_num=3, caption_dim=8, **sizes
-        )
+        policy = make_policy("text", block_size=GRID**2, cls_token_num=3, caption_dim=8, **sizes)
         condition = policy.example_condition(B)
         features = jax.random.normal(jax.random.key(9), condition["features"].shape)
         condition = {**condition, "features": features}
@@ -173,9 +171,7 @@ def test_fused_step_runs_one_policy_forward(toy):
     """[B, T] sequences only: no dot of the policy sees B·G rows."""
 
     def widths(method):
-        text = str(
-            jax.make_jaxpr(lambda p: toy.grad(method, CONFIG, params=p)[0][0])(toy.params)
-        )
+        text = str(jax.make_jaxpr(lambda p: toy.grad(method, CONFIG, params=p)[0][0])(toy.params))
         return f"f32[{B * G}," in text
 
     assert not widths(vapi.vapi_loss)

@@ -76,7 +76,9 @@ class InitConfig:
 
     tokenizer: str = ""
     policy: str = ""
-    discriminator: str = ""  # of the GAN reward: weights/discriminator.safetensors of a tokenizer run
+    discriminator: str = (
+        ""  # of the GAN reward: weights/discriminator.safetensors of a tokenizer run
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,9 +78,7 @@ def clipped_surrogate(
         per_token = _pessimistic(jnp.exp(log_ratios), advantages[..., None], clip_epsilon)
         loss = (per_token * weights).sum(axis=-1) / counts
     else:
-        loss = _pessimistic(
-            jnp.exp((log_ratios * weights).sum(axis=-1)), advantages, clip_epsilon
-        )
+        loss = _pessimistic(jnp.exp((log_ratios * weights).sum(axis=-1)), advantages, clip_epsilon)
     if token_penalty is not None:
         loss += (token_penalty * weights).sum(axis=-1) / counts
     return loss
@@ -102,9 +100,7 @@ def k3_kl(logps: Float[Array, "*s"], base_logps: Float[Array, "*s"]) -> Float[Ar
     return jnp.exp(difference) - difference - 1.0
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]
-) -> Float[Array, " B"]:
+def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
     """L_prior (Eq. 9): mean over positions of -log π(x*_t | x̃_<t), in nats, for each image.
 
     At temperature 1 whatever the sampling temperature: it is the model that is regularised.

@@ -183,11 +183,11 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False) -> Run:
                     _save(saver, step, state, batches)
         with timer.phase("checkpoint"):
             weights = _save_weights(task, state, workdir)
-    parameters = {name: count(tree) for name, tree in task.weights_of(state.params, state.extra).items()}
+    parameters = {
+        name: count(tree) for name, tree in task.weights_of(state.params, state.extra).items()
+    }
     parameters |= {name: count(tree) for name, tree in frozen.items() if name == "tokenizer"}
-    return Run(
-        task, state.params, start, frozen, first, last, held_out, timer, parameters, weights
-    )
+    return Run(task, state.params, start, frozen, first, last, held_out, timer, parameters, weights)
 
 
 def _first_judgement(workdir: Path, default: dict[str, float]) -> dict[str, float]:

@@ -35,9 +35,7 @@ def mse(
     return (jnp.mean if reduction == "mean" else jnp.sum)(squares, axis=(-3, -2, -1))
 
 
-def l1(
-    samples: Float[Array, "*b H W C"], target: Float[Array, "*t H W C"]
-) -> Float[Array, "*b"]:
+def l1(samples: Float[Array, "*b H W C"], target: Float[Array, "*t H W C"]) -> Float[Array, "*b"]:
     """Mean absolute difference over pixels and channels."""
     return jnp.mean(jnp.abs(samples.astype(jnp.float32) - target), axis=(-3, -2, -1))
 

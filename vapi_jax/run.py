@@ -31,7 +31,7 @@ from vapi_jax.pictures import overview
 from vapi_jax.report import write_report
 from vapi_jax.sharding import make_mesh
 from vapi_jax.tasks import HealthError, make_task
-from vapi_jax.tasks.generator import VAPiTask
+from vapi_jax.tasks.generator import GeneratorTask, VAPiTask
 from vapi_jax.tasks.tokenizer import TokenizerTask
 from vapi_jax.verdict import show, show_distance
 from vapi_jax.weights import WeightsError
@@ -90,9 +90,9 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     done = fit(task, workdir, keep_start=compared)
     summary = _summary(task.config, done, mesh)
     images: dict[str, np.ndarray] = {}
-    if isinstance(task, VAPiTask):
+    if isinstance(task, GeneratorTask):
         with done.timer.phase("evaluation"):
-            images = _evaluate(task, done, workdir, summary, compared)
+            images = _evaluate(task, done, workdir, summary)
     elif isinstance(task, TokenizerTask):
         images = _reconstructions(task, done)
     summary["seconds"] = _seconds(done)
@@ -138,20 +138,24 @@ def _seconds(done: Run) -> dict[str, float]:
 
 
 def _evaluate(
-    task: VAPiTask, done: Run, workdir: Path, summary: dict[str, Any], compared: bool
+    task: GeneratorTask, done: Run, workdir: Path, summary: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Fills the summary's table and distances; returns the report's pictures."""
+    """The report's pictures; for a compared run also the summary's table and distances."""
     config = task.config
-    judge = Judge(task, done.frozen, done.held_out)
-    real = fixed_batch(config.data, config.eval.split, 24, config.seed)["image"]
-    images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
+    compared = config.task == "vapi" and config.eval.compare
     names, per_class = class_names(config.data), config.eval.grid_per_class
     shown = min(config.eval.grid_classes, len(names))
     labels = np.repeat(np.arange(shown), per_class)
+    # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
+    batch = 0 if compared else -(-len(labels) // task.mesh.size) * task.mesh.size
+    judge = Judge(task, done.frozen, done.held_out, batch)
+    real = fixed_batch(config.data, config.eval.split, 24, config.seed)["image"]
+    images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
     summary["sample_classes"] = [names[label] for label in labels]
-    images["samples_after"] = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
-    if not compared:
-        return images
+    samples = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
+    if not isinstance(task, VAPiTask) or not compared:
+        return {"samples": samples, **images}
+    images["samples_after"] = samples
     images |= _one_of_each(config, shown)
     images["samples_before"] = to_uint8(judge.sample_labels(done.start_params, labels, seed=7)[0])
     controls = _controls(task, workdir) if config.eval.controls else {}

@@ -110,7 +110,8 @@ def _thin(series: Series) -> Series:
 def _marker(shape: str, x: float, y: float, r: float, color: int) -> str:
     fill = f'style="fill:var(--c{color})"'
     if shape == "ring":
-        return f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="{r + 3.5:.1f}" style="stroke:var(--c{color})"/>'
+        stroke = f'style="stroke:var(--c{color})"'
+        return f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="{r + 3.5:.1f}" {stroke}/>'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" {fill}/>'
     points = {
@@ -224,7 +225,8 @@ def chart(
     out.append(
         f'<text class="label" x="{middle_x:.1f}" y="{height - 7}" text-anchor="middle">'
         f"{html.escape(x_label)}</text>"
-        f'<text class="label" transform="translate({14 if small else 17} {middle_y:.1f}) rotate(-90)" text-anchor="middle">'
+        f'<text class="label" text-anchor="middle" '
+        f'transform="translate({14 if small else 17} {middle_y:.1f}) rotate(-90)">'
         f"{html.escape(y_label)}</text>"
     )
     for one, errors in zip(series, spreads, strict=True):

@@ -163,7 +163,9 @@ def vapi_loss(
     context = make_context(keys[0], tokens, policy.vocab_size, config)  # x̃, Eq. 28
     fed = context[:, : policy.context_length]  # the last token predicts nothing
     logits = policy.logits(params, batch["condition"], fed)  # π_θ(. | x̃_<t), Eq. 7
-    rollout = roll_out(logits, tokens, context, batch["image"], keys, config, weights, reward_losses)
+    rollout = roll_out(
+        logits, tokens, context, batch["image"], keys, config, weights, reward_losses
+    )
     logps = grpo.token_log_probs(logits, rollout.samples, config.temperature)
     old_logps = jax.lax.stop_gradient(logps)  # one update per rollout: π_old is π_θ
     ce = grpo.cross_entropy(logits, tokens)  # L_prior, Eq. 9

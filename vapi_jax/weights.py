@@ -118,7 +118,9 @@ def from_reference(
     for path, leaf in flatten(target).items():
         rule, name = _match(path, rules)
         stacked = "{layer}" in name
-        names = [name.replace("{layer}", str(i)) for i in range(leaf.shape[0])] if stacked else [name]
+        names = (
+            [name.replace("{layer}", str(i)) for i in range(leaf.shape[0])] if stacked else [name]
+        )
         shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
         parts = []
         for their_name in names:
@@ -141,7 +143,10 @@ def from_reference(
     ]
     _raise_misfits("the reference weights", misfits)
     return unflatten(
-        {path: np.stack(parts) if stacked else parts[0] for path, (parts, stacked) in loaded.items()}
+        {
+            path: np.stack(parts) if stacked else parts[0]
+            for path, (parts, stacked) in loaded.items()
+        }
     )
 
 

@@ -162,7 +162,7 @@ class PhotoSource:
         self._regions = []
         if images is None:
             images = [load_photo(photo) for photo in PHOTOS]
-        for photo, image in zip(PHOTOS, images, strict=True):
+        for image in images:
             self._sides.append(crop_sides(image.size, config))
             self._regions.append(image.crop(split_box(image.size, split, config)))
 

@@ -8,6 +8,7 @@ them chosen so that its sampling entropy equals the post-trained policy's.
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from vapi_jax.loop import HeldOut
 from vapi_jax.metrics import Progress
 from vapi_jax.sampling import generate
 from vapi_jax.sharding import host_array, replicated, shard_whole
-from vapi_jax.tasks.generator import VAPiTask
+from vapi_jax.tasks.generator import GeneratorTask
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Judge:
       batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
     """
 
-    task: VAPiTask
+    task: GeneratorTask
     frozen: Mapping[str, Any]
     held_out: HeldOut
     batch: int = 0
@@ -66,13 +67,6 @@ class Judge:
             self.batch = -(-samples // (rounds * devices)) * devices
         self._whole = replicated(self.task.mesh)
         self._decode = jax.jit(self.task.pixels.decode)
-        self._feature_params = {
-            name: jax.device_put(FEATURES[name].load()) for name in (SEEN, UNSEEN)
-        }
-        self._reference = {
-            name: gaussian_statistics(features)
-            for name, features in self.features(self.real(0)).items()
-        }
 
     def _put(self, value: Any) -> jax.Array:
         return jax.device_put(value, self._whole)
@@ -82,6 +76,16 @@ class Judge:
         config = self.task.config
         seed = 1000 * (number + 1) + _REFERENCE_SEED[config.eval.split]
         return fixed_batch(config.data, "train", config.eval.samples, seed)["image"]
+
+    @cached_property
+    def _feature_params(self) -> dict[str, Any]:
+        return {name: jax.device_put(FEATURES[name].load()) for name in (SEEN, UNSEEN)}
+
+    @cached_property
+    def _reference(self) -> dict[str, Any]:
+        """Mean and covariance of the reference crops, in both networks."""
+        features = self.features(self.real(0))
+        return {name: gaussian_statistics(found) for name, found in features.items()}
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Features of images in both networks."""

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.models.layers import Conv, GroupNorm
-from vapi_jax.models.quantize import l2_normalize, squared_distances, nearest_codes, entropy_loss
+from vapi_jax.models.quantize import entropy_loss, l2_normalize, nearest_codes, squared_distances
 from vapi_jax.weights import Rule
+
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:

@@ -181,7 +181,10 @@ class VAPiTask(GeneratorTask):
         step: Array,
     ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
         del step
-        method, dropout_rng = vapi.vapi_loss if self.config.vapi.fused else vapi.plain_vapi_loss, None
+        method, dropout_rng = (
+            vapi.vapi_loss if self.config.vapi.fused else vapi.plain_vapi_loss,
+            None,
+        )
         if self.config.vapi.update_dropout:
             dropout_rng = jax.random.fold_in(jax.random.fold_in(rng, 1 << 20), batch["index"][0])
         loss, aux = method(

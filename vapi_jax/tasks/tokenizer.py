@@ -143,9 +143,7 @@ class TokenizerTask(Task):
             extra["latents"] = jax.lax.stop_gradient(latents[order][rows])
         return loss, (metrics, extra)
 
-    def _count(
-        self, usage: Float[Array, " K"], indices: Int[Array, "B T"]
-    ) -> Float[Array, " K"]:
+    def _count(self, usage: Float[Array, " K"], indices: Int[Array, "B T"]) -> Float[Array, " K"]:
         """Running use of each code, in units of the mean use."""
         counts = jnp.zeros_like(usage).at[indices.reshape(-1)].add(1.0)
         return _USAGE_DECAY * usage + (1.0 - _USAGE_DECAY) * counts * usage.size / indices.size
@@ -160,7 +158,11 @@ class TokenizerTask(Task):
         due = ((step + 1) % training.restart_every == 0) & (step < last)
         limit = jnp.where(due, training.restart_below, -1.0)  # below -1: no code
         codes = restart_dead_codes(
-            rng, params["tokenizer"]["codebook"]["embedding"], extra["usage"], extra["latents"], limit
+            rng,
+            params["tokenizer"]["codebook"]["embedding"],
+            extra["usage"],
+            extra["latents"],
+            limit,
         )
         usage = jnp.where(extra["usage"] < limit, 1.0, extra["usage"])
         tokenizer = {**params["tokenizer"], "codebook": {"embedding": codes}}
