@@ -35,11 +35,11 @@ find_python() {
 # What the installed environment depends on. The place belongs to it: an editable install in a
 # copied tree would still run the code of the original.
 digest() {
-  "$python" - "$root" "$1" <<'PY'
+  "$python" - "$root" <<'PY'
 import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
-text = repr((sys.version, str(root), sys.argv[2])).encode()
+text = repr((sys.version, str(root))).encode()
 for name in ("pyproject.toml", "constraints.txt"):
     text += (root / name).read_bytes()
 print(hashlib.sha256(text).hexdigest())
@@ -47,8 +47,8 @@ PY
 }
 
 # prepare [EXTRA]: the environment with the base dependencies, and those of one extra.
-# A stamp for each extra makes the second call free; it is written last, so that an interrupted
-# installation is taken up again.
+# A stamp for each extra makes the second call free, and any extra holds the base. It is written last,
+# so that an interrupted installation is taken up again.
 prepare() {
   local extra="${1:-}" found wanted stamp started=$SECONDS log="$venv/install.log"
   if [ -e "$venv" ] && [ ! -e "$marker" ]; then
@@ -64,11 +64,13 @@ prepare() {
     "$found" -m venv --clear "$venv" || die "$found could not make an environment in $venv"
     touch "$marker"
   fi
-  wanted="$(digest "$extra")"
+  wanted="$(digest)"
+  for stamp in "$venv"/installed-${extra:-*}; do
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+      return
+    fi
+  done
   stamp="$venv/installed-${extra:-base}"
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-    return
-  fi
   printf 'Installing vapi_jax%s (a minute or two; log: %s)\n' "${extra:+ with the extra $extra}" "$log"
   if ! "$python" -m pip install --no-input --disable-pip-version-check \
     -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then

@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
-# Compiling takes most of the tests' time: unoptimised code of tiny models saves a third of it.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402  (after the flags, which it reads once)
@@ -68,6 +68,15 @@ def golden(request) -> Golden:
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
     assert jax.device_count() == 8, "the tests want eight (virtual) devices"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_effort(request):
+    """Compiling takes most of the tests' time, and unoptimised code of tiny models a third less.
+
+    The parity tests measure the code that users run.
+    """
+    jax.config.update("jax_disable_most_optimizations", "parity" not in request.path.parts)
 
 
 def relative_l2(got, want) -> float:
