@@ -58,11 +58,10 @@ prepare() {
   if ! "$python" -m pip --version >/dev/null 2>&1; then
     found="$(find_python)"
     printf 'Making %s with %s (%s)\n' "$venv" "$found" "$("$found" --version)"
+    rm -rf "$venv" # absent, or a broken one of ours
     mkdir -p "$venv"
-    touch "$marker"
-    rm -f "$venv"/installed-*
-    "$found" -m venv --clear "$venv" || die "$found could not make an environment in $venv"
-    touch "$marker"
+    touch "$marker" # first, so that an interrupted attempt is recognised as ours
+    "$found" -m venv "$venv" || die "$found could not make an environment in $venv"
   fi
   wanted="$(digest)"
   for stamp in "$venv"/installed-${extra:-*}; do

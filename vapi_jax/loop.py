@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 
 from vapi_jax import train
@@ -125,6 +126,12 @@ def fit(task: Task, workdir: Path, *, keep_start: bool = False) -> Run:
         batches = _batches(config, mesh)
         step_fn = train.make_train_step(task, optimizer, shardings)
         held_out = HeldOut(task, frozen)
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            overview = parameter_overview.get_parameter_overview(
+                state.params, include_stats="sharding"
+            )
+            (workdir / "parameters.txt").write_text(f"{overview}\n", encoding="utf-8")
     saver = Checkpointer(workdir / "checkpoints", config.checkpoint.keep_last)
     if saver.latest_step() is not None:
         state = _restore(saver, state, batches)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -109,9 +110,9 @@ class PixelSpace:
         return self._per_device(local, 2)(dict(frozen), samples, images)
 
     def _losses(self, frozen: Frozen, samples: Array, images: Array) -> dict[str, Array]:
-        batch, group, length = samples.shape
-        decoded = self._decode(frozen["tokenizer"], samples.reshape(batch * group, length))
-        grouped = decoded.reshape(batch, group, *decoded.shape[1:])
+        batch, _, length = samples.shape
+        decoded = self._decode(frozen["tokenizer"], rearrange(samples, "b g t -> (b g) t"))
+        grouped = rearrange(decoded, "(b g) h w c -> b g h w c", b=batch)
         target, used = images[:, None], self.weights.used()
         terms = {}
         if "mse" in used:
@@ -126,7 +127,7 @@ class PixelSpace:
                 terms["lpips"] = lpips.lpips_from_features(
                     params,
                     tuple(f[:, None] for f in real),
-                    tuple(f.reshape(batch, group, *f.shape[1:]) for f in fake),
+                    tuple(rearrange(f, "(b g) h w c -> b g h w c", b=batch) for f in fake),
                     net,
                 )
         if "codebook_cosine" in used:
@@ -139,5 +140,5 @@ class PixelSpace:
             if self.discriminator is None:
                 raise ValueError("the GAN reward needs a discriminator and its weights")
             logits = self.discriminator.apply(frozen["discriminator"], decoded, train=False)
-            terms["gan"] = reward.gan(logits.reshape(batch, group, *logits.shape[1:]))
+            terms["gan"] = reward.gan(rearrange(logits, "(b g) h w c -> b g h w c", b=batch))
         return terms

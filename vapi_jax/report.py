@@ -57,6 +57,7 @@ HELD_OUT = re.compile(r"(?:val|valid|validation|eval|held_?out)[/_](.+)")
 FILES = {
     "metrics.jsonl": "every metric of every step, one JSON object per line",
     "summary.json": "the numbers of this page, for programs",
+    "parameters.txt": "every trained array: shape, size, layout on the devices",
     "tensorboard": "the same curves: tensorboard --logdir",
     "checkpoints": "state to resume from, with digests",
     "samples": "generated images",
