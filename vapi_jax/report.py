@@ -34,10 +34,11 @@ TITLES = {
 CURVES = {
     "vapi": {
         "reward": ("Reward", "reward, −(MSE + LPIPS)"),
+        # On a scale of its own: held-out images are harder, and their curve is without sampling noise.
+        "held_out/reward": ("Reward, held-out", "reward, −(MSE + LPIPS)"),
         "ce": ("Cross-entropy", "nats per token"),
         "entropy": ("Policy entropy", "nats per token"),
         "grad_norm": ("Gradient norm", "L2 norm, unclipped"),
-        "advantages_nonzero": ("Non-zero advantages", "share of samples"),
     },
     "tokenizer": {
         "loss": ("Loss", "loss"),
@@ -128,7 +129,9 @@ def _curve(history: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
     """Raw points under a smoothed line, and held-out values where the history has them."""
     series = []
     x, y = _points(history, key)
-    if len(x) >= 15:
+    if HELD_OUT.fullmatch(key):
+        series.append(Series("held-out", x, y, "marked", 1, shape="square"))
+    elif len(x) >= 15:
         window = max(5, len(x) // 7) | 1
         series.append(Series("single steps", x, y, "raw", 0))
         series.append(Series("smoothed", x, smooth(y, window), "line", 0))
@@ -145,6 +148,7 @@ def _curves(history: Sequence[Mapping[str, Any]], task: str) -> str:
     known = CURVES.get(task, {})
     names = {k for row in history for k, v in row.items() if number(v) is not None}
     names = {m[1] if (m := HELD_OUT.fullmatch(k)) else k for k in names} - {"step", "time"}
+    names |= {k for row in history for k in row if k in known}
     main = [k for k in known if k in names] or sorted(names)[:5]
     explained: set[str] = set()
 
