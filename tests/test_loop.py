@@ -56,6 +56,7 @@ def test_a_run_leaves_its_files(straight):
     run, workdir = straight
     assert {entry.name for entry in workdir.iterdir()} == {
         "metrics.jsonl",
+        "parameters.txt",
         "tensorboard",
         "checkpoints",
         "weights",
