@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "data": {"name": "photos", "image_size": 32},
             "tokenizer": load_recipe(__file__, "demo_tokenizer").tokenizer(),
             "policy": load_recipe(__file__, "demo_base").policy(),
-            "init": {"tokenizer": "demo", "policy": "demo"},
+            "init": {"vq": "demo", "gpt": "demo"},
             "vapi": {"group_size": 8, "noise_rate": 0.0, "ce_weight": 0.1},
             "optimizer": {"learning_rate": 1e-5, "weight_decay": 1e-4},
             "eval": {

@@ -25,5 +25,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "c2i_xl"
     if variant != "tiny":
         config.policy.size = "GPT-XL"
-        config.init.policy = "weights/c2i_xl/policy.safetensors"
+        config.init.gpt = config.init.vq = "weights/c2i_xl"
     return config

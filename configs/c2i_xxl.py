@@ -48,8 +48,8 @@ def get_config(variant: str = "") -> ConfigDict:
                 "remat": "full",
             },
             "init": {
-                "tokenizer": "weights/vq_ds16_c2i.safetensors",
-                "policy": "weights/c2i_xxl/policy.safetensors",
+                "vq": "weights/c2i_xxl",
+                "gpt": "weights/c2i_xxl",
             },
             "vapi": {
                 "group_size": 8,

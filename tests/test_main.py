@@ -101,7 +101,7 @@ def test_check_prints_the_plan_with_overrides_of_options_the_recipe_leaves_out()
         "--config.data.flip=false",
         "--config.mesh.fsdp=2",
         "--config.eval.temperatures=(0.5, 0.25)",
-        "--config.init.tokenizer=some/file.safetensors",
+        "--config.init.vq=some/file.safetensors",
     )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -110,7 +110,7 @@ def test_check_prints_the_plan_with_overrides_of_options_the_recipe_leaves_out()
     assert plan["data"]["flip"] is False
     assert plan["mesh"] == {"data": -1, "fsdp": 2}
     assert plan["eval"]["temperatures"] == [0.5, 0.25]
-    assert plan["init"]["tokenizer"] == "some/file.safetensors"
+    assert plan["init"]["vq"] == "some/file.safetensors"
     assert plan["optimizer"]["schedule"] == "cosine"
 
 

@@ -23,6 +23,7 @@ from vapi_jax.sharding import (
     spec_of,
     tree_shardings,
 )
+from vapi_jax.weight_files import load_weights
 from vapi_jax.weights import WeightsError, flatten, save_safetensors
 
 
@@ -161,7 +162,7 @@ def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
     scratch = make_tiny_task("base", mesh)
     wanted = with_random_head(jax.jit(scratch.init)(jax.random.key(5)), 1)
     save_safetensors(path, wanted, dtype=np.float16)
-    task = make_tiny_task("base", mesh, init={"policy": str(path)})
+    task = make_tiny_task("base", mesh, init={"gpt": str(path)})
     optimizer = train.make_optimizer(task.config.optimizer, 2)
     for made in (scratch, task):
         state, _ = train.init_state(made, optimizer, seed=0)
@@ -180,19 +181,21 @@ def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
 
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(mesh, tmp_path):
     path = tmp_path / "policy.safetensors"
-    task = make_tiny_task("base", mesh, init={"policy": str(path)})
+    task = make_tiny_task("base", mesh, init={"gpt": str(path)})
     target = jax.eval_shape(task.init, jax.random.key(0))
     layout = tree_shardings(target, mesh)
+    source = task.init_from
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), target)
     save_safetensors(path, {**zeros, "output": {"kernel": np.zeros((3, 3), np.float32)}})
     with pytest.raises(WeightsError, match=r"output/kernel \(3, 3\), the model wants"):
-        train.load_sharded(path, target, layout)
+        load_weights(source, target, layout)
     save_safetensors(path, zeros)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(WeightsError, match="policy.safetensors cannot be read"):
-        train.load_sharded(path, target, layout)
-    with pytest.raises(WeightsError, match="absent.safetensors cannot be read"):
-        train.load_sharded(tmp_path / "absent.safetensors", target, layout)
+        load_weights(source, target, layout)
+    path.unlink()
+    with pytest.raises(WeightsError, match="policy.safetensors does not exist"):
+        load_weights(source, target, layout)
 
 
 def test_microbatches_move_no_image_between_devices(mesh):

@@ -70,7 +70,7 @@ def make_tiny_config(task, image_size=SIDE, **changes):
         },
         "vapi": {"group_size": 3, "noise_rate": 0.3},
         "reward": {"lpips": 0.0},  # no second network to compile
-        "init": {"tokenizer": "" if task == "tokenizer" else tokenizer_file()},
+        "init": {"vq": "" if task == "tokenizer" else tokenizer_file()},
         # An eps this large keeps Adam's division from blowing rounding errors up to the size of lr.
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
         "eval": {"every": 1, "images": 8},

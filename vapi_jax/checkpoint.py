@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from vapi_jax.sharding import host_array
+from vapi_jax.weights import unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,25 @@ class Checkpointer:
             f"no checkpoint in {self.directory} can be used:\n{tried}\n"
             "Bring the folder back from a copy, or start again with another work directory."
         )
+
+    def abstract_item(self, step: int, item: str) -> PyTree:
+        """What `restore` wants for an item, from the step's own manifest: for readers without a model.
+
+        Raises:
+          CheckpointError: if the manifest cannot be read or knows no such item.
+        """
+        try:
+            manifest = self._read(step, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST]
+        except _Damage as damage:
+            raise CheckpointError(f"step {step} in {self.directory}: {damage}") from damage
+        found = {
+            name.removeprefix(f"{item}/"): jax.ShapeDtypeStruct(facts["shape"], facts["dtype"])
+            for name, facts in manifest["arrays"].items()
+            if name.startswith(f"{item}/")
+        }
+        if not found:
+            raise CheckpointError(f"step {step} in {self.directory} holds no item {item!r}")
+        return unflatten(found)
 
     def _restore_step(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree | bytes]:
         manifest = self._read(step, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST]

@@ -72,10 +72,16 @@ class TokenizerTrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Safetensors files to start from; "demo" names the shipped ones; "" starts from scratch."""
+    """Weights to start from; "" starts from scratch.
 
-    tokenizer: str = ""
-    policy: str = ""
+    `gpt` and `vq` take "demo" (shipped), a directory of launch/convert_llamagen.py, the workdir of a
+    run, or a file: a released one of LlamaGen, or safetensors with our names.
+    """
+
+    gpt: str = ""  # the generator's
+    vq: str = ""  # the tokenizer's
+    perceptual: tuple[str, ...] = ()  # LPIPS from files, backbone and heads; () for the bundled
+    verify: bool = True  # compare a converted directory's digests; False saves seconds
     discriminator: str = (
         ""  # of the GAN reward: weights/discriminator.safetensors of a tokenizer run
     )

@@ -15,7 +15,7 @@ import numbers
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -226,6 +226,29 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class ByteProgress:
+    """`Progress` counted in megabytes: a context that gives the function to tell bytes to."""
+
+    def __init__(self, total: int, name: str):
+        self._total = max(total, 1)
+        self._progress = Progress(-(-self._total // 10**6), f"{name} (MB)")
+        self._done = self._shown = 0
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.__enter__()
+        return self._tick
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.__exit__(*exc)
+
+    def _tick(self, count: int) -> None:
+        self._done += count
+        step = self._done * self._progress.total_steps // self._total
+        if step != self._shown:
+            self._progress.update(step)
+            self._shown = step
 
 
 class Timer:

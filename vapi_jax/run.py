@@ -34,6 +34,7 @@ from vapi_jax.tasks import HealthError, make_task
 from vapi_jax.tasks.generator import GeneratorTask, VAPiTask
 from vapi_jax.tasks.tokenizer import TokenizerTask
 from vapi_jax.verdict import show, show_distance
+from vapi_jax.weight_files import CONFIG
 from vapi_jax.weights import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}",
         flush=True,
     )
+    if jax.process_index() == 0:
+        _write_json(workdir / CONFIG, dataclasses.asdict(task.config))
     compared = config.task == "vapi" and config.eval.compare
     done = fit(task, workdir, keep_start=compared)
     summary = _summary(task.config, done, mesh)
@@ -209,14 +212,18 @@ def _reconstructions(task: TokenizerTask, done: Run) -> dict[str, np.ndarray]:
     return {"real": to_uint8(real), "reconstructions": to_uint8(np.asarray(again))}
 
 
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    text = json.dumps(value, indent=2, allow_nan=False, default=str)
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def _finish(workdir: Path, summary: dict[str, Any], images: dict[str, np.ndarray]) -> None:
     """summary.json, report.html, pictures as PNG, and the table on the terminal."""
     from PIL import Image
 
-    path = workdir / "summary.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    _write_json(workdir / "summary.json", summary)
     grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
     if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():
         one_each = slice(None, None, summary["config"]["eval"]["grid_per_class"])

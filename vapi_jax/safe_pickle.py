@@ -8,7 +8,7 @@ claims to hold it is refused. `NUMPY` is the vocabulary of nested containers of 
 
 What is bounded: objects by the opcodes in the file, arrays (in total, so that many arrays cannot
 share one buffer into a huge result) by its length. Containers may be shared or cyclic, as pickle
-allows: walk a result with a set of visited ids, or read it by known keys.
+allows: walk a result with a set of visited ids, read it by known keys, or see `check_tree` first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ class GlobalName:
     name: str
 
 
+@dataclass(frozen=True)
+class Record:
+    """What the file says of an object of a class: the names of class and attributes, no behaviour."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Budget:
     """Array bytes the file may still turn into; shared by the handlers of one read."""
@@ -52,6 +60,11 @@ class Budget:
         if count < 0 or count > self.remaining:
             raise ValueError(f"{count} bytes of array data asked for, {self.remaining} possible")
         self.remaining -= count
+
+
+def quoted(text: str) -> str:
+    """Text from a file as an error may show it: escaped, and not longer than a line or two."""
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}..."
 
 
 Call = Callable[[tuple[Any, ...], Budget], Any]
@@ -70,12 +83,16 @@ class Vocabulary:
       persistent: turns a persistent id (how PyTorch refers to tensor storage) into an object, or
         None to refuse such references.
       results: types that a finished result may contain besides containers, text and numbers.
+      classes: dotted names of classes whose objects become a `Record` of their attributes.
+      reasons: dotted name -> why it is not in the table, for names that people do meet.
     """
 
     globals: Mapping[str, Call | None]
     builders: Mapping[type, Build] = field(default_factory=dict)
     persistent: Callable[[Any, Budget], Any] | None = None
     results: tuple[type, ...] = ()
+    classes: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
@@ -92,6 +109,24 @@ _EMPTY: dict[str, Callable[[], Any]] = {
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
+_NAMES_IN_ERRORS = 10
+_MAX_REASON = 1000
+
+
+def check_key(key: Any) -> None:
+    """Refuses dictionary keys and set elements that take time to hash.
+
+    A nested or shared tuple can exhaust the C stack or take forever. Integers hash to themselves
+    modulo 2**61 - 1, so that wide ones can be made to collide by the million.
+
+    Raises:
+      TypeError: another type than text, bytes, a number or None.
+      ValueError: an integer of more than 64 bits.
+    """
+    if not isinstance(key, _SCALARS):
+        raise TypeError(f"a dictionary key of type {type(key).__name__}")
+    if isinstance(key, int) and key.bit_length() > 64:
+        raise ValueError("a dictionary key that is an integer of more than 64 bits")
 
 
 class _Machine:
@@ -132,36 +167,58 @@ class _Machine:
         if len(items) % 2:
             raise ValueError("a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing a deeply nested or shared tuple can exhaust the C stack or take forever.
-            if not isinstance(key, _SCALARS):
-                raise TypeError(f"a dictionary key of type {type(key).__name__}")
+            check_key(key)
             target[key] = value
 
     def push_global(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise TypeError("a global whose name is not text")
         dotted = f"{module}.{name}"
-        if dotted not in self.vocabulary.globals:
-            known = ", ".join(sorted(self.vocabulary.globals)) or "none"
-            raise ValueError(f"global {dotted!r} is not allowed (allowed: {known})")
+        if dotted not in self.vocabulary.globals and dotted not in self.vocabulary.classes:
+            known = sorted(self.vocabulary.globals.keys() | self.vocabulary.classes)
+            reason = self.vocabulary.reasons.get(dotted)
+            if reason is None and len(known) <= _NAMES_IN_ERRORS:
+                reason = f"allowed: {', '.join(known) or 'none'}"
+            suffix = "" if reason is None else f" ({reason})"
+            raise ValueError(f"global {quoted(dotted)} is not allowed{suffix}")
         self.stack.append(GlobalName(dotted))
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, GlobalName) or not isinstance(arguments, tuple):
             raise TypeError("a call of something that is not an allowed global")
-        handler = self.vocabulary.globals[function.name]
+        handler = self.vocabulary.globals.get(function.name)
         if handler is None:
             raise ValueError(f"global {function.name!r} may be an argument but not called")
         self.stack.append(handler(arguments, self.budget))
 
+    def new_record(self) -> None:
+        arguments, cls = self.pop(), self.pop()
+        if not isinstance(cls, GlobalName) or cls.name not in self.vocabulary.classes:
+            raise TypeError("an object of something that is not an allowed class")
+        if type(arguments) is not tuple or arguments:
+            raise ValueError(f"a {cls.name} that is made with arguments")
+        self.stack.append(Record(cls.name))
+
+    def fill_record(self, record: Record, state: Any) -> None:
+        if type(state) is not dict:
+            raise TypeError(f"attributes of a {record.name} that are not a dictionary")
+        # Copying one large dictionary into each of many records would be quadratic.
+        self.budget.spend(len(state))
+        if not all(isinstance(key, str) for key in state):
+            raise TypeError(f"an attribute of a {record.name} whose name is not text")
+        record.fields.update(state)
+
     def build(self) -> None:
         state = self.pop()
         target = self.pop()
-        builder = self.vocabulary.builders.get(type(target))
-        if builder is None:
-            raise ValueError(f"state for an object of type {type(target).__name__}")
-        builder(target, state, self.budget)
+        if isinstance(target, Record):
+            self.fill_record(target, state)
+        else:
+            builder = self.vocabulary.builders.get(type(target))
+            if builder is None:
+                raise ValueError(f"state for an object of type {type(target).__name__}")
+            builder(target, state, self.budget)
         self.stack.append(target)
 
     def step(self, name: str, argument: Any) -> None:
@@ -204,12 +261,42 @@ class _Machine:
             self.push_global(module, attribute)
         elif name == "REDUCE":
             self.reduce()
+        elif name == "NEWOBJ" and self.vocabulary.classes:
+            self.new_record()
         elif name == "BUILD":
             self.build()
         elif name == "BINPERSID" and self.vocabulary.persistent is not None:
             self.stack.append(self.vocabulary.persistent(self.pop(), self.budget))
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise ValueError(f"opcode {name} is not allowed")
+
+
+def children(value: Any) -> Collection[Any]:
+    """What a dict, list, tuple or `Record` holds; nothing for anything else."""
+    if isinstance(value, Record):
+        return value.fields.values()
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
+def check_tree(value: Any, *, max_depth: int, max_items: int) -> None:
+    """Checks that a result can be walked by plain recursion, as if nothing in it were shared.
+
+    Raises:
+      ValueError: cyclic, nested deeper than `max_depth`, or more than `max_items` items when shared
+        ones count as often as they are met.
+    """
+    pending, items = [(value, 0)], 0
+    while pending:
+        item, depth = pending.pop()
+        if depth > max_depth:
+            raise ValueError(f"nested more than {max_depth} levels deep, or within itself")
+        held = children(item)
+        items += len(held)
+        if items > max_items:
+            raise ValueError(f"more than {max_items} items, each shared one counted again")
+        pending.extend((child, depth + 1) for child in held)
 
 
 def _check_result(value: Any, allowed: tuple[type, ...]) -> None:
@@ -221,10 +308,8 @@ def _check_result(value: Any, allowed: tuple[type, ...]) -> None:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple):
-            pending.extend(item)
+        if isinstance(item, dict | list | tuple | Record):
+            pending.extend(children(item))
         elif not isinstance(item, _SCALARS + allowed):
             raise TypeError(f"the result contains a {type(item).__name__}")
 
@@ -263,9 +348,13 @@ def loads(
         if len(machine.stack) != 1 or machine.stack[0] is _MARK:
             raise ValueError(f"{len(machine.stack)} objects are left on the stack, not one")
         _check_result(machine.stack[0], vocabulary.results)
-    except (ValueError, TypeError) as error:
+    # Decoding may warn of odd escapes, which is an error where the user made warnings errors.
+    except (ValueError, TypeError, Warning) as error:
+        reason = str(error)
+        if len(reason) > _MAX_REASON:  # pickletools quotes what it cannot decode
+            reason = f"{reason[:_MAX_REASON]}..."
         raise PickleRefused(
-            f"{source}: refused at byte {position} ({opcode}): {error}. {_ADVICE}"
+            f"{source}: refused at byte {position} ({opcode}): {reason}. {_ADVICE}"
         ) from error
     return machine.stack[0]
 
@@ -280,8 +369,8 @@ _DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2",
 
 
 @dataclass
-class _Dtype:
-    """A numpy dtype in the making: its byte order comes in a second step."""
+class NumpyDtype:
+    """A numpy dtype as a file spells it: a letter and a size, and (set in a second step) an order."""
 
     code: str
     order: str = "|"
@@ -294,17 +383,17 @@ def _make_array(arguments: tuple[Any, ...], budget: Budget) -> np.ndarray:
     return np.empty(0, np.int8)
 
 
-def _make_dtype(arguments: tuple[Any, ...], budget: Budget) -> _Dtype:
+def _make_dtype(arguments: tuple[Any, ...], budget: Budget) -> NumpyDtype:
     code = arguments[0] if arguments else None
     # Only text is quoted in errors here: the repr of a nested, shared tuple can take forever.
     if not isinstance(code, str):
         raise TypeError("a numpy dtype that is not named by text")
     if code not in _DTYPES:
-        raise ValueError(f"numpy dtype {code!r} (allowed: {', '.join(sorted(_DTYPES))})")
-    return _Dtype(code)
+        raise ValueError(f"numpy dtype {quoted(code)} (allowed: {', '.join(sorted(_DTYPES))})")
+    return NumpyDtype(code)
 
 
-def _build_dtype(dtype: _Dtype, state: Any, budget: Budget) -> None:
+def _build_dtype(dtype: NumpyDtype, state: Any, budget: Budget) -> None:
     if (
         not isinstance(state, tuple)
         or len(state) < 8
@@ -325,7 +414,7 @@ def _build_array(array: np.ndarray, state: Any, budget: Budget) -> None:
         or not all(type(n) is int and n >= 0 for n in shape)
     ):
         raise ValueError(f"the shape of a numpy array is not a tuple of up to {_MAX_AXES} sizes")
-    if type(dtype) is not _Dtype or type(fortran) is not bool or type(raw) is not bytes:
+    if type(dtype) is not NumpyDtype or type(fortran) is not bool or type(raw) is not bytes:
         raise ValueError("a numpy array without plain dtype, order and bytes")
     kind = np.dtype(dtype.order + dtype.code)
     # Python integers: the product cannot overflow, however large the sizes claim to be.
@@ -348,7 +437,7 @@ NUMPY = Vocabulary(
         "numpy.ndarray": None,
         "numpy.dtype": _make_dtype,
     },
-    builders={np.ndarray: _build_array, _Dtype: _build_dtype},
+    builders={np.ndarray: _build_array, NumpyDtype: _build_dtype},
     results=(np.ndarray,),
 )
 """Nested containers of numpy arrays of booleans, integers and floats, as `pickle.dump` writes them."""

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
-from safetensors import SafetensorError, safe_open
 
 from vapi_jax.config import OptimizerConfig
-from vapi_jax.sharding import BATCH_AXES, put_sharded, replicated, tree_shardings
+from vapi_jax.sharding import BATCH_AXES, replicated, tree_shardings
 from vapi_jax.tasks import Task
-from vapi_jax.weights import WeightsError, check_like
+from vapi_jax.weight_files import load_weights
 
 
 @flax.struct.dataclass
@@ -130,7 +129,7 @@ def init_state(
     if task.init_from is None:
         make = functools.partial(_fresh_state, task, optimizer)
         return jax.jit(make, out_shardings=shardings)(rng), shardings
-    loaded = load_sharded(
+    loaded = load_weights(
         task.init_from, task.start_like(shapes.params), task.start_like(shardings.params)
     )
     make = functools.partial(_state_of, task, optimizer)
@@ -141,25 +140,6 @@ def init_state(
 def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
     """Fresh parameters in their layout, where weights cover a part of them only."""
     return jax.jit(task.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
-
-
-def load_sharded(path: Any, target: Any, shardings: Any) -> Any:
-    """Safetensors weights laid out as `shardings`, each device reading its slices of the file.
-
-    Raises:
-      WeightsError: if the file cannot be read or does not fit `target`.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
-                name: jax.ShapeDtypeStruct(tuple(part.get_shape()), jnp.float32)
-                for name, part in slices.items()
-            }
-            check_like(found, target, f"the weights in {path}")
-            return put_sharded(lambda name, index: slices[name][index], target, shardings)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 # --- the step -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Rule:
       ours: regular expression (full match) on our "/"-joined parameter path.
       theirs: the reference's name as a template for `re.Match.expand`; `{layer}` stands for the
         index along our leading axis of scanned layers.
-      kind: "same", "linear" ([out, in] there, [in, out] here) or "conv" (OIHW there, HWIO here).
+      kind: "same", "linear" ([out, in] there, [in, out] here), "conv" (OIHW there, HWIO here) or
+        "pixelwise" (a 1x1 convolution to one channel [1, C, 1, 1] there, [C] here).
     """
 
     ours: str
@@ -49,12 +50,9 @@ class Rule:
     kind: str = "same"
 
 
-_TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
-_TO_THEIRS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
-
-
-def _permute(array: np.ndarray, axes: Sequence[int] | None) -> np.ndarray:
-    return array if axes is None else np.ascontiguousarray(np.transpose(array, axes))
+_LISTED = 20  # names of one kind in an error
+_TO_OURS = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
+_TO_THEIRS = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
@@ -88,9 +86,106 @@ def _match(path: str, rules: Iterable[Rule]) -> tuple[Rule, str]:
 
 
 def _raise_misfits(what: str, misfits: Mapping[str, list[str]]) -> None:
-    lines = [f"  {kind}: {', '.join(names)}" for kind, names in misfits.items() if names]
+    lines = [
+        f"  {kind}: {', '.join(names[:_LISTED])}"
+        + (f", and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+        for kind, names in misfits.items()
+        if names
+    ]
     if lines:
         raise WeightsError(f"{what} do not fit the model:\n" + "\n".join(lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where one of our parameters comes from.
+
+    Attributes:
+      names: the reference's tensors that it is made of, one a layer where `stacked`.
+      stacked: they lie along our leading axis.
+      kind: of its `Rule`.
+    """
+
+    names: tuple[str, ...]
+    stacked: bool
+    kind: str
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """One of the tensors in our layout; a view where it can be."""
+        if self.kind == "pixelwise":
+            return tensor.reshape(-1)
+        return np.transpose(tensor, _TO_OURS[self.kind]) if self.kind in _TO_OURS else tensor
+
+    def to_theirs(self, part: np.ndarray) -> np.ndarray:
+        """A parameter, or one layer of a stacked one, in the reference's layout; a view."""
+        if self.kind == "pixelwise":
+            return part.reshape(1, -1, 1, 1)
+        return np.transpose(part, _TO_THEIRS[self.kind]) if self.kind in _TO_THEIRS else part
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The reference's shape of each tensor, given that of our parameter."""
+        part = shape[1:] if self.stacked else shape
+        return self.to_theirs(np.broadcast_to(np.zeros((), np.uint8), part)).shape
+
+
+def origin_of(path: str, leaf: Any, rules: Sequence[Rule]) -> Origin:
+    """The row of the table that our parameter `path` (array or ShapeDtypeStruct) matches, applied.
+
+    Raises:
+      WeightsError: if no row matches.
+    """
+    rule, name = _match(path, rules)
+    stacked = "{layer}" in name
+    layers = range(leaf.shape[0]) if stacked else range(1)
+    names = tuple(name.replace("{layer}", str(i)) for i in layers)
+    return Origin(names, stacked, rule.kind)
+
+
+def check_reference(
+    tensors: Mapping[str, Any],
+    target: Params,
+    rules: Sequence[Rule],
+    ignore: Sequence[str] = (),
+) -> dict[str, Origin]:
+    """Accounts for every reference tensor and every parameter of ours, by name, shape and dtype.
+
+    Args:
+      tensors: reference name -> array, or anything else with a shape and a dtype.
+      target: our parameter tree of arrays or `jax.ShapeDtypeStruct`.
+      rules: the model's name table, first match wins.
+      ignore: regular expressions of reference names that are no parameters (buffers).
+
+    Returns:
+      Our "/"-joined path -> its origin.
+
+    Raises:
+      WeightsError: listing all missing, unexpected and misshapen tensors, and those of integers.
+    """
+    found: dict[str, Origin] = {}
+    taken: set[str] = set()
+    misfits: dict[str, list[str]] = {
+        kind: [] for kind in ("missing", "wrong shape", "wrong dtype", "unexpected")
+    }
+    for path, leaf in flatten(target).items():
+        origin = found[path] = origin_of(path, leaf, rules)
+        shape = tuple(leaf.shape[1:] if origin.stacked else leaf.shape)
+        wanted = origin.their_shape(leaf.shape)
+        taken.update(origin.names)
+        for name in origin.names:
+            if name not in tensors:
+                misfits["missing"].append(name)
+            elif tuple(tensors[name].shape) != wanted:
+                theirs = tuple(tensors[name].shape)
+                misfits["wrong shape"].append(f"{name} {theirs}, {path} wants {shape}")
+            elif not jax.numpy.issubdtype(tensors[name].dtype, jax.numpy.floating):
+                misfits["wrong dtype"].append(f"{name} {tensors[name].dtype}")
+    misfits["unexpected"] = [
+        name
+        for name in tensors
+        if name not in taken and not any(re.fullmatch(pattern, name) for pattern in ignore)
+    ]
+    _raise_misfits("the reference weights", misfits)
+    return found
 
 
 def from_reference(
@@ -101,66 +196,30 @@ def from_reference(
 ) -> dict[str, Any]:
     """Reference tensors under our names and layout.
 
-    Args:
-      tensors: reference name -> array.
-      target: our parameter tree of arrays or `jax.ShapeDtypeStruct`.
-      rules: the model's name table, first match wins.
-      ignore: regular expressions of reference names that are no parameters (buffers).
+    Arguments and errors are those of `check_reference`.
 
     Returns:
       A tree like `target`, numpy arrays of the target's dtype.
-
-    Raises:
-      WeightsError: listing all missing, unexpected and wrongly shaped tensors.
     """
-    taken, loaded = set(), {}
-    misfits: dict[str, list[str]] = {"missing": [], "wrong shape": [], "unexpected": []}
-    for path, leaf in flatten(target).items():
-        rule, name = _match(path, rules)
-        stacked = "{layer}" in name
-        names = (
-            [name.replace("{layer}", str(i)) for i in range(leaf.shape[0])] if stacked else [name]
-        )
-        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
-        parts = []
-        for their_name in names:
-            taken.add(their_name)
-            if their_name not in tensors:
-                misfits["missing"].append(their_name)
-                continue
-            part = np.asarray(tensors[their_name])
-            axes = _TO_OURS[rule.kind]
-            part = _permute(part, axes) if axes is None or len(axes) == part.ndim else part
-            if part.shape != shape:
-                theirs = tuple(tensors[their_name].shape)
-                misfits["wrong shape"].append(f"{their_name} {theirs}, {path} wants {shape}")
-            parts.append(part.astype(leaf.dtype))
-        loaded[path] = (parts, stacked)
-    misfits["unexpected"] = [
-        name
-        for name in tensors
-        if name not in taken and not any(re.fullmatch(pattern, name) for pattern in ignore)
-    ]
-    _raise_misfits("the reference weights", misfits)
-    return unflatten(
-        {
-            path: np.stack(parts) if stacked else parts[0]
-            for path, (parts, stacked) in loaded.items()
-        }
-    )
+    loaded = {}
+    leaves = flatten(target)
+    for path, origin in check_reference(tensors, target, rules, ignore).items():
+        parts = [
+            np.asarray(origin.to_ours(tensors[name]), dtype=leaves[path].dtype, order="C")
+            for name in origin.names
+        ]
+        loaded[path] = np.stack(parts) if origin.stacked else parts[0]
+    return unflatten(loaded)
 
 
 def to_reference(params: Params, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """Our parameters under the reference's names and layout (the inverse of `from_reference`)."""
     tensors = {}
     for path, leaf in flatten(params).items():
-        rule, name = _match(path, rules)
-        array, axes = np.asarray(leaf), _TO_THEIRS[rule.kind]
-        if "{layer}" in name:
-            for i, part in enumerate(array):
-                tensors[name.replace("{layer}", str(i))] = _permute(part, axes)
-        else:
-            tensors[name] = _permute(array, axes)
+        origin, array = origin_of(path, leaf, rules), np.asarray(leaf)
+        parts = array if origin.stacked else [array]
+        for name, part in zip(origin.names, parts, strict=True):
+            tensors[name] = np.asarray(origin.to_theirs(part), order="C")
     return tensors
 
 
@@ -223,16 +282,12 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
     return unflatten(flat)
 
 
-def resolve_path(path: str, kind: str) -> Path | None:
-    """The file that an option of `config.init` names: None for "", the shipped file for "demo".
+def resolve_shipped(kind: str) -> Path:
+    """The file that ships with the package: "tokenizer" or "policy" of the demo.
 
     Raises:
-      WeightsError: if the shipped file is absent or is not the one that was shipped.
+      WeightsError: if the file is absent or is not the one that was shipped.
     """
-    if not path:
-        return None
-    if path != "demo":
-        return Path(path)
     shipped = ASSETS[kind]
     if not shipped.exists():
         raise WeightsError(f"{shipped} is missing: reinstall the package")
@@ -259,7 +314,11 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256_file(path: str | Path, tick: Callable[[int], None] = lambda count: None) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; `tick` is told the bytes as they are read."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 22):
+            digest.update(block)
+            tick(len(block))
+    return digest.hexdigest()

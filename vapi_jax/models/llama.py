@@ -266,5 +266,9 @@ NAME_RULES: tuple[Rule, ...] = (
     Rule(r"output/kernel", r"output.weight", "linear"),
 )
 
-# Reference names that are no parameters: the rotation table some old files carry.
-IGNORED_NAMES: tuple[str, ...] = (r"freqs_cis",)
+# Reference names that are no parameters: tables and caches that some files carry.
+IGNORED_NAMES: tuple[str, ...] = (
+    r"freqs_cis",
+    r"causal_mask",
+    r"layers\.\d+\.attention\.kv_cache\.[kv]_cache",
+)

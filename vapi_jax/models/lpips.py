@@ -31,6 +31,8 @@ from jaxtyping import Array, Float
 
 from vapi_jax import safe_pickle
 from vapi_jax.models.layers import conv2d
+from vapi_jax.tensor_files import open_tensors
+from vapi_jax.weights import Rule, WeightsError, from_reference
 
 Params = Mapping[str, Any]
 Features = tuple[Float[Array, "... h w C"], ...]
@@ -58,6 +60,11 @@ class _Net:
     file: str
     sha256: str
     module: str  # name of the backbone inside the file
+
+    @property
+    def convolutions(self) -> list[_Conv]:
+        """In the order in which images meet them."""
+        return [layer for layer in self.layers if isinstance(layer, _Conv)]
 
 
 _NETS = {
@@ -119,18 +126,23 @@ def _weights_file(net: _Net) -> Path:
     return path
 
 
-def load_lpips_params(net: str = "vgg") -> dict[str, Any]:
+def load_lpips_params(net: str = "vgg", files: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Reads backbone and head weights of LPIPS v0.1.
 
     Args:
       net: "vgg" or "alex".
+      files: the backbone's file with torchvision's names (vgg16-*.pth, alexnet-*.pth) and the heads'
+        of the PyTorch package `lpips` (weights/v0.1/vgg.pth); none for the bundled ones.
 
     Returns:
       Nested dict of float32 numpy arrays (see the module's docstring).
 
     Raises:
       PerceptualWeightsError: package missing, or a file that is not the pinned one.
+      WeightsError: a file of `files` is refused or does not fit.
     """
+    if files:
+        return _load_files(net, files)
     spec = _net(net)
     path = _weights_file(spec)
     data = path.read_bytes()
@@ -141,7 +153,7 @@ def load_lpips_params(net: str = "vgg") -> dict[str, Any]:
             f" Reinstall with:  {_INSTALL} --force-reinstall"
         )
     tree = safe_pickle.loads(data, safe_pickle.NUMPY, source=str(path))
-    convolutions = [layer for layer in spec.layers if isinstance(layer, _Conv)]
+    convolutions = spec.convolutions
     return {
         "backbone": {
             f"conv_{i}": {name: tree[spec.module][f"Conv_{i}"][name] for name in ("kernel", "bias")}
@@ -152,6 +164,54 @@ def load_lpips_params(net: str = "vgg") -> dict[str, Any]:
             for i in range(sum(layer.tap for layer in convolutions))
         },
     }
+
+
+def lpips_shapes(net: str) -> dict[str, Any]:
+    """The parameters' shapes and dtypes."""
+    backbone: dict[str, Any] = {}
+    heads: dict[str, Any] = {}
+    channels = 3
+    for i, layer in enumerate(_net(net).convolutions):
+        kernel = (layer.window, layer.window, channels, layer.features)
+        channels = layer.features
+        backbone[f"conv_{i}"] = {
+            "kernel": jax.ShapeDtypeStruct(kernel, jnp.float32),
+            "bias": jax.ShapeDtypeStruct((channels,), jnp.float32),
+        }
+        if layer.tap:
+            heads[f"layer_{len(heads)}"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    return {"backbone": backbone, "heads": heads}
+
+
+def name_rules(net: str) -> tuple[Rule, ...]:
+    """The table between our names and those of torchvision's backbone and `lpips`'s heads.
+
+    torchvision numbers all modules of a sequence, ReLUs and pools included; we count convolutions.
+    """
+    rules, place, convolutions = [], 0, 0
+    for layer in _net(net).layers:
+        if isinstance(layer, _Conv):
+            theirs, ours = f"features.{place}", f"backbone/conv_{convolutions}"
+            rules.append(Rule(f"{ours}/kernel", f"{theirs}.weight", "conv"))
+            rules.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
+            convolutions += 1
+        place += 2 if isinstance(layer, _Conv) else 1
+    return (*rules, Rule(r"heads/layer_(\d)", r"lin\1.model.1.weight", "pixelwise"))
+
+
+IGNORED_NAMES: tuple[str, ...] = (r"classifier\..*",)
+
+
+def _load_files(net: str, files: Sequence[str | Path]) -> dict[str, Any]:
+    if len(files) != 2:
+        raise WeightsError(
+            f"LPIPS wants two files, the backbone's and the heads', not {len(files)}"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            tensors |= {name: tensor.read() for name, tensor in file.tensors.items()}
+    return from_reference(tensors, lpips_shapes(net), name_rules(net), IGNORED_NAMES)
 
 
 def _max_pool(x: Float[Array, "N H W C"], window: int, stride: int) -> Float[Array, "N h w C"]:

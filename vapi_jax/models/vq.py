@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -379,5 +380,6 @@ NAME_RULES: tuple[Rule, ...] = (
         )
     ),
 )
-# Buffers of the reference that hold no weights.
-IGNORED_NAMES: tuple[str, ...] = (r"quantize\.codebook_used",)
+# Buffers of the reference that hold no weights, without which it does not load a file.
+BUFFER_SHAPES: dict[str, tuple[int, ...]] = {"quantize.codebook_used": (65536,)}
+IGNORED_NAMES: tuple[str, ...] = tuple(re.escape(name) for name in BUFFER_SHAPES)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -16,8 +15,9 @@ from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.models.vq import VQModel
 from vapi_jax.pixels import PixelSpace
 from vapi_jax.policy import Policy, drop_condition, make_policy
-from vapi_jax.tasks.task import Aux, HealthError, Scalars, Task, mean_of
-from vapi_jax.weights import WeightsError, check_like, load_safetensors, resolve_path
+from vapi_jax.tasks.task import Aux, HealthError, Scalars, Task, mean_of, tokenizer_source
+from vapi_jax.weight_files import Source, load_weights
+from vapi_jax.weights import WeightsError, check_like, load_safetensors
 
 # A bf16 update forward over B·G rows may round unlike its sampling forward over B rows.
 _RATIO_TOLERANCE = 0.02
@@ -61,8 +61,12 @@ class GeneratorTask(Task):
         return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
-    def init_from(self) -> Path | None:
-        return resolve_path(self.config.init.policy, "policy")
+    def init_from(self) -> Source | None:
+        init, policy = self.config.init, self.policy
+        if not init.gpt:
+            return None
+        config = getattr(policy, "config", None)
+        return Source(init.gpt, "gpt", policy.name_rules, policy.ignored_names, config, init.verify)
 
     def init(self, rng: PRNGKeyArray) -> Any:
         return self.policy.init(rng)
@@ -73,11 +77,11 @@ class GeneratorTask(Task):
         Raises:
           WeightsError: if none are named, or they do not fit.
         """
-        path = resolve_path(self.config.init.tokenizer, "tokenizer")
-        if path is None:
+        source = tokenizer_source(self.config)
+        if source is None:
             raise WeightsError(
-                "config.init.tokenizer: name a safetensors file of tokenizer weights "
-                "(configs/demo_tokenizer.py trains one), or 'demo' for the shipped one"
+                "config.init.vq: name weights of a tokenizer (a released file, a converted directory, "
+                "a run of configs/demo_tokenizer.py), or 'demo' for the shipped ones"
             )
         side = self.config.data.image_size
 
@@ -85,9 +89,7 @@ class GeneratorTask(Task):
             key = jax.random.key(0)
             return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
-        params = load_safetensors(path, "float32")
-        check_like(params, jax.eval_shape(fresh), f"the tokenizer weights {path}")
-        return params
+        return load_weights(source, jax.eval_shape(fresh))
 
     def load_frozen(self) -> dict[str, Any]:
         return {"tokenizer": self.load_tokenizer()}
@@ -152,7 +154,9 @@ class VAPiTask(GeneratorTask):
     def load_frozen(self) -> dict[str, Any]:
         frozen = super().load_frozen()
         if self.config.reward.lpips:
-            frozen["perceptual"] = load_lpips_params(self.config.perceptual_net)
+            frozen["perceptual"] = load_lpips_params(
+                self.config.perceptual_net, self.config.init.perceptual
+            )
         if self._discriminator is not None:
             path, side = self.config.init.discriminator, self.config.data.image_size
             frozen["discriminator"] = load_safetensors(path, "float32")

@@ -7,7 +7,6 @@ trainer.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.config import TrainConfig
+from vapi_jax.models import vq
+from vapi_jax.weight_files import Source
 
 Params = Any
 Aux = dict[str, Array]
@@ -45,8 +46,8 @@ class Task(abc.ABC):
         """Trainable parameters from scratch; traced, so that they are born sharded."""
 
     @property
-    def init_from(self) -> Path | None:
-        """The safetensors file to start from instead, if any."""
+    def init_from(self) -> Source | None:
+        """The weights to start from instead, if any."""
         return None
 
     def init_extra(self, params: Params) -> Any:
@@ -126,3 +127,11 @@ class Task(abc.ABC):
 def mean_of(aux: Aux, *names: str) -> Scalars:
     """The mean of each named array."""
     return {name: jax.numpy.mean(aux[name]) for name in names}
+
+
+def tokenizer_source(config: TrainConfig) -> Source | None:
+    """The tokenizer weights that a configuration names, if any."""
+    init = config.init
+    if not init.vq:
+        return None
+    return Source(init.vq, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, config.tokenizer, init.verify)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ from vapi_jax.models.discriminator import PatchGAN, apply_train
 from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.models.quantize import codebook_usage, restart_dead_codes
 from vapi_jax.models.vq import VQModel, VQOutput
-from vapi_jax.tasks.task import Aux, Scalars, Task
+from vapi_jax.tasks.task import Aux, Scalars, Task, tokenizer_source
 from vapi_jax.tokenizer_loss import discriminator_step_loss, generator_loss
-from vapi_jax.weights import resolve_path
+from vapi_jax.weight_files import Source
 
 _USAGE_DECAY = 0.98
 
@@ -49,8 +48,8 @@ class TokenizerTask(Task):
         return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
-    def init_from(self) -> Path | None:
-        return resolve_path(self.config.init.tokenizer, "tokenizer")
+    def init_from(self) -> Source | None:
+        return tokenizer_source(self.config)
 
     def start_like(self, params: Any) -> Any:
         return params["tokenizer"]
@@ -85,7 +84,9 @@ class TokenizerTask(Task):
         return extra
 
     def load_frozen(self) -> dict[str, Any]:
-        return {"perceptual": load_lpips_params(self.config.perceptual_net)}
+        return {
+            "perceptual": load_lpips_params(self.config.perceptual_net, self.config.init.perceptual)
+        }
 
     def _apply(self, rng: PRNGKeyArray, params: Any, images: Array) -> VQOutput:
         deterministic = self.config.tokenizer.dropout_p == 0.0

@@ -1,0 +1,63 @@
+"""Writes a trained or converted model under LlamaGen's names, for the PyTorch world.
+
+    python launch/export_llamagen.py --ckpt runs/xxl --out vapi_XXL_384.safetensors
+    python launch/export_llamagen.py --ckpt runs/xxl --step 50 --out step50.pt
+    python launch/export_llamagen.py --ckpt weights/c2i_xxl --part vq --out vq_ds16_c2i.pt
+
+--ckpt is the workdir of a run (its final weights, or with --step a checkpoint) or a directory of
+launch/convert_llamagen.py. A `.pt` is written in the release layout {"model": state dict}, without
+PyTorch; `torch.load(FILE, weights_only=True)` reads it. What was converted comes back bit for bit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors|FILE.pt")
+    parser.add_argument(
+        "--part",
+        choices=("gpt", "vq"),
+        help="generator or tokenizer (default: what the run trained, or the generator)",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="a checkpoint of the run in place of its final weights; -1 is the newest",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the file (default: as the weights are, bit for bit)",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Exports, and says what was written."""
+    args = parse()
+    # After the command line, so that --help needs no JAX.
+    from vapi_jax.checkpoint import CheckpointError
+    from vapi_jax.export import export, open_trained
+    from vapi_jax.weights import WeightsError
+
+    try:
+        with open_trained(args.ckpt, args.part, args.step) as (weights, rules):
+            digest = export(args.out, weights, rules, args.dtype)
+    except (WeightsError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}  {args.out.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
