@@ -50,11 +50,17 @@ def sample_group(
       int32 tokens in [0, V).
     """
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32) / temperature
-    *batch, length, _ = logits.shape
+    uniforms = uniforms_24(rng, (*logits.shape[:-1], group_size))
+    return jnp.swapaxes(draw_from_uniforms(uniforms, logits), -1, -2)
+
+
+def draw_from_uniforms(
+    uniforms: Float[Array, "*s G"], logits: Float[Array, "*s V"]
+) -> Int[Array, "*s G"]:
+    """One token for each uniform, by inverse CDF of softmax(logits); float32 logits."""
     cdf = cumulative(logits)
-    heights = scaled_heights(uniforms_24(rng, (*batch, length, group_size)), cdf)
     search = jnp.vectorize(
         lambda steps, values: jnp.searchsorted(steps, values, side="right"),
         signature="(v),(g)->(g)",
     )
-    return jnp.swapaxes(search(cdf, heights), -1, -2).astype(jnp.int32)
+    return search(cdf, scaled_heights(uniforms, cdf)).astype(jnp.int32)

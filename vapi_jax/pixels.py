@@ -30,7 +30,8 @@ class PixelSpace:
 
     Attributes:
       tokenizer: E, Q and D.
-      mesh: devices; the batch axis is split over all of them.
+      mesh: devices; the batch axis is split over all of them. None where that has happened already,
+        inside `jax.shard_map`.
       weights: which terms of the reward are computed.
       perceptual_net: "vgg" (the paper) or "alex" (the reference implementation, for Janus).
       mse_reduction: "mean" or "sum".
@@ -40,7 +41,7 @@ class PixelSpace:
     """
 
     tokenizer: VQModel
-    mesh: Mesh
+    mesh: Mesh | None
     weights: reward.RewardWeights = reward.RewardWeights()
     perceptual_net: str = "vgg"
     mse_reduction: str = "mean"
@@ -49,6 +50,8 @@ class PixelSpace:
     discriminator: PatchGAN | None = None
 
     def _per_device(self, function: Any, batched_arguments: int) -> Any:
+        if self.mesh is None:
+            return function
         batch = PartitionSpec(BATCH_AXES)
         return jax.shard_map(
             function,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vapi_jax.head import Head, project
 from vapi_jax.models import janus, llama
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
@@ -40,6 +41,11 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def num_tokens(self) -> int:
         """T, the tokens of one image in raster order."""
+
+    @property
+    @abc.abstractmethod
+    def compute_dtype(self) -> str:
+        """What matrices are multiplied in."""
 
     @property
     def context_length(self) -> int:
@@ -69,6 +75,23 @@ class Policy(abc.ABC):
         """The conditioning positions as the transformer gets them."""
 
     @abc.abstractmethod
+    def hidden(
+        self,
+        params: Params,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        *,
+        dropout_rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the output layer sees: position t knows the condition and context[:t].
+
+        context has `context_length` tokens. Dropout is off without `dropout_rng`.
+        """
+
+    @abc.abstractmethod
+    def head(self, params: Params) -> Head:
+        """The output layer."""
+
     def logits(
         self,
         params: Params,
@@ -77,10 +100,9 @@ class Policy(abc.ABC):
         *,
         dropout_rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced float32 logits: position t sees the condition and context[:t].
-
-        context has `context_length` tokens. Dropout is off without `dropout_rng`.
-        """
+        """Teacher-forced float32 logits of all tokens; see `hidden` for the arguments."""
+        hidden = self.hidden(params, condition, context, dropout_rng=dropout_rng)
+        return project(hidden, self.head(params))
 
     @abc.abstractmethod
     def unconditional(self, condition: Condition) -> Condition:
@@ -115,6 +137,10 @@ class _LlamaPolicy(Policy):
         return self.config.block_size
 
     @property
+    def compute_dtype(self) -> str:
+        return self.config.dtype
+
+    @property
     def name_rules(self) -> tuple[Rule, ...]:
         return llama.NAME_RULES
 
@@ -130,18 +156,25 @@ class _LlamaPolicy(Policy):
     def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
         return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
 
-    def logits(
+    def hidden(
         self,
         params: Params,
         condition: Condition,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T V"]:
-        rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    ) -> Float[Array, "B T D"]:
         return llama.Llama(self.config).apply(
-            {"params": params}, condition, context, deterministic=dropout_rng is None, rngs=rngs
+            {"params": params},
+            condition,
+            context,
+            deterministic=dropout_rng is None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+            method="hidden",
         )
+
+    def head(self, params: Params) -> Head:
+        return Head(params["output"]["kernel"])
 
     def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
         return llama.prefill(self.config, params, condition)
@@ -238,6 +271,10 @@ class JanusPolicy(Policy):
         return self.config.num_tokens
 
     @property
+    def compute_dtype(self) -> str:
+        return self.config.dtype
+
+    @property
     def context_length(self) -> int:
         return self.num_tokens - (self.alignment == "shifted_by_one")
 
@@ -260,14 +297,14 @@ class JanusPolicy(Policy):
     def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
         return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
 
-    def logits(
+    def hidden(
         self,
         params: Params,
         condition: Condition,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "B T D"]:
         del dropout_rng  # Janus has no dropout: with an rng and without, it is the same function
         return janus.Janus(self.config).apply(
             {"params": params},
@@ -275,7 +312,12 @@ class JanusPolicy(Policy):
             context,
             same_position=self.alignment == "same_position",
             count_padding=self.padding == "counted",
+            method="hidden",
         )
+
+    def head(self, params: Params) -> Head:
+        last = params["gen_head"]["fc2"]
+        return Head(last["kernel"], last["bias"])
 
     def unconditional(self, condition: Condition) -> Condition:
         return janus.unconditional(self.config, condition)
@@ -292,16 +334,15 @@ class JanusPolicy(Policy):
 
 
 def drop_condition(
-    policy: Policy, rng: PRNGKeyArray, condition: Condition, rate: float
+    policy: Policy, keys: PRNGKeyArray, condition: Condition, rate: float
 ) -> Condition:
-    """Makes each sample unconditional with probability `rate`: what training for guidance does."""
+    """Makes each sample unconditional with probability `rate`, decided by its own key of `keys` [B]."""
     if rate <= 0:
         return condition
-    batch = jax.tree.leaves(condition)[0].shape[0]
-    dropped = jax.random.bernoulli(rng, rate, (batch,))
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
 
     def pick(without: Array, given: Array) -> Array:
-        return jnp.where(dropped.reshape(batch, *[1] * (given.ndim - 1)), without, given)
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), without, given)
 
     return jax.tree.map(pick, policy.unconditional(condition), condition)
 

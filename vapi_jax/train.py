@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from vapi_jax import fsdp
 from vapi_jax.config import OptimizerConfig
 from vapi_jax.sharding import BATCH_AXES, replicated, tree_shardings
 from vapi_jax.tasks import Task
@@ -145,19 +146,110 @@ def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
 # --- the step -------------------------------------------------------------------------------------
 
 
-def split_microbatches(batch: Any, count: int, mesh: Mesh) -> Any:
+def split_microbatches(batch: Any, count: int, mesh: Mesh | None) -> Any:
     """[B, ...] -> [count, B/count, ...], every device keeping its own images.
 
     Microbatch i takes images i, i + count, ...: with the batch axis split over devices in order, no
-    image moves.
+    image moves. Without a mesh the batch is one device's own.
     """
-    spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
     def split(x: Array) -> Array:
         x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+        if mesh is None:
+            return x
+        spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
         return jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree.map(split, batch)
+
+
+Gradients = Callable[..., tuple[Any, dict[str, Array], Any]]
+"""(state, frozen, rng, batch) -> gradients, microbatches' arrays for metrics, extra state."""
+
+
+def per_device_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+    """Every device differentiates the loss of its own images; collectives are those of `fsdp`.
+
+    For tasks whose loss is a mean over images that do not see each other.
+    """
+    mesh, local = task.mesh, dataclasses.replace(task, local=True)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+    dtype = jnp.dtype(task.compute_dtype)
+
+    def on_device(
+        params: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
+    ) -> tuple[Any, Any]:
+        variables, shards = fsdp.open_view(params, specs, dtype)
+        if "base" in frozen:
+            frozen = {**frozen, "base": fsdp.join(*fsdp.open_view(frozen["base"], specs, dtype))}
+
+        def loss(variables: Any, part: Any) -> Any:
+            tree = fsdp.join(variables, shards)
+            value, (aux, _) = local.loss(tree, {}, frozen, part, rng, step)
+            return value, aux
+
+        def body(total: Any, part: Any) -> Any:
+            grads, aux = jax.grad(loss, has_aux=True)(variables, part)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), aux
+
+        micro = split_microbatches(batch, count, None)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), variables)
+        if count == 1:
+            total, aux = body(zeros, jax.tree.map(lambda x: x[0], micro))
+            aux = jax.tree.map(lambda x: x[None], aux)
+        else:
+            total, aux = jax.lax.scan(body, zeros, micro)
+        mean = jax.tree.map(lambda g: g / count, total)
+        return fsdp.reduce_gradients(mean, specs, mesh), aux
+
+    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
+        frozen_specs = jax.tree.map(lambda s: s.spec, tree_shardings(frozen, mesh))
+        grads, aux = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(
+                specs,
+                frozen_specs,
+                PartitionSpec(BATCH_AXES),
+                PartitionSpec(),
+                PartitionSpec(),
+            ),
+            out_specs=(specs, PartitionSpec(None, BATCH_AXES)),
+            check_vma=False,
+        )(state.params, frozen, batch, rng, state.step)
+        return grads, aux, state.extra
+
+    return gradients
+
+
+def whole_batch_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+    """The loss sees a whole microbatch over all devices, and the compiler places collectives.
+
+    For tasks whose images see each other: batch statistics, code usage.
+    """
+
+    def one(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any, extra: Any) -> Any:
+        loss = jax.grad(task.loss, has_aux=True)
+        grads, (aux, extra) = loss(state.params, extra, frozen, batch, rng, state.step)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), aux, extra
+
+    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
+        micro = split_microbatches(batch, count, task.mesh)
+
+        def body(carry: Any, part: Any) -> Any:
+            total, extra = carry
+            grads, aux, extra = one(state, frozen, rng, part, extra)
+            return (jax.tree.map(jnp.add, total, grads), extra), aux
+
+        if count == 1:
+            first = jax.tree.map(lambda x: x[0], micro)
+            grads, aux, extra = one(state, frozen, rng, first, state.extra)
+            return grads, jax.tree.map(lambda x: x[None], aux), extra
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (grads, extra), aux = jax.lax.scan(body, (zeros, state.extra), micro)
+        return jax.tree.map(lambda g: g / count, grads), aux, extra
+
+    return gradients
 
 
 def make_train_step(
@@ -165,50 +257,37 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The jitted step (state, frozen weights, batch) -> (state, metrics); the state is donated.
 
-    Gradients are accumulated over microbatches by `lax.scan` and stay in the parameters' layout.
+    A step whose gradient is not finite changes nothing but the step number, and its metric
+    `nonfinite` is 1.
     """
     config = task.config
     count = config.batch_size // (config.microbatch_size or config.batch_size)
     schedule = learning_rate(config.optimizer, config.steps)
-
-    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any, extra: Any) -> Any:
-        loss = jax.value_and_grad(task.loss, has_aux=True)
-        (_, (aux, extra)), grads = loss(state.params, extra, frozen, batch, rng, state.step)
-        return jax.lax.with_sharding_constraint(grads, shardings.params), aux, extra
+    way = per_device_gradients if task.independent_images else whole_batch_gradients
+    gradients = way(task, shardings, count)
 
     def train_step(
         state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
         batch = {**batch, "index": jnp.arange(config.batch_size)}
-        micro = split_microbatches(batch, count, task.mesh)
-
-        def body(carry: Any, part: Any) -> Any:
-            total, extra = carry
-            grads, aux, extra = gradients(state, frozen, rng, part, extra)
-            return (jax.tree.map(jnp.add, total, grads), extra), aux
-
-        if count == 1:
-            first = jax.tree.map(lambda x: x[0], micro)
-            grads, aux, extra = gradients(state, frozen, rng, first, state.extra)
-            aux = jax.tree.map(lambda x: x[None], aux)
-        else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            (grads, extra), aux = jax.lax.scan(body, (zeros, state.extra), micro)
-            grads = jax.tree.map(lambda g: g / count, grads)
+        grads, aux, extra = gradients(state, dict(frozen), rng, batch)
         with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         params, extra = task.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
         metrics = {
             **task.summarize(aux),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
+            "nonfinite": 1.0 - jnp.isfinite(norm),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        new = dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, extra=extra
+        updated = dataclasses.replace(state, params=params, opt_state=opt_state, extra=extra)
+        kept = jax.tree.map(
+            lambda new, old: jax.lax.select(jnp.isfinite(norm), new, old), updated, state
         )
-        return new, metrics
+        return dataclasses.replace(kept, step=state.step + 1), metrics
 
     whole = replicated(task.mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))

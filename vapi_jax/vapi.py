@@ -9,9 +9,10 @@ Shapes: B images, G samples of each, T tokens of an image, V vocabulary, P condi
 
 There are two ways through the page. `vapi_loss` uses that the G samples of an image share their
 context, and that one update per rollout leaves ρ = π_θ/π_old = 1: ONE forward and ONE backward per
-image serve sampling, policy gradient and cross-entropy. `plain_vapi_loss` runs the B·G sequences of
-the reference implementation with a sampling forward of their own; without dropout its gradient is
-the same, and the tests hold the two together.
+image serve sampling, policy gradient and cross-entropy, and of the logits only the few numbers that
+these need ever exist (`vapi_jax.head`). `plain_vapi_loss` runs the B·G sequences of the reference
+implementation with a sampling forward of their own, and all their logits; without dropout its
+gradient is the same, and the tests hold the two together.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vapi_jax import grpo
-from vapi_jax.categorical import sample_group
+from vapi_jax.categorical import sample_group, uniforms_24
 from vapi_jax.corruption import corrupt
+from vapi_jax.head import Head, draw, token_log_probs
 from vapi_jax.policy import Policy, drop_condition
 from vapi_jax.reward import RewardWeights, reward
 
@@ -104,7 +106,7 @@ def make_context(
 
 
 def roll_out(
-    logits: Float[Array, "B T V"],
+    samples: Int[Array, "B G T"],
     tokens: Int[Array, "B T"],
     context: Int[Array, "B T"],
     images: Float[Array, "B H W 3"],
@@ -113,16 +115,12 @@ def roll_out(
     weights: RewardWeights,
     reward_losses: RewardLosses,
 ) -> Rollout:
-    """Draws G samples of each image from its logits, decodes and rewards them; no gradient."""
-    draw_keys, shuffle_keys = keys[1], keys[2]
-    samples = jax.vmap(
-        lambda key, row: sample_group(key, row, config.group_size, config.temperature)
-    )(draw_keys, logits)
+    """Decodes and rewards the G samples of each image; no gradient."""
     losses = jax.lax.stop_gradient(reward_losses(samples, images))
     rewards = reward(losses, weights)
     advantages = grpo.group_advantages(rewards, config.advantage_clip)
     if config.shuffle_advantages:
-        advantages = jax.vmap(jax.random.permutation)(shuffle_keys, advantages)
+        advantages = jax.vmap(jax.random.permutation)(keys[2], advantages)
     return Rollout(tokens, context, samples, losses, rewards, advantages)
 
 
@@ -162,15 +160,44 @@ def vapi_loss(
     tokens = encode(batch["image"])  # x* = Q(E(I)), Eq. 1
     context = make_context(keys[0], tokens, policy.vocab_size, config)  # x̃, Eq. 28
     fed = context[:, : policy.context_length]  # the last token predicts nothing
-    logits = policy.logits(params, batch["condition"], fed)  # π_θ(. | x̃_<t), Eq. 7
-    rollout = roll_out(
-        logits, tokens, context, batch["image"], keys, config, weights, reward_losses
+    hidden, head = policy.hidden(params, batch["condition"], fed), policy.head(params)
+    samples, entropy = draw(
+        hidden, head, group_uniforms(keys[1], tokens, config), config.temperature
     )
-    logps = grpo.token_log_probs(logits, rollout.samples, config.temperature)
+    rollout = roll_out(
+        samples, tokens, context, batch["image"], keys, config, weights, reward_losses
+    )
+    logps, true_logps = score(hidden, head, samples, tokens, config)  # of π_θ(. | x̃_<t), Eq. 7
     old_logps = jax.lax.stop_gradient(logps)  # one update per rollout: π_old is π_θ
-    ce = grpo.cross_entropy(logits, tokens)  # L_prior, Eq. 9
+    ce = -true_logps.mean(axis=-1)  # L_prior, Eq. 9
     return objective(
-        logps, old_logps, ce, logits, rollout, batch, keys, policy, config, base_params
+        logps, old_logps, ce, entropy, rollout, batch, keys, policy, config, base_params
+    )
+
+
+def group_uniforms(
+    keys: PRNGKeyArray, tokens: Int[Array, "B T"], config: VAPiConfig
+) -> Float[Array, "B T G"]:
+    """What the draws of each image are made from; its own, whatever the batch around it."""
+    shape = (tokens.shape[1], config.group_size)
+    return jax.vmap(lambda key: uniforms_24(key, shape))(keys)
+
+
+def score(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    samples: Int[Array, "B G T"],
+    tokens: Int[Array, "B T"],
+    config: VAPiConfig,
+) -> tuple[Float[Array, "B G T"], Float[Array, "B T"]]:
+    """Log-probabilities of the samples at the sampling temperature, and of the truth at 1."""
+    if isinstance(config.temperature, float) and config.temperature == 1.0:
+        together = jnp.concatenate([samples, tokens[:, None]], axis=1)
+        logps = token_log_probs(hidden, head, together)
+        return logps[:, :-1], logps[:, -1]
+    return (
+        token_log_probs(hidden, head, samples, config.temperature),
+        token_log_probs(hidden, head, tokens[:, None])[:, 0],
     )
 
 
@@ -197,8 +224,11 @@ def plain_vapi_loss(
     context = make_context(keys[0], tokens, policy.vocab_size, config)
     fed = context[:, : policy.context_length]
     old_logits = policy.logits(jax.lax.stop_gradient(params), batch["condition"], fed)
+    samples = jax.vmap(
+        lambda key, row: sample_group(key, row, config.group_size, config.temperature)
+    )(keys[1], old_logits)
     rollout = roll_out(
-        old_logits, tokens, context, batch["image"], keys, config, weights, reward_losses
+        samples, tokens, context, batch["image"], keys, config, weights, reward_losses
     )
     old_logps = grpo.token_log_probs(old_logits, rollout.samples, config.temperature)
 
@@ -208,15 +238,19 @@ def plain_vapi_loss(
     condition = jax.tree.map(per_sample, batch["condition"])
     if dropout_rng is not None:
         label_rng, dropout_rng = jax.random.split(dropout_rng)
-        condition = drop_condition(policy, label_rng, condition, config.label_dropout)
+        label_keys = jax.vmap(lambda key: jax.random.split(key, config.group_size))(
+            jax.vmap(lambda i: jax.random.fold_in(label_rng, i))(batch["index"])
+        ).reshape(-1)
+        condition = drop_condition(policy, label_keys, condition, config.label_dropout)
     logits = policy.logits(params, condition, per_sample(fed), dropout_rng=dropout_rng)
     sequences = rollout.samples.reshape(-1, 1, rollout.samples.shape[-1])
     logps = grpo.token_log_probs(logits, sequences, config.temperature)
     logps = logps.reshape(rollout.samples.shape)
     ce = grpo.cross_entropy(logits, per_sample(tokens))
     ce = ce.reshape(rollout.rewards.shape).mean(axis=1)
+    entropy = grpo.entropy(jax.lax.stop_gradient(old_logits), config.temperature)
     return objective(
-        logps, old_logps, ce, old_logits, rollout, batch, keys, policy, config, base_params
+        logps, old_logps, ce, entropy, rollout, batch, keys, policy, config, base_params
     )
 
 
@@ -224,7 +258,7 @@ def objective(
     logps: Float[Array, "B G T"],
     old_logps: Float[Array, "B G T"],
     ce: Float[Array, " B"],
-    logits: Float[Array, "B T V"],
+    entropy: Float[Array, "B T"],
     rollout: Rollout,
     batch: dict[str, Any],
     keys: PRNGKeyArray,
@@ -240,13 +274,14 @@ def objective(
         "advantage": rollout.advantages,
         "ratio": ratios,
         "ce": ce,
-        "entropy": grpo.entropy(jax.lax.stop_gradient(logits), config.temperature).mean(axis=-1),
+        "entropy": entropy.mean(axis=-1),
     }
     penalty = None
     if config.needs_base:
         fed = rollout.context[:, : policy.context_length]
-        base_logits = policy.logits(base_params, batch["condition"], fed)
-        base_logps = grpo.token_log_probs(base_logits, rollout.samples, config.temperature)
+        base = policy.hidden(base_params, batch["condition"], fed)
+        head = policy.head(base_params)
+        base_logps = token_log_probs(base, head, rollout.samples, config.temperature)
         kl = grpo.k3_kl(logps, jax.lax.stop_gradient(base_logps))
         aux["kl_to_base"] = kl.mean(axis=(1, 2))
         penalty = config.kl_weight * kl if config.kl_weight > 0.0 else None

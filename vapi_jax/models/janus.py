@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vapi_jax.fsdp import is_split
 from vapi_jax.models.transformer import (
     BlockConfig,
     KVCache,
@@ -87,14 +88,20 @@ class MLP(nn.Module):
     dtype: str
     float32_out: bool = False
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+    def setup(self) -> None:
         init = nn.initializers.normal(self.std)
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
-        if not self.float32_out:
-            return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name="fc2")(x)
-        return OutputLinear(self.features, self.std, name="fc2")(x)
+        self.fc1 = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init)
+        if self.float32_out:
+            self.fc2 = OutputLinear(self.features, self.std)
+        else:
+            self.fc2 = nn.Dense(self.features, dtype=self.dtype, kernel_init=init)
+
+    def inner(self, x: Float[Array, "*B I"]) -> Float[Array, "*B H"]:
+        """What the second linear map sees."""
+        return nn.gelu(self.fc1(x), approximate=False)
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        return self.fc2(self.inner(x))
 
 
 class OutputLinear(nn.Module):
@@ -122,7 +129,8 @@ class Janus(nn.Module):
         self.text_embeddings = nn.Embed(c.text_vocab_size, c.dim, embedding_init=init)
         self.gen_embed = nn.Embed(c.vocab_size, c.image_embed_dim, embedding_init=init)
         self.gen_aligner = MLP(c.dim, c.dim, c.initializer_range, c.dtype)
-        self.layers = scan_blocks(c.block, c.n_layer, c.remat)
+        split = is_split(self.variables.get("params", {}))
+        self.layers = scan_blocks(c.block, c.n_layer, c.remat, split)
         self.norm = RMSNorm(c.norm_eps, c.dtype)
         self.gen_head = MLP(c.dim, c.vocab_size, c.initializer_range, c.dtype, float32_out=True)
 
@@ -134,11 +142,37 @@ class Janus(nn.Module):
         """Image tokens as the language model takes them."""
         return self.gen_aligner(self.gen_embed(tokens))
 
-    def read_out(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Final norm and image head, float32 logits."""
+    def read_in(self, x: Float[Array, "*B D"]) -> Float[Array, "*B H"]:
+        """Final norm and the first layer of the image head."""
         x = self.norm(x)
         self.sow("intermediates", "hidden_norm", x)
-        return self.gen_head(x)
+        return self.gen_head.inner(x)
+
+    def read_out(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Final norm and image head, float32 logits."""
+        return self.gen_head.fc2(self.read_in(x))
+
+    def hidden(
+        self,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        same_position: bool = False,
+        count_padding: bool = False,
+    ) -> Float[Array, "B T H"]:
+        """What the last linear map sees.
+
+        After 0 .. S context tokens (S + 1 places); with `same_position`, where context tokens
+        0 .. S-1 themselves were fed (S of them).
+        """
+        prompt = condition["mask"]
+        x = jnp.concatenate([self.embed(condition), self.embed_tokens(context)], axis=1)
+        rope = rope_table(self.config, positions(prompt, context.shape[1], count_padding))
+        x, _ = self.layers(x, rope, causal_mask(prompt, x.shape[1]), True, None)
+        image = x[:, prompt.shape[1] :]
+        if same_position:
+            return self.read_in(image)
+        first = last_of_prompt(x, prompt, count_padding)
+        return self.read_in(jnp.concatenate([first[:, None], image], axis=1))
 
     def __call__(
         self,
@@ -147,20 +181,8 @@ class Janus(nn.Module):
         same_position: bool = False,
         count_padding: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Teacher-forced logits.
-
-        Of the tokens after 0 .. S context tokens (S + 1 of them); with `same_position`, read where
-        context tokens 0 .. S-1 themselves were fed (S of them).
-        """
-        prompt = condition["mask"]
-        x = jnp.concatenate([self.embed(condition), self.embed_tokens(context)], axis=1)
-        rope = rope_table(self.config, positions(prompt, context.shape[1], count_padding))
-        x, _ = self.layers(x, rope, causal_mask(prompt, x.shape[1]), True, None)
-        image = x[:, prompt.shape[1] :]
-        if same_position:
-            return self.read_out(image)
-        first = last_of_prompt(x, prompt, count_padding)
-        return self.read_out(jnp.concatenate([first[:, None], image], axis=1))
+        """Teacher-forced logits at the places of `hidden`."""
+        return self.gen_head.fc2(self.hidden(condition, context, same_position, count_padding))
 
 
 def positions(prompt: Bool[Array, "B P"], tokens: int, count_padding: bool) -> Int[Array, "B S"]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vapi_jax.fsdp import is_split
 from vapi_jax.models.transformer import (
     BlockConfig,
     KVCache,
@@ -172,7 +173,8 @@ class Llama(nn.Module):
         embedding = ClassEmbedding if c.model_type == "c2i" else CaptionEmbedding
         self.cls_embedding = embedding(c)
         self.tok_dropout = nn.Dropout(c.token_dropout_p)
-        self.layers = scan_blocks(c.block, c.n_layer, c.remat)
+        split = is_split(self.variables.get("params", {}))
+        self.layers = scan_blocks(c.block, c.n_layer, c.remat, split)
         self.norm = RMSNorm(c.norm_eps, c.dtype)
         self.output = Head(c.vocab_size)
 
@@ -184,16 +186,10 @@ class Llama(nn.Module):
         """Looked up in float32: the gradient of a bfloat16 gather would be summed in bfloat16."""
         return self.tok_embeddings(tokens).astype(self.config.dtype)
 
-    def read_out(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Final norm and head, float32 logits."""
-        x = self.norm(x)
-        self.sow("intermediates", "hidden_norm", x)
-        return self.output(x)
-
-    def __call__(
+    def hidden(
         self, condition: Condition, context: Int[Array, "B S"], deterministic: bool = True
-    ) -> Float[Array, "B S+1 V"]:
-        """Teacher-forced logits of the tokens after 0, 1, .. S context tokens.
+    ) -> Float[Array, "B S+1 D"]:
+        """What the output layer sees after 0, 1, .. S context tokens.
 
         deterministic=False applies dropout and stochastic depth and needs a "dropout" rng.
         """
@@ -208,7 +204,23 @@ class Llama(nn.Module):
         if c.drop_path_rate > 0:
             rates = jnp.linspace(0.0, c.drop_path_rate, c.n_layer)
         x, _ = self.layers(x, rope, mask, deterministic, rates)
-        return self.read_out(x)[:, c.cls_token_num - 1 :]
+        return self.normalize(x[:, c.cls_token_num - 1 :])
+
+    def normalize(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The final norm."""
+        x = self.norm(x)
+        self.sow("intermediates", "hidden_norm", x)
+        return x
+
+    def read_out(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Final norm and head, float32 logits."""
+        return self.output(self.normalize(x))
+
+    def __call__(
+        self, condition: Condition, context: Int[Array, "B S"], deterministic: bool = True
+    ) -> Float[Array, "B S+1 V"]:
+        """Teacher-forced logits of the tokens after 0, 1, .. S context tokens."""
+        return self.output(self.hidden(condition, context, deterministic))
 
 
 def rope_table(config: LlamaConfig) -> Float[Array, "S hd_half 2"]:

@@ -16,6 +16,8 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from vapi_jax import fsdp
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -308,15 +310,21 @@ _REMAT_POLICIES = {
 }
 
 
-def scan_blocks(config: BlockConfig, n_layer: int, remat: str) -> nn.Module:
-    """`n_layer` blocks under one set of stacked parameters [L, ...], compiled once."""
+def scan_blocks(config: BlockConfig, n_layer: int, remat: str, split: bool = False) -> nn.Module:
+    """`n_layer` blocks under one set of stacked parameters [L, ...], compiled once.
+
+    With `split`, parameters come as `fsdp.join` makes them, and each layer gathers its own.
+    """
+    if remat not in ("none", *_REMAT_POLICIES):
+        raise ValueError(f"remat must be 'none', 'full' or 'dots', not {remat!r}")
     block: Any = Block
-    if remat != "none":
-        if remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat must be 'none', 'full' or 'dots', not {remat!r}")
-        block = nn.remat(
-            Block, prevent_cse=False, static_argnums=(4,), policy=_REMAT_POLICIES[remat]
-        )
+    policy = _REMAT_POLICIES.get(remat)
+    if split:
+        block = nn.map_variables(Block, "params", trans_in_fn=_assemble)
+        if remat == "none":
+            policy = jax.checkpoint_policies.save_anything_except_these_names(fsdp.GATHERED)
+    if split or remat != "none":
+        block = nn.remat(block, prevent_cse=False, static_argnums=(4,), policy=policy)
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -324,6 +332,10 @@ def scan_blocks(config: BlockConfig, n_layer: int, remat: str) -> nn.Module:
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=n_layer,
     )(config)
+
+
+def _assemble(variables: Any) -> dict[str, Any]:
+    return {"params": fsdp.assemble(variables["params"])}
 
 
 @jax.custom_vjp

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,20 @@ _RATIO_TOLERANCE = 0.02
 class GeneratorTask(Task):
     """What the two have in common: a policy, and a frozen tokenizer to see images through."""
 
+    independent_images: ClassVar[bool] = True
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.policy.compute_dtype
+
     @cached_property
     def policy(self) -> Policy:
         """The generator, with sizes it takes from the data and the tokenizer where not given."""
         config, options = self.config, dict(self.config.policy)
         options.setdefault("vocab_size", config.tokenizer.codebook_size)
+        length = "num_tokens" if options["kind"] == "janus" else "block_size"
         options.setdefault(
-            "block_size", (config.data.image_size // config.tokenizer.downsample_factor) ** 2
+            length, (config.data.image_size // config.tokenizer.downsample_factor) ** 2
         )
         return make_policy(**options)
 
@@ -43,7 +50,7 @@ class GeneratorTask(Task):
         config = self.config
         return PixelSpace(
             tokenizer=VQModel(config.tokenizer),
-            mesh=self.mesh,
+            mesh=None if self.local else self.mesh,
             weights=config.reward,
             perceptual_net=config.perceptual_net,
             mse_reduction=config.vapi.mse_reduction,
@@ -114,11 +121,12 @@ class BaseTask(GeneratorTask):
     ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
         del step
         tokens = self.pixels.encode(frozen, batch["image"])
-        rng = jax.random.fold_in(rng, batch["index"][0])
         label_rng, dropout_rng = jax.random.split(rng)
+        label_keys = jax.vmap(partial(jax.random.fold_in, label_rng))(batch["index"])
         condition = drop_condition(
-            self.policy, label_rng, batch["condition"], self.config.label_dropout
+            self.policy, label_keys, batch["condition"], self.config.label_dropout
         )
+        dropout_rng = jax.random.fold_in(dropout_rng, batch["index"][0])
         context = tokens[:, : self.policy.context_length]
         logits = self.policy.logits(params, condition, context, dropout_rng=dropout_rng)
         ce = grpo.cross_entropy(logits, tokens)

@@ -7,7 +7,7 @@ trainer.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -33,13 +33,23 @@ class Task(abc.ABC):
     Attributes:
       config: the run.
       mesh: devices.
+      local: inside `jax.shard_map`, where a task sees one device's images only.
     """
+
+    independent_images: ClassVar[bool] = False
+    """Whether the loss is a mean over images that do not see each other."""
 
     config: TrainConfig
     mesh: Mesh
+    local: bool = False
 
     headline: tuple[str, ...] = dataclasses.field(default=("loss",), init=False)
     """Metrics shown in the progress line."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the trained network's matrices are multiplied in."""
+        return "float32"
 
     @abc.abstractmethod
     def init(self, rng: PRNGKeyArray) -> Params:
@@ -72,7 +82,8 @@ class Task(abc.ABC):
         """Mean loss of a microbatch, arrays for `summarize`, and the new extra state.
 
         `batch["index"]` holds the images' places in the whole batch; randomness derived from it
-        makes a step independent of how the batch is cut up.
+        makes a step independent of how the batch is cut up. (Dropout of activations is drawn for a
+        microbatch as a whole, and does depend on the cut.)
         """
 
     @abc.abstractmethod
