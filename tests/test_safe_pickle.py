@@ -6,11 +6,12 @@ import os
 import pickle
 import struct
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
 
-from vapi_jax.safe_pickle import NUMPY, PickleRefused, Vocabulary, load, loads
+from vapi_jax.safe_pickle import NUMPY, PickleRefused, Record, Vocabulary, check_tree, load, loads
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -226,3 +227,97 @@ def test_a_vocabulary_can_be_extended():
     with pytest.raises(PickleRefused, match="4 bytes of array data"):
         loads(stream.getvalue(), vocabulary, max_array_bytes=3)
     assert loads(b"\x80\x02ccollections\nOrderedDict\n)RK\x01K\x02s.", vocabulary) == {1: 2}
+
+
+OBJECTS = Vocabulary(
+    {"m.function": None},
+    classes=frozenset({"m.Class"}),
+    reasons={"m.old": "use m.Class"},
+)
+NEW = b"cm\nClass\n)\x81"
+
+
+def test_objects_of_allowed_classes_become_records():
+    stream = b"\x80\x02](" + NEW + b"q\x01}X\x01\0\0\0ah\x01sb" + NEW + b"e."
+    first, second = loads(stream, OBJECTS)
+    assert type(first) is Record and first.name == "m.Class"
+    assert first.fields["a"] is first
+    assert second == Record("m.Class", {})
+    with pytest.raises(AttributeError):
+        first.name = "other"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"cm\nClass\n)R", "not called"),
+        (b"cm\nClass\n", "contains a GlobalName"),
+        (b"cm\nfunction\n)\x81", "not an allowed class"),
+        (b"K\x01)\x81", "not an allowed class"),
+        (b"cm\nClass\n(K\x01t\x81", "m.Class that is made with arguments"),
+        (b"cm\nClass\n]\x81", "m.Class that is made with arguments"),
+        (b"cm\nClass\n)}\x92", "opcode NEWOBJ_EX"),
+        (NEW + b")b", "attributes of a m.Class that are not a dictionary"),
+        (NEW + b"}K\x01K\x02sb", "whose name is not text"),
+        (NEW + b"}X\x01\0\0\0acm\nfunction\nsb", "contains a GlobalName"),
+        (NEW + b"}(" + b"".join(b"X\x01\0\0\0%cN" % n for n in range(97, 123)) + b"uq\x01b"
+         + b"h\x01b" * 20, "array data asked for"),
+        (b"cm\nold\n", r"'m.old' is not allowed \(use m.Class\)"),
+        (b"cm\nother\n", r"'m.other' is not allowed \(allowed: m.Class, m.function\)"),
+    ],
+)  # fmt: skip
+def test_records_stay_within_their_rules(data, message):
+    with pytest.raises(PickleRefused, match=message):
+        loads(b"\x80\x02" + data + b".", OBJECTS)
+
+
+def test_wide_integers_are_no_keys_because_they_can_be_made_to_collide():
+    def key(n):
+        raw = n.to_bytes(16, "little", signed=True)
+        return b"\x80\x02}\x8a\x10" + raw + b"Ns."
+
+    assert loads(key(2**64 - 1), NUMPY) == {2**64 - 1: None}
+    assert hash(2**64 + 3) == hash(2**64 + 3 + 2**61 - 1)
+    for n in (2**64, -(2**64), 2**61 * (2**61 - 1)):
+        with pytest.raises(PickleRefused, match="more than 64 bits"):
+            loads(key(n), NUMPY)
+
+
+def test_errors_stay_short_whatever_the_file_contains():
+    name = b"c" + b"x" * 10**6 + b"\ny\n."
+    number = b"F" + b"x" * 10**6 + b"\n."
+    dtype = b"cnumpy\ndtype\nX" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"\x85R."
+    for data in (name, number, dtype):
+        with pytest.raises(PickleRefused) as error:
+            loads(b"\x80\x02" + data, NUMPY)
+        assert len(str(error.value)) < 2000
+    many = Vocabulary({f"module.name{n}": None for n in range(50)})
+    with pytest.raises(PickleRefused, match="is not allowed. Nothing was executed"):
+        loads(b"\x80\x02cos\nsystem\n.", many)
+
+
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_stream_that_the_decoder_warns_of_is_refused(action):
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(PickleRefused):
+            loads(b"\x80\x02S'\\q'\n.", NUMPY)
+
+
+def test_a_tree_may_share_but_not_nest_without_end():
+    shared = [1, 2]
+    check_tree(
+        {"a": (shared, [shared], Record("m.Class", {"b": shared}))}, max_depth=4, max_items=12
+    )
+    with pytest.raises(ValueError, match="more than 11 items"):
+        check_tree({"a": (shared, [shared], Record("m", {"b": shared}))}, max_depth=4, max_items=11)
+    with pytest.raises(ValueError, match="more than 3 levels"):
+        check_tree({"a": (shared, [shared])}, max_depth=3, max_items=100)
+    cyclic = Record("m.Class", {})
+    cyclic.fields["self"] = [cyclic]
+    with pytest.raises(ValueError, match="within itself"):
+        check_tree(cyclic, max_depth=50, max_items=10**6)
+    for _ in range(200):
+        shared = [shared, shared]
+    with pytest.raises(ValueError, match="more than 1000 items"):
+        check_tree(shared, max_depth=1000, max_items=1000)

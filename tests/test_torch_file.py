@@ -171,6 +171,7 @@ CHECKPOINTS = {
         "device": [torch.device("cpu"), torch.device("cuda", 1)],
         "dtype": [torch.bfloat16, torch.float32],
         "array": np.arange(6, dtype=np.uint32).reshape(2, 3),
+        "larger array": np.zeros(5000, np.uint8),
     },
 }
 
@@ -227,6 +228,8 @@ class Entry:
     compressed_size: int | None = None
     offset: int | None = None
     local_name: str | None = None
+    local_flags: int | None = None
+    local_method: int | None = None
     hole: int = 0
 
 
@@ -242,7 +245,10 @@ def write_zip(path: Path, entries: list[Entry]) -> Path:
             packed = size if entry.compressed_size is None else entry.compressed_size
             local = name if entry.local_name is None else entry.local_name.encode()
             claims = (45, entry.flags, entry.method, 0, 0)
-            file.write(struct.pack("<4s5H3L2H", b"PK\3\4", *claims, 0, 0, 0, len(local), 0))
+            flags = entry.flags if entry.local_flags is None else entry.local_flags
+            method = entry.method if entry.local_method is None else entry.local_method
+            here = (45, flags, method, 0, 0, 0, 0, 0, len(local), 0)
+            file.write(struct.pack("<4s5H3L2H", b"PK\3\4", *here))
             file.write(local + entry.data)
             file.seek(entry.hole, os.SEEK_CUR)
             extra = struct.pack("<HHQQQ", 1, 24, size, packed, position)
@@ -447,6 +453,7 @@ BAD_TENSORS = {
     "product overflows": (tensor((2**40, 2**40), (1, 1)), "in a storage of 6"),
     "zero stride bomb": (tensor((2**40,), (0,)), r"contiguous\(\)"),
     "huge but empty": (tensor((0, HUGE, HUGE), (0, 0, 0)), "too large for any array"),
+    "less huge but empty": (tensor((0, 2**31, 2**31), (0, 0, 0)), "too large for any array"),
     "stride too large": (tensor((2, 3), (4, 1)), "ends at element 6 of a storage of 6"),
     "offset too large": (tensor((2, 3), (3, 1), 1), "offset 1 ends at element 6"),
     "offset of 64 bits": (tensor((1,), (1,), 2**63 - 1), "ends at element"),
@@ -472,6 +479,12 @@ BAD_TENSORS = {
     "dtype that is none": (
         b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage() + number(0) + numbers((1,))
         + numbers((1,)) + b"\x89}ctorch\nFloatStorage\ntR", "not a torch dtype"),
+    "hooks, v3": (
+        b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage() + number(0) + numbers((1,))
+        + numbers((1,)) + b"\x89]ctorch\nuint16\ntR", "with hooks"),
+    "negative bit, v3": (
+        b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage() + number(0) + numbers((1,))
+        + numbers((1,)) + b"\x89}ctorch\nuint16\n" + b"]tR", "negative bit"),
     "storage larger than its entry": (tensor(count=7), "more than the 24 bytes"),
     "storage of wider elements": (tensor(cls="torch\nDoubleStorage"), "more than the 24 bytes"),
     "storage of 2**62 elements": (tensor(count=HUGE), "more than the 24 bytes"),
@@ -606,6 +619,8 @@ BAD_ARCHIVES = {
     "offset past the end": (altered(3, offset=2**40), "lies outside"),
     "offset of 64 bits": (altered(3, offset=2**64 - 1), "lies outside"),
     "another local name": (altered(2, local_name="m/data/1"), "described differently"),
+    "encrypted only in its place": (altered(2, local_flags=1), "described differently"),
+    "compressed only in its place": (altered(2, local_method=8), "described differently"),
     "big endian": (altered(1, data=b"big"), "byte order is 'big'"),
     "unknown byte order": (altered(1, data=b"middle"), "byte order is 'middle'"),
     "long byte order": (altered(1, data=b"little" * 10), "at most 16 are read"),
@@ -767,6 +782,7 @@ def test_every_altered_byte_is_noticed_or_harmless(tmp_path):
     assert refused > 300
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
 @settings(max_examples=150, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3))
 def test_an_altered_pickle_with_a_right_checksum_is_read_or_refused(changes, tmp_path_factory):
@@ -797,6 +813,7 @@ def test_arbitrary_bytes_are_refused(tmp_path_factory, data, prefix):
         open_torch_file(path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60))
 def test_arbitrary_pickles_are_read_or_refused(tmp_path_factory, stream):
@@ -910,16 +927,31 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     assert written < 2.5 * size and read < 2.5 * size
 
 
-def test_a_small_view_of_a_large_storage_takes_little_memory(tmp_path):
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_small_view_of_a_large_storage_takes_little_memory(step, tmp_path):
     base = torch.arange(5_000_000, dtype=torch.int32)
-    torch.save(base[4_000_000:4_000_010], tmp_path / "view.pt")
+    torch.save(base[4_000_000:4_000_010:step], tmp_path / "view.pt")
     tracemalloc.start()
     try:
         with open_torch_file(tmp_path / "view.pt") as file:
-            np.testing.assert_array_equal(file.value.read(), np.arange(4_000_000, 4_000_010))
+            want = np.arange(4_000_000, 4_000_010, step)
+            np.testing.assert_array_equal(file.value.read(), want)
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_the_stride_of_a_single_row_means_nothing(tmp_path):
+    path = checkpoint(tmp_path / "m.pt", tensor((1, 6), (2**63 - 1, 1)))
+    with open_torch_file(path) as file:
+        np.testing.assert_array_equal(file.value.read(), [SIX])
+
+
+def test_the_largest_empty_shape_that_is_accepted_can_be_read(tmp_path):
+    shape = (0, 2**30, 2**29)
+    path = checkpoint(tmp_path / "m.pt", tensor(shape, (0, 0, 0)))
+    with open_torch_file(path) as file:
+        assert file.value.read().shape == shape
 
 
 def test_a_file_of_more_than_four_gigabytes_is_read(tmp_path):
@@ -964,7 +996,19 @@ def test_torch_loads_every_dtype_that_is_written(name, tmp_path):
 
 def test_torch_loads_the_nesting_that_is_written(tmp_path):
     value = {
-        "plain": [0, -1, 2**31, -(2**63), 2**1000, 1.5, float("inf"), True, False, None, "é\n'"],
+        "plain": [
+            0,
+            -1,
+            2**31,
+            -(2**63),
+            2**1000,
+            1.5,
+            float("inf"),
+            True,
+            False,
+            None,
+            "é\n'\ud800",
+        ],
         "nested": ({"a": [()], 3: ({}, [])}, [[1], (2,)]),
         "steps": 300_000,
     }

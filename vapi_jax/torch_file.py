@@ -151,13 +151,14 @@ class _Archive:
         """Names what a file is that does not begin as a zip archive does."""
         head = bytearray(512)
         head = head[: self._fill(head, 0)]
+        if head.startswith(b"PK\3\4"):
+            return
         if not head:
             raise self.error("the file is empty")
         for found, reason in _OTHER_FORMATS:
             if found(bytes(head)):
                 raise self.error(reason)
-        if not head.startswith(b"PK\3\4"):
-            raise self.error("not a PyTorch checkpoint: it does not begin as a zip archive does")
+        raise self.error("not a PyTorch checkpoint: it does not begin as a zip archive does")
 
     def _directory(self) -> dict[str, _Entry]:
         try:
@@ -195,7 +196,7 @@ class _Archive:
         what = f"entry {quoted(name)}"
         folder, *parts = name.split("/")
         plain = bool(parts) and not {"", ".", ".."} & {folder, *parts}
-        if folder != stem or not plain or re.search(r"[\\\0]", name) or name != info.filename:
+        if folder != stem or not plain or re.search(r"[\\\0]", name):
             raise self.error(f"{what} is not a plain name in the one folder of the archive")
         if info.flag_bits & _ENCRYPTED:
             raise self.error(f"{what} is encrypted: decrypt the file first")
