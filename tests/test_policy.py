@@ -151,12 +151,21 @@ def test_unconditional_keeps_the_structure_and_drops_the_condition(case):
 
 def test_drop_condition(case):
     without = case.policy.unconditional(case.condition)
-    rng = jax.random.key(3)
-    kept = drop_condition(case.policy, rng, case.condition, 0.0)
-    dropped = drop_condition(case.policy, rng, case.condition, 1.0)
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    kept = drop_condition(case.policy, keys, case.condition, 0.0)
+    dropped = drop_condition(case.policy, keys, case.condition, 1.0)
     for got, want in ((kept, case.condition), (dropped, without)):
         assert jax.tree.structure(got) == jax.tree.structure(want)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_whether_a_condition_is_dropped_depends_on_its_own_key_alone(case):
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    together = drop_condition(case.policy, keys, case.condition, 0.5)
+    for i in range(BATCH):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], case.condition)
+        alone = drop_condition(case.policy, keys[i : i + 1], one, 0.5)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[0], b[i]), alone, together)
 
 
 def test_cached_decoding_equals_teacher_forcing(case):

@@ -246,3 +246,16 @@ def test_wrong_sizes_are_named(params):
         vq.VQConfig(ch=48)
     with pytest.raises(ValueError, match="float16"):
         vq.VQConfig(dtype="float16")
+
+
+def test_decoding_from_projected_codes_is_decoding_from_codes(params):
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, 32, (2, 16)), jnp.int32)
+
+    def apply(*args, method):
+        return jax.jit(lambda p: MODEL.apply({"params": p}, *args, method=method))(params)
+
+    want = apply(apply(tokens, method="lookup"), method="decode")
+    table = apply(method="projected_codes")
+    assert table.shape == (32, 8)
+    for more in ((), (None, table)):
+        np.testing.assert_allclose(apply(tokens, *more, method="decode_tokens"), want, atol=2e-6)

@@ -87,13 +87,20 @@ class PixelSpace:
         """Î = D(x), Eq. 1, in float32 and unclamped."""
 
         def local(params: Any, tokens: Array) -> Array:
-            return self._in_chunks(lambda x: self._decode(params, x), tokens)
+            codes = self._projected_codes(params)
+            return self._in_chunks(lambda x: self._decode(params, codes, x), tokens)
 
         return self._per_device(local, 1)(frozen["tokenizer"], tokens)
 
-    def _decode(self, params: Any, tokens: Array) -> Array:
+    def _projected_codes(self, params: Any) -> Array:
+        """Once for all chunks of a step."""
+        return self.tokenizer.apply({"params": params}, method="projected_codes")
+
+    def _decode(self, params: Any, codes: Array, tokens: Array) -> Array:
         with jax.named_scope("decode"):
-            images = self.tokenizer.apply({"params": params}, tokens, method="decode_tokens")
+            images = self.tokenizer.apply(
+                {"params": params}, tokens, None, codes, method="decode_tokens"
+            )
             return images.astype(jnp.float32)
 
     def losses(
@@ -108,13 +115,18 @@ class PixelSpace:
         """
 
         def local(frozen: Frozen, samples: Array, images: Array) -> Any:
-            return self._in_chunks(lambda s, i: self._losses(frozen, s, i), samples, images)
+            codes = self._projected_codes(frozen["tokenizer"])
+            return self._in_chunks(lambda s, i: self._losses(frozen, codes, s, i), samples, images)
 
         return self._per_device(local, 2)(dict(frozen), samples, images)
 
-    def _losses(self, frozen: Frozen, samples: Array, images: Array) -> dict[str, Array]:
+    def _losses(
+        self, frozen: Frozen, projected: Array, samples: Array, images: Array
+    ) -> dict[str, Array]:
         batch, _, length = samples.shape
-        decoded = self._decode(frozen["tokenizer"], rearrange(samples, "b g t -> (b g) t"))
+        decoded = self._decode(
+            frozen["tokenizer"], projected, rearrange(samples, "b g t -> (b g) t")
+        )
         grouped = rearrange(decoded, "(b g) h w c -> b g h w c", b=batch)
         target, used = images[:, None], self.weights.used()
         terms = {}

@@ -239,6 +239,16 @@ class Codebook(nn.Module):
         return self.param("embedding", _codebook_init, shape, config.codebook_l2_norm)
 
 
+def _gather(
+    table: Float[Array, "K D"], indices: Int[Array, "B T"], grid: tuple[int, int] | None
+) -> Float[Array, "B h w D"]:
+    batch, num_tokens = indices.shape
+    height, width = grid or (math.isqrt(num_tokens),) * 2
+    if height * width != num_tokens:
+        raise ValueError(f"{num_tokens} tokens do not fill a grid of {height} x {width}")
+    return table[indices].reshape(batch, height, width, -1)
+
+
 # --- the tokenizer ------------------------------------------------------------------------------
 
 
@@ -291,17 +301,24 @@ class VQModel(nn.Module):
         Raises:
           ValueError: if the tokens do not fill the grid.
         """
-        batch, num_tokens = indices.shape
-        height, width = grid or (math.isqrt(num_tokens),) * 2
-        if height * width != num_tokens:
-            raise ValueError(f"{num_tokens} tokens do not fill a grid of {height} x {width}")
-        return self.codes()[indices].reshape(batch, height, width, -1)
+        return _gather(self.codes(), indices, grid)
+
+    def projected_codes(self) -> Float[Array, "K z"]:
+        """What the decoder gets for each code: normalised and through `post_quant_conv`."""
+        return self.post_quant_conv(self.codes()[None, None])[0, 0]
 
     def decode_tokens(
-        self, indices: Int[Array, "B T"], grid: tuple[int, int] | None = None
+        self,
+        indices: Int[Array, "B T"],
+        grid: tuple[int, int] | None = None,
+        projected: Float[Array, "K z"] | None = None,
     ) -> Float[Array, "B H W 3"]:
-        """Images of tokens (Eq. 37); see `lookup` and `decode`."""
-        return self.decode(self.lookup(indices, grid))
+        """Images of tokens (Eq. 37); decoding starts with one gather.
+
+        Give `projected` (see `projected_codes`) where many batches are decoded with one codebook.
+        """
+        table = self.projected_codes() if projected is None else projected
+        return self.decoder(_gather(table, indices, grid), True)[0]
 
     def __call__(self, images: Float[Array, "B H W 3"], deterministic: bool = True) -> VQOutput:
         """One training pass: reconstruction and the codebook terms of Eq. 33.
