@@ -1,0 +1,387 @@
+"""Draw images from a checkpoint: `python -m vapi_jax.sample --ckpt CHECKPOINT --out DIR`.
+
+CHECKPOINT is "demo" for the weights that ship with the package, or the directory of a run:
+
+  python -m vapi_jax.sample --ckpt demo --num 96 --grid --out /tmp/demo_samples
+  python -m vapi_jax.sample --ckpt runs/demo --num 16 --labels chelsea,coffee --out /tmp/two
+
+The published protocol (50,000 images of random classes at 384 px, judged at 256 px):
+
+  python -m vapi_jax.sample --ckpt runs/xxl --num 50000 --batch 64 --labels random --resize 256 \\
+      --format npz --out samples/xxl
+
+The same command after an interruption goes on where it was. Sample i depends on --seed, i and its
+label alone, whatever the batch and the number of devices. DIR/recipe.json says how the images were
+made; DIR/images and DIR/samples.npz (ADM's layout) are what evaluators take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib.metadata
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vapi_jax.metrics import Progress, format_duration, to_uint8
+from vapi_jax.sample_files import (
+    FORMATS,
+    RECIPE,
+    SampleFiles,
+    SampleFilesError,
+    settle_recipe,
+    write_recipe,
+)
+
+if TYPE_CHECKING:  # JAX takes a second to import, which --help does not have
+    from vapi_jax.conditions import Conditions
+    from vapi_jax.generator import Generator
+
+SCHEDULES = ("constant", "interval", "cosine")
+UINT8_RULE = "truncate(clamp(127.5 x + 128, 0, 255))"
+RESIZE_RULE = "bicubic, a = -0.75, half-pixel centres, no antialias"
+GRID_ROWS, GRID_COLUMNS, GRID_LETTERS = 12, 8, 14
+
+
+class SampleError(ValueError):
+    """A request that cannot be met; the message says why and what to do."""
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def _at_least(least: int, most: int = 1 << 31) -> Any:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value < most:
+            raise argparse.ArgumentTypeError(f"{value}: wants {least} to {most - 1}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse: "invalid whole number value: 'many'"
+    return parse
+
+
+def _number(low: float, high: float = math.inf) -> Any:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low < value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: wants more than {low}, at most {high}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vapi_jax.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, help="'demo', or the directory of a run or of converted weights")
+    add("--out", required=True, type=Path, metavar="DIR", help="where the images go")
+    add("--num", type=_at_least(1), default=50_000, help="how many (default %(default)s)")
+    add("--batch", type=_at_least(1), default=64, help="drawn at once (default %(default)s)")
+    add("--seed", type=_at_least(0, 1 << 32), default=0, help="default %(default)s")
+    add(
+        "--labels", metavar="RULE",
+        help="'balanced' (0, 1, 2, ... in turn; the default), 'random', a list such as 0,1,5 or of "
+        "class names, or a FILE with one a line; lists are repeated as often as needed",
+    )  # fmt: skip
+    add(
+        "--conditions", type=Path, metavar="FILE",
+        help="for a text-conditional checkpoint: .npz of features [N, P, W] and mask [N, P], left "
+        "padded; sample i takes row i mod N",
+    )  # fmt: skip
+    drawing = parser.add_argument_group("drawing")
+    add = drawing.add_argument
+    add("--temperature", type=_number(0.0), default=1.0, help="default %(default)s")
+    add("--top_k", type=_at_least(0), default=0, help="keep the k likeliest tokens; 0 keeps all")
+    add("--top_p", type=_number(0.0, 1.0), default=1.0, help="nucleus; 1 keeps all")
+    add("--greedy", action="store_true", help="take the likeliest token")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), help="compute in it (default: the checkpoint's)"
+    )
+    drawing = parser.add_argument_group("guidance")
+    add = drawing.add_argument
+    add("--cfg", type=_number(-math.inf), default=1.0, help="scale; 1 (the default) is none")
+    add(
+        "--cfg_schedule", choices=SCHEDULES, default="constant",
+        help="the same for all tokens (default), for the first ones only, or rising along a cosine",
+    )  # fmt: skip
+    add("--cfg_interval", type=_at_least(0), metavar="N", help="interval: tokens 0 .. N + 1")
+    add(
+        "--cfg_power", type=_number(0.0), metavar="P", help="cosine: 1 + (cfg-1)(1-cos(π(t/T)^P))/2"
+    )
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add(
+        "--resize",
+        type=_at_least(1, 1 << 14),
+        metavar="PX",
+        help=f"side to resize to: {RESIZE_RULE}",
+    )
+    add("--format", choices=FORMATS, default="png", help="default %(default)s")
+    add(
+        "--grid", action="store_true", help="also DIR/grid.png: a few samples, a row for each class"
+    )
+    add("--cpu_devices", type=_at_least(1, 257), default=1, help="virtual devices on a CPU")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, checked against each other; exits with status 2 and a sentence where they clash."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name, schedule in (("cfg_interval", "interval"), ("cfg_power", "cosine")):
+        given, wanted = getattr(args, name) is not None, args.cfg_schedule == schedule
+        if given and not wanted:
+            parser.error(f"--{name} belongs to --cfg_schedule {schedule}")
+        if wanted and not given:
+            parser.error(f"--cfg_schedule {schedule} wants --{name}")
+    return args
+
+
+def draw_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `sampling.generate`."""
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "greedy": args.greedy,
+        "cfg_scale": args.cfg,
+        "cfg_schedule": args.cfg_schedule,
+        "cfg_interval": -1 if args.cfg_interval is None else args.cfg_interval,
+        "cfg_power": 1.0 if args.cfg_power is None else args.cfg_power,
+    }
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Draws chunks of samples, always in batches of one shape, so that one program serves all.
+
+    Args:
+      generator: what to draw from.
+      conditions: of every sample.
+      options: see `draw_options`.
+      seed: of the run.
+      batch: samples of a chunk; rounded up to the devices, which changes no sample.
+      side: of the images in pixels; they are resized where they are decoded at another.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        conditions: Conditions,
+        options: Mapping[str, Any],
+        seed: int,
+        batch: int,
+        side: int,
+    ):
+        import jax
+
+        from vapi_jax.sharding import replicated
+
+        self._generator, self._conditions, self._options = generator, conditions, dict(options)
+        devices = generator.mesh.size
+        self._rows, self._side = -(-batch // devices) * devices, side
+        self._rng = jax.device_put(jax.random.key(seed), replicated(generator.mesh))
+
+    def draw(self, samples: range) -> Any:
+        """Float32 images [rows, H, W, 3] of these samples, still on the devices; padding follows."""
+        from vapi_jax.evaluation.resize import bicubic_torch
+        from vapi_jax.sampling import generate
+        from vapi_jax.sharding import shard_whole
+
+        generator = self._generator
+        ids = np.arange(samples.start, samples.start + self._rows, dtype=np.uint32)
+        given = np.minimum(ids, samples[-1])  # padding repeats the last sample's condition
+        batch = {"condition": self._conditions.of(given), "ids": ids}
+        batch = shard_whole(batch, generator.mesh)
+        tokens = generate(
+            generator.policy,
+            generator.params,
+            batch["condition"],
+            self._rng,
+            sample_ids=batch["ids"],
+            **self._options,
+        )
+        images = generator.decode(tokens)
+        if self._side == generator.image_size:
+            return images
+        # A program of its own, so that no rounding differs from the published protocol's function.
+        return bicubic_torch(images, self._side, self._side)
+
+
+def write_samples(sampler: Sampler, files: SampleFiles) -> int:
+    """Draws and writes every chunk that is not there yet; returns how many samples that were.
+
+    Images of one chunk are encoded and written while the devices draw the next.
+    """
+    from vapi_jax.sharding import host_array
+
+    todo = files.todo()
+    missing = sum(len(files.ids(chunk)) for chunk in todo)
+    done = files.count - missing
+
+    def write(chunk: int, images: np.ndarray) -> int:
+        files.write(chunk, to_uint8(images))
+        return len(images)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        Progress(files.count, "samples", first_step=done) as progress,
+    ):
+        writing: concurrent.futures.Future[int] | None = None
+
+        def settle() -> None:
+            nonlocal done
+            if writing is not None:
+                written = writing.result()
+                done += written
+                progress.update(done, written)
+
+        for chunk in todo:
+            samples = files.ids(chunk)
+            images = host_array(sampler.draw(samples))[: len(samples)]
+            if not np.isfinite(images).all():
+                raise SampleError(
+                    f"samples {samples[0]} to {samples[-1]} hold NaN or infinite values: the weights "
+                    "are broken, or the compute dtype is too narrow for them"
+                )
+            settle()
+            writing = pool.submit(write, chunk, images)
+        settle()
+    return missing
+
+
+def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
+    """A row of samples for each of the first classes (or captions), uint8 [h, w, 3]."""
+    from vapi_jax.pictures import overview
+
+    rows, first = np.unique(conditions.rows, return_index=True)
+    shown = rows[np.argsort(first)][:GRID_ROWS]
+    members = [np.flatnonzero(conditions.rows == row)[:GRID_COLUMNS] for row in shown]
+    columns = max(len(found) for found in members)
+    names = [conditions.name(int(row)) for row in shown]
+    strips = {}
+    for row, name, found in zip(shown, names, members, strict=True):
+        strip = np.full((columns, files.size, files.size, 3), 255, np.uint8)
+        strip[: len(found)] = files.read([int(sample) for sample in found])
+        unclear = len(name) > GRID_LETTERS or names.count(name) > 1
+        strips[f"{row} {name}"[:GRID_LETTERS] if unclear else name] = strip
+    return overview(strips, scale=max(1, 96 // files.size))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def make_recipe(
+    args: argparse.Namespace, generator: Generator, conditions: Conditions, side: int
+) -> dict[str, Any]:
+    """What recipe.json says of these samples."""
+    return {
+        "checkpoint": generator.facts,
+        "sampling": draw_options(args),
+        "seed": args.seed,
+        "count": args.num,
+        "batch": args.batch,
+        "labels" if conditions.labels else "captions": conditions.facts,
+        "image_size": side,
+        "decoded_size": generator.image_size,
+        "resize": None if side == generator.image_size else RESIZE_RULE,
+        "uint8": UINT8_RULE,
+        "format": args.format,
+        **_environment(),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """With what, on what and when."""
+    from vapi_jax.evaluation.receipt import environment
+
+    found = environment()
+    versions = {**found["versions"], "flax": importlib.metadata.version("flax")}
+    return {"versions": versions, "devices": found["devices"], "started": found["date"]}
+
+
+def _mesh(cpu_devices: int) -> Any:
+    import jax
+
+    from vapi_jax.sharding import make_mesh
+
+    if cpu_devices > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+        except RuntimeError:  # the backend is up already: a test, a notebook
+            logging.getLogger(__name__).info("devices are fixed already: %d", jax.device_count())
+    return make_mesh()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
+    from vapi_jax.conditions import make_conditions
+    from vapi_jax.generator import load_generator
+
+    generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
+    conditions = make_conditions(generator, args.num, args.seed, args.labels, args.conditions)
+    if args.cfg != 1.0:
+        try:
+            generator.policy.unconditional(generator.policy.example_condition(1))
+        except ValueError as error:
+            raise SampleError(f"--cfg {args.cfg:g}: {error}") from error
+    side = args.resize or generator.image_size
+    files = SampleFiles(args.out, args.num, args.batch, side, args.format)
+    batch = min(args.batch, args.num)
+    start = time.monotonic()
+    with files.locked():
+        asked = make_recipe(args, generator, conditions, side)
+        recipe = settle_recipe(args.out, asked)
+        if recipe["started"] != asked["started"] and files.todo():
+            again = {name: asked[name] for name in ("started", "devices", "versions")}
+            write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
+        sampler = Sampler(generator, conditions, draw_options(args), args.seed, batch, side)
+        drawn = write_samples(sampler, files)
+        files.finish(conditions.rows if conditions.labels else None)
+        if args.grid:
+            from PIL import Image
+
+            Image.fromarray(grid(files, conditions)).save(args.out / "grid.png")
+    places = [str(path) for path in (files.images, files.npz) if path.exists()]
+    print(
+        f"{args.num} samples in {' and '.join(places)}, {drawn} of them drawn in "
+        f"{format_duration(time.monotonic() - start)}. How they were made is in {args.out / RECIPE}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = parse(argv)
+    from vapi_jax.conditions import ConditionsError
+    from vapi_jax.weights import WeightsError
+
+    try:
+        run(args)
+    except (ConditionsError, OSError, SampleError, SampleFilesError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
