@@ -1,23 +1,42 @@
-"""Image features for Fréchet distances, from the two classifiers that LPIPS brings along.
+"""Image features for distances between sets of images, and the place to plug in others.
 
-Neither distance is FID, which is defined on one particular Inception network. Values compare with
-each other only for the same feature, image size and number of samples. `vgg_relu4_3` shares its network
-with the usual perceptual reward; `alex_conv5` is a network which that reward has not seen.
+`inception` is the network that FID, sFID and the Inception Score are defined on; its weights are a
+file that the user brings. `lpips_vgg` and `lpips_alex` are the two classifiers that LPIPS brings along:
+distances in them are not FID and never carry its name. Values compare with each other only for the
+same feature, image size and number of samples. `vgg_relu4_3` shares its network with the usual perceptual
+reward; `alex_conv5` is a network which that reward has not seen.
+
+A network of one's own is an `Extractor`: give it to `register` under a name, or name it on the command
+line as MODULE:ATTRIBUTE:
+
+    def load(file, any_weights):
+        return Weights({"dense": np.load("dense.npy")})
+
+    def apply(params, images):  # uint8 [N, H, W, 3]
+        x = images.reshape(len(images), -1) / 255.0
+        return {"pool": x @ params["dense"]}
+
+    register("mine", Extractor("my dense layer", load, apply))
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
 
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
+from vapi_jax.sharding import host_array, replicated, shard_whole
+from vapi_jax.weights import flatten
 
 Params = Mapping[str, Any]
 
@@ -27,7 +46,7 @@ ALEX_SIDE = 64
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """One row of `FEATURES`.
+    """One row of `FEATURES`: a feature of images in [-1, 1], as a run's own evaluation uses it.
 
     Attributes:
       load: () -> parameters.
@@ -126,3 +145,206 @@ def extract_features(
             : len(batch)
         ]
     return out
+
+
+class FeaturesError(ValueError):
+    """A feature extractor that is unknown, cannot be loaded, or does not fit the images."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What `Extractor.load` returns.
+
+    Attributes:
+      params: nested dict of arrays.
+      file: the file they were read from; "" where the extractor brings its own.
+      file_sha256: its digest.
+      published: the weights, bit for bit, that the published metrics are defined on. Only these give
+        "FID"; every other network gives a "Fréchet distance" with its label.
+    """
+
+    params: Params
+    file: str = ""
+    file_sha256: str = ""
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Turns uint8 images into named features.
+
+    Attributes:
+      label: says in print what the features are, for instance "LPIPS-VGG relu4_3".
+      load: (file or None, whether weights other than the published ones are accepted) -> Weights.
+      apply: pure (params, uint8 images [N, H, W, 3]) -> {name: floating point [N, dim]}. "pool" has to
+        be there (Fréchet distance, precision, recall, kernel distance); "spatial" gives sFID and
+        "logits" the Inception Score. Rows must not depend on each other.
+      needs_file: whether `load` needs a file.
+    """
+
+    label: str
+    load: Callable[[str | None, bool], Weights]
+    apply: Callable[[Params, Array], Mapping[str, Array]]
+    needs_file: bool = False
+
+
+def _load_inception(file: str | None, any_weights: bool) -> Weights:
+    from vapi_jax.models import inception
+
+    if file is None:
+        raise FeaturesError(
+            f"the features 'inception' need the file {inception.FILE_NAME} (its SHA-256 begins with"
+            f" {inception.SHA256[:8]}); name it with --inception"
+        )
+    try:
+        found = inception.load_inception(file, any_weights=any_weights)
+    except (OSError, ValueError) as error:
+        raise FeaturesError(str(error)) from error
+    published = found.sha256 == inception.SHA256
+    return Weights(found.params, str(file), found.sha256, published)
+
+
+def _apply_inception(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping[str, Array]:
+    from vapi_jax.models import inception
+
+    return inception.inception_features(params, inception.preprocess(images))
+
+
+def _from_lpips(name: str, label: str) -> Extractor:
+    row = FEATURES[name]
+
+    def load(file: str | None, any_weights: bool) -> Weights:
+        return Weights(row.load())
+
+    def apply(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping[str, Array]:
+        return {"pool": row.apply(params, images.astype(jnp.float32) / 127.5 - 1)}
+
+    return Extractor(label, load, apply)
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "inception": Extractor("Inception", _load_inception, _apply_inception, needs_file=True),
+    "lpips_vgg": _from_lpips("vgg_relu4_3", "LPIPS-VGG relu4_3"),
+    "lpips_alex": _from_lpips("alex_conv5", "LPIPS-AlexNet conv5"),
+}
+"""What `--features` chooses from; `register` adds to it."""
+
+
+def register(name: str, extractor: Extractor) -> None:
+    """Makes an extractor known under a name.
+
+    Raises:
+      FeaturesError: the name is taken, or is no plain identifier.
+    """
+    if not name.isidentifier():
+        raise FeaturesError(f"a name of features must be an identifier, got {name!r}")
+    if name in EXTRACTORS:
+        raise FeaturesError(f"features {name!r} are registered already")
+    EXTRACTORS[name] = extractor
+
+
+def find_extractor(name: str) -> Extractor:
+    """The extractor registered under a name, or the attribute that "package.module:ATTRIBUTE" names.
+
+    The second form imports the module, so it must come from the user and never from a file.
+
+    Raises:
+      FeaturesError: neither is there, or the attribute is no `Extractor`.
+    """
+    if name in EXTRACTORS:
+        return EXTRACTORS[name]
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise FeaturesError(
+            f"features {name!r} are unknown; choose one of {', '.join(sorted(EXTRACTORS))}, or"
+            " MODULE:ATTRIBUTE for an Extractor of your own"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise FeaturesError(f"features {name!r} cannot be imported: {error}") from error
+    if not isinstance(found, Extractor):
+        raise FeaturesError(f"{name!r} is a {type(found).__name__}, not an Extractor")
+    return found
+
+
+def params_digest(params: Params) -> str:
+    """SHA-256 over names, types, shapes and values, whatever file the parameters came from."""
+    digest = hashlib.sha256()
+    for name, leaf in flatten(params).items():
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def feature_dims(extractor: Extractor, params: Params, height: int, width: int) -> dict[str, int]:
+    """The features that an extractor gives for images of a size: name -> length.
+
+    Raises:
+      FeaturesError: it cannot take such images, or gives something else than rows with a "pool".
+    """
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    try:
+        shapes = dict(jax.eval_shape(extractor.apply, params, images))
+    except (TypeError, ValueError) as error:
+        raise FeaturesError(
+            f"{extractor.label} cannot take images of {width}x{height} pixels: {error}"
+        ) from error
+    for name, leaf in shapes.items():
+        if leaf.ndim != 2 or len(leaf) != 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise FeaturesError(
+                f"{extractor.label} gives {name!r} as {leaf.dtype} {leaf.shape} for one image; floating"
+                " point [N, dim] is needed"
+            )
+    if "pool" not in shapes:
+        raise FeaturesError(f"{extractor.label} gives {sorted(shapes)}, but no 'pool'")
+    return {name: leaf.shape[1] for name, leaf in shapes.items()}
+
+
+def stream_features(
+    extractor: Extractor,
+    params: Params,
+    batches: Iterable[UInt8[np.ndarray, "N H W 3"]],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    names: Sequence[str],
+) -> Iterator[dict[str, Float[np.ndarray, "N D"]]]:
+    """Features of a stream of images, batch by batch, computed on all devices of a mesh.
+
+    The last batch is filled with black images whose features are dropped. The next batch is on its way
+    while the caller works on the last one. The result does not depend on the number of devices beyond
+    float32's rounding.
+
+    Args:
+      extractor: what computes them.
+      params: its parameters; brought to every device once.
+      batches: uint8 images of one size, no batch larger than `batch_size`.
+      mesh: from `make_mesh`.
+      batch_size: images per call, rounded up to a multiple of the number of devices.
+      names: which of the features; others are not computed where that saves something.
+
+    Yields:
+      {name: float32 [N, dim]} with the N of each batch.
+    """
+    size = -(-batch_size // mesh.size) * mesh.size
+    params = jax.device_put(params, replicated(mesh))
+
+    @jax.jit
+    def apply(params: Params, images: Array) -> dict[str, Array]:
+        found = extractor.apply(params, images)
+        return {name: found[name].astype(jnp.float32) for name in names}
+
+    def fetch(features: dict[str, Array], count: int) -> dict[str, np.ndarray]:
+        return {name: host_array(value)[:count] for name, value in features.items()}
+
+    pending: tuple[dict[str, Array], int] | None = None
+    for images in batches:
+        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
+        running = apply(params, shard_whole(padded, mesh)), len(images)
+        if pending is not None:
+            yield fetch(*pending)
+        pending = running
+    if pending is not None:
+        yield fetch(*pending)

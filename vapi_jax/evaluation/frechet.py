@@ -4,13 +4,34 @@
 
 This is the squared 2-Wasserstein distance of the two Gaussians, the number that FID reports when the
 features are Inception's (Heusel et al., arXiv 1706.08500). The symmetric product has the same
-eigenvalues as C1 C2, all real and >= 0, so no complex matrix root is needed.
+eigenvalues as C1 C2, all real and >= 0, so no complex matrix root is needed, and singular covariances
+need nothing added to their diagonals.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class FrechetResult:
+    """A Fréchet distance, and what has to be said beside it.
+
+    Attributes:
+      distance: the squared 2-Wasserstein distance, >= 0.
+      singular: whether a covariance has no full rank in float64, as with no more samples than
+        features. The distance is then exact for the covariances given, which say little about the
+        distributions behind them.
+      clipped: sum of the negative eigenvalues that rounding gave to matrices without any and that
+        were taken for zero; <= 0, and of the order of 1e-16 of the largest one.
+    """
+
+    distance: float
+    singular: bool
+    clipped: float
 
 
 def gaussian_statistics(
@@ -43,24 +64,32 @@ def gaussian_statistics(
     return mean, centred.T @ centred / (count - 1)
 
 
-def frechet_distance(
+def _full_rank(eigenvalues: Float[np.ndarray, " D"]) -> bool:
+    # Rounding leaves a zero eigenvalue within a few units of the largest one's last place.
+    tolerance = eigenvalues.max() * len(eigenvalues) * np.finfo(np.float64).eps
+    return bool(eigenvalues.min() > tolerance)
+
+
+def frechet(
     mu1: Float[np.ndarray, " D"],
     cov1: Float[np.ndarray, "D D"],
     mu2: Float[np.ndarray, " D"],
     cov2: Float[np.ndarray, "D D"],
-) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians, >= 0.
+) -> FrechetResult:
+    """Squared 2-Wasserstein distance of two Gaussians, with a note of singular covariances.
 
     Raises:
-      ValueError: shapes that do not fit each other.
+      ValueError: shapes that do not fit each other, or values that are not finite.
     """
     mu1, cov1, mu2, cov2 = (np.asarray(x, np.float64) for x in (mu1, cov1, mu2, cov2))
     dim = mu1.size
-    if not (mu1.shape == mu2.shape == (dim,) and cov1.shape == cov2.shape == (dim, dim)):
+    if not (dim and mu1.shape == mu2.shape == (dim,) and cov1.shape == cov2.shape == (dim, dim)):
         raise ValueError(
             "two means [D] and two covariances [D, D] are needed, got "
             f"{mu1.shape}, {cov1.shape}, {mu2.shape}, {cov2.shape}"
         )
+    if not all(np.isfinite(x).all() for x in (mu1, cov1, mu2, cov2)):
+        raise ValueError("a mean or a covariance contains NaN or infinity")
     values, vectors = np.linalg.eigh(cov1)
     # Rounding makes zero eigenvalues slightly negative.
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
@@ -69,4 +98,18 @@ def frechet_distance(
     cross = np.sqrt(np.maximum(eigenvalues, 0)).sum()
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * cross
-    return max(float(distance), 0.0)
+    return FrechetResult(
+        distance=max(float(distance), 0.0),
+        singular=not (_full_rank(values) and _full_rank(np.linalg.eigvalsh(cov2))),
+        clipped=float(np.minimum(values, 0).sum() + np.minimum(eigenvalues, 0).sum()),
+    )
+
+
+def frechet_distance(
+    mu1: Float[np.ndarray, " D"],
+    cov1: Float[np.ndarray, "D D"],
+    mu2: Float[np.ndarray, " D"],
+    cov2: Float[np.ndarray, "D D"],
+) -> float:
+    """The distance of `frechet` alone, >= 0. Raises ValueError as `frechet` does."""
+    return frechet(mu1, cov1, mu2, cov2).distance
