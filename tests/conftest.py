@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -46,6 +47,19 @@ class Golden:
     def args(self, name: str) -> dict:
         """The hyper-parameters of `<name>_args.json`."""
         return json.loads((self.directory / f"{name}_args.json").read_text())
+
+
+def pytest_configure(config):
+    """One compilation cache for the session: its workers and the commands it starts share it."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.compilation_cache = tempfile.TemporaryDirectory(prefix="vapi_jax_tests_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache.name
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compilation_cache"):
+        config.compilation_cache.cleanup()
 
 
 def pytest_addoption(parser):

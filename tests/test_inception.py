@@ -1,6 +1,7 @@
 """FID's Inception network against the same network in torch, block by block and whole, and its weights."""
 
 import hashlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -536,12 +537,14 @@ def test_statistics_that_give_no_number_are_named(value, small, tmp_path):
         load_inception(tmp_path / "weights.safetensors", any_weights=True)
 
 
-def test_a_pytorch_file_gives_the_same_as_safetensors(small, tmp_path):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pytorch_file_gives_the_same_as_safetensors(zipped, small, tmp_path):
     tensors = {name: torch.from_numpy(array) for name, array in small.items()}
-    torch.save(tensors, tmp_path / "weights.pth")
+    save = partial(torch.save, _use_new_zipfile_serialization=zipped)
+    save(tensors, tmp_path / "weights.pth")
     equal_to_the_state(load_inception(tmp_path / "weights.pth", any_weights=True), small)
     for value in ({"model": tensors}, list(tensors.values())):
-        torch.save(value, tmp_path / "other.pth")
+        save(value, tmp_path / "other.pth")
         with pytest.raises(WeightsError, match="other.pth is no table from names to tensors"):
             load_inception(tmp_path / "other.pth", any_weights=True)
 

@@ -359,7 +359,8 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_safetensors(path)
     from vapi_jax.torch_file import open_torch_file
 
-    with open_torch_file(path) as file:
+    # The released file is in the format before PyTorch 1.6; its digest does for the lack of checksums.
+    with open_torch_file(path, legacy=True) as file:
         value = file.value
         if not isinstance(value, Mapping) or not all(hasattr(v, "read") for v in value.values()):
             raise WeightsError(f"{path} is no table from names to tensors, as {FILE_NAME} is")
@@ -370,7 +371,8 @@ def load_inception(path: str | Path, any_weights: bool = False) -> InceptionWeig
     """Reads FID's Inception weights.
 
     Args:
-      path: the released file, or one of the same tensor names (.safetensors, else PyTorch's format).
+      path: the released file, or one of the same tensor names (.safetensors, else PyTorch's zip
+        format or the one before PyTorch 1.6, which the released file has).
       any_weights: accept a file with another digest: weights of one's own, or the released ones in
         another container. Numbers computed with it are FID only in the second case.
 
