@@ -1,19 +1,25 @@
 """Configurations: every mistake is named, all at once, and every option is read by something."""
 
-import ast
 import dataclasses
-import pathlib
 import typing
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-import vapi_jax
-from vapi_jax.config import ConfigError, TrainConfig, check_devices, resolve
-from vapi_jax.models.llama import LlamaConfig
+from vapi_jax import config_checks
+from vapi_jax.config import ConfigError, TrainConfig, device_errors, resolve
+from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.models.janus import JanusConfig
+from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.models.lpips import backbone_features, lpips_shapes
 from vapi_jax.vapi import PRESETS, VAPiConfig
 
 MINIMAL = {"name": "x", "task": "vapi", "policy": {"kind": "class", "size": "GPT-B"}}
+DTYPES = "('float32', 'bfloat16')"
 SMALL = {"block_size": 4, "dim": 32, "n_head": 4, "n_layer": 1}  # 32 px under VQ-16
 
 
@@ -88,32 +94,198 @@ def test_wrong_types(changes, line):
     assert line in lines(**changes)
 
 
+def changes_of(path, value):
+    """{"a": {"b": value}} of "a.b"; the generator is of a kind that has the option."""
+    *sections, name = path.split(".")
+    changes = {name: value}
+    for section in reversed(sections):
+        changes = {section: changes}
+    if sections == ["policy"]:
+        janus = {"hidden_dim", "text_vocab_size", "image_embed_dim", "num_tokens", "pad_id"}
+        changes["policy"] |= {"kind": "janus" if name in janus else "class"}
+    return changes
+
+
+# Option, a value on the wrong side of its limit, what it wants.
+OUTSIDE = [
+    ("seed", -1, "wants 0 to 4294967295"),
+    ("seed", 2**32, "wants 0 to 4294967295"),
+    ("steps", 0, "wants at least 1"),
+    ("batch_size", 0, "wants at least 1"),
+    ("microbatch_size", -8, "wants at least 0"),
+    ("cpu_devices", 0, "wants at least 1"),
+    ("decode_chunk", -1, "wants at least 0"),
+    ("log_every", 0, "wants at least 1"),
+    ("label_dropout", 1.5, "wants 0 to 1"),
+    ("mesh.data", 0, "wants at least 1, or -1 for what is left"),
+    ("mesh.fsdp", -2, "wants at least 1, or -1 for what is left"),
+    ("tokenizer.codebook_size", 1, "wants at least 2"),
+    ("tokenizer.codebook_embed_dim", 0, "wants at least 1"),
+    ("tokenizer.ch", 0, "wants at least 1"),
+    ("tokenizer.encoder_ch_mult", (1, 0), "wants at least 1"),
+    ("tokenizer.decoder_ch_mult", (-1, 1), "wants at least 1"),
+    ("tokenizer.num_res_blocks", 0, "wants at least 1"),
+    ("tokenizer.z_channels", 0, "wants at least 1"),
+    ("tokenizer.groupnorm_groups", 0, "wants at least 1"),
+    ("tokenizer.commit_loss_beta", -0.5, "wants at least 0"),
+    ("tokenizer.entropy_loss_ratio", -0.5, "wants at least 0"),
+    ("tokenizer.entropy_temperature", 0.0, "wants more than 0"),
+    ("tokenizer.dropout_p", 1.0, "wants [0, 1)"),
+    ("tokenizer_training.loss.reconstruction", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.perceptual", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.codebook", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.adversarial", -1.0, "wants at least 0"),
+    ("tokenizer_training.discriminator_start", -1, "wants at least 0"),
+    ("tokenizer_training.discriminator_ndf", 0, "wants at least 1"),
+    ("tokenizer_training.discriminator_layers", 0, "wants at least 1"),
+    ("tokenizer_training.restart_below", -0.1, "wants at least 0"),
+    ("tokenizer_training.restart_every", 0, "wants at least 1"),
+    ("tokenizer_training.restart_until", 1.1, "wants 0 to 1"),
+    ("policy.dim", 0, "wants at least 1"),
+    ("policy.n_layer", 0, "wants at least 1"),
+    ("policy.n_head", 0, "wants at least 1"),
+    ("policy.n_kv_head", 0, "wants at least 1"),
+    ("policy.multiple_of", 0, "wants at least 1"),
+    ("policy.ffn_dim_multiplier", 0.0, "wants more than 0"),
+    ("policy.rope_base", 0.0, "wants more than 0"),
+    ("policy.norm_eps", 0.0, "wants more than 0"),
+    ("policy.initializer_range", -0.1, "wants at least 0"),
+    ("policy.token_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.attn_dropout_p", -0.1, "wants [0, 1)"),
+    ("policy.resid_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.ffn_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.drop_path_rate", 1.0, "wants [0, 1)"),
+    ("policy.num_classes", 0, "wants at least 1"),
+    ("policy.caption_dim", 0, "wants at least 1"),
+    ("policy.class_dropout_prob", 2.0, "wants 0 to 1"),
+    ("policy.vocab_size", 1, "wants at least 2"),
+    ("policy.cls_token_num", 0, "wants at least 1"),
+    ("policy.block_size", 0, "wants at least 1"),
+    ("policy.hidden_dim", 0, "wants at least 1"),
+    ("policy.text_vocab_size", 0, "wants at least 1"),
+    ("policy.image_embed_dim", 0, "wants at least 1"),
+    ("policy.num_tokens", 0, "wants at least 1"),
+    ("policy.pad_id", -1, "wants at least 0"),
+    ("vapi.group_size", 1, "advantages need at least 2"),
+    ("vapi.noise_rate", 1.5, "wants 0 to 1"),
+    ("vapi.noise_rate", -0.1, "wants 0 to 1"),
+    ("vapi.temperature", 0.0, "wants more than 0"),
+    ("vapi.ce_weight", -0.1, "wants at least 0"),
+    ("vapi.clip_epsilon", 0.0, "wants more than 0"),
+    ("vapi.advantage_clip", 0.0, "wants more than 0"),
+    ("vapi.kl_weight", -0.1, "wants at least 0"),
+    ("vapi.token_dropout", 1.0, "wants [0, 1)"),
+    ("vapi.label_dropout", 1.1, "wants 0 to 1"),
+    ("reward.mse", -1.0, "wants at least 0"),
+    ("reward.lpips", -1.0, "wants at least 0"),
+    ("reward.l1", -1.0, "wants at least 0"),
+    ("reward.codebook_cosine", -1.0, "wants at least 0"),
+    ("reward.gan", -1.0, "wants at least 0"),
+    ("optimizer.learning_rate", -1.0, "wants at least 0"),
+    ("optimizer.weight_decay", -0.1, "wants at least 0"),
+    ("optimizer.b1", 1.0, "wants [0, 1)"),
+    ("optimizer.b2", -0.1, "wants [0, 1)"),
+    ("optimizer.eps", 0.0, "wants more than 0"),
+    ("optimizer.max_grad_norm", -1.0, "wants at least 0"),
+    ("optimizer.warmup_steps", -1, "wants at least 0"),
+    ("eval.every", 0, "wants at least 1"),
+    ("eval.images", 0, "wants at least 1"),
+    ("eval.samples", 0, "wants at least 1"),
+    ("eval.seeds", 0, "wants at least 1"),
+    ("eval.temperatures", (0.9, 0.0), "wants more than 0"),
+    ("eval.grid_per_class", 0, "wants at least 1"),
+    ("eval.grid_classes", 0, "wants at least 1"),
+    ("checkpoint.every", -1, "wants at least 0"),
+    ("checkpoint.keep_last", 0, "wants at least 1"),
+    ("checkpoint.keep_every", -1, "wants at least 0"),
+    ("max_skipped", -1, "wants at least 0"),
+]
+
+# And a value at the limit, where the limit itself is possible.
+INSIDE = [
+    ("seed", 2**32 - 1),
+    ("label_dropout", 1.0),
+    ("vapi.noise_rate", 0.0),
+    ("vapi.noise_rate", 1.0),
+    ("vapi.token_dropout", 0.0),
+    ("vapi.group_size", 2),
+    ("vapi.ce_weight", 0.0),
+    ("decode_chunk", 0),
+    ("tokenizer.codebook_size", 2),
+    ("optimizer.b1", 0.0),
+    ("optimizer.max_grad_norm", 0.0),
+    ("mesh.data", 1),
+    ("checkpoint.every", 0),
+    ("policy.n_kv_head", None),
+    ("eval.temperatures", ()),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "wants"), OUTSIDE)
+def test_a_number_outside_its_limits_is_named_with_them(path, value, wants):
+    assert lines(**changes_of(path, value)) == [f"{path}={value}: {wants}"]
+
+
+@pytest.mark.parametrize(("path", "value"), INSIDE)
+def test_a_number_at_its_limit_is_possible(path, value):
+    resolve({**MINIMAL, **changes_of(path, value)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "path", ["optimizer.learning_rate", "vapi.temperature", "policy.rope_base"]
+)
+def test_numbers_must_be_finite(path, value):
+    assert lines(**changes_of(path, value)) == [f"{path}={value}: wants a finite number"]
+
+
+def test_every_number_has_limits_and_every_limit_an_option_and_a_row_above():
+    """The data's own are checked by `DataConfig`; see tests/test_data.py."""
+    numbers = set()
+
+    def collect(kind, where):
+        for name, hint in typing.get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                collect(hint, f"{where}{name}.")
+            elif {int, float} & {hint, *typing.get_args(hint)}:
+                numbers.add(f"{where}{name}")
+
+    collect(TrainConfig, "")
+    for kind in (LlamaConfig, JanusConfig):
+        collect(kind, "policy.")
+    numbers = {name for name in numbers if not name.startswith("data.")}
+    limited = set(config_checks.LIMITS) | set(config_checks._OTHERS)
+    assert numbers == limited
+    assert {path for path, _, _ in OUTSIDE} == limited
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"task": "sing"}, "task='sing': choose one of ('vapi', 'tokenizer', 'base')"),
         ({"preset": "papr"}, "preset='papr': choose one of ('paper', 'reference', 'equations')"),
-        ({"steps": 0}, "steps=0: wants at least 1"),
-        ({"batch_size": 0}, "batch_size=0: wants at least 1"),
+        ({"name": ""}, "name='': wants a name"),
+        ({"mesh": {"fsdp": -1}}, "mesh: only one of data and fsdp can be -1, what is left"),
         (
             {"microbatch_size": 48},
             "microbatch_size=48: batch_size=128 is not a multiple of it",
         ),
-        ({"microbatch_size": -8}, "microbatch_size=-8: batch_size=128 is not a multiple of it"),
-        ({"log_every": 0}, "log_every=0: wants at least 1"),
-        ({"eval": {"every": 0}}, "eval.every=0: wants at least 1"),
         ({"eval": {"split": "dev"}}, "eval.split='dev': choose one of ('train', 'val', 'test')"),
-        ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last=0: wants at least 1"),
         ({"perceptual_net": "squeeze"}, "perceptual_net='squeeze': choose one of ('vgg', 'alex')"),
+        ({"on_nonfinite": "pray"}, "on_nonfinite='pray': choose one of ('stop', 'skip')"),
         (
             {"optimizer": {"schedule": "linear"}},
             "optimizer.schedule='linear': choose one of ('constant', 'cosine')",
         ),
-        ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate=-1.0: wants at least 0"),
         (
             {"data": {"image_size": 40}, "policy": {"kind": "class", **SMALL}},
             "data.image_size=40: the tokenizer reduces by 16; take a multiple of it",
         ),
+        (
+            {"tokenizer": {"encoder_ch_mult": (), "decoder_ch_mult": ()}},
+            "tokenizer.encoder_ch_mult=(): wants a width for at least one resolution",
+        ),
+        ({"tokenizer": {"dtype": "float16"}}, "tokenizer.dtype='float16': choose one of " + DTYPES),
         (
             {"policy": {"kind": "class", "block_size": 9}},
             "policy.block_size=9: images of 32 px give 2x2 tokens, so 4",
@@ -128,13 +300,43 @@ def test_wrong_types(changes, line):
         ),
         ({"policy": {}}, "policy.kind=None: choose one of ('class', 'text', 'janus')"),
         (
+            {"policy": {"kind": "text", **SMALL}},
+            "policy.kind='text': data sources give class labels; choose 'class'",
+        ),
+        (
             {"policy": {"kind": "class", "dim": 30, "n_head": 4}},
             "policy: n_head must divide dim, and n_kv_head must divide n_head",
         ),
-        ({"vapi": {"group_size": 1}}, "vapi.group_size=1: advantages need at least 2"),
-        ({"vapi": {"noise_rate": 1.5}}, "vapi.noise_rate=1.5: wants 0 to 1"),
-        ({"vapi": {"temperature": 0}}, "vapi.temperature=0.0: wants more than 0"),
-        ({"vapi": {"token_dropout": 1.0}}, "vapi.token_dropout=1.0: wants [0, 1)"),
+        (
+            {"policy": {"kind": "class", "size": "GPT-XS"}},
+            f"policy: unknown size 'GPT-XS', known are {', '.join(LLAMA_SIZES)}",
+        ),
+        (
+            {"policy": {"kind": "class", "dtype": "float16"}},
+            "policy.dtype='float16': choose one of " + DTYPES,
+        ),
+        (
+            {"policy": {"kind": "class", "remat": "some"}},
+            "policy.remat='some': choose one of ('none', 'full', 'dots')",
+        ),
+        (
+            {"policy": {"kind": "class", "attention": "flash"}},
+            "policy.attention='flash': choose one of ('auto', 'xla', 'cudnn')",
+        ),
+        (
+            {"task": "base", "policy": {"kind": "class", "class_dropout_prob": 0.0}},
+            "policy.class_dropout_prob=0.0: this generator has no embedding for dropped labels; set "
+            "label_dropout=0.0",
+        ),
+        (
+            {"preset": "reference", "policy": {"kind": "class", "class_dropout_prob": 0.0}},
+            "policy.class_dropout_prob=0.0: this generator has no embedding for dropped labels; set "
+            "vapi.label_dropout=0.0",
+        ),
+        (
+            {"task": "base", "policy": {"kind": "class", "attn_dropout_p": 0.1}},
+            "policy.attn_dropout_p=0.1: attention kernels have no dropout; set it to 0",
+        ),
         (
             {"vapi": {"corruption": "none"}},
             "vapi.corruption='none': choose one of ('paper', 'full')",
@@ -142,7 +344,7 @@ def test_wrong_types(changes, line):
         ({"vapi": {"ratio": "word"}}, "vapi.ratio='word': choose one of ('token', 'sequence')"),
         (
             {"vapi": {"mse_reduction": "max"}},
-            "vapi.mse_reduction='max': choose 'mean' or 'sum'",
+            "vapi.mse_reduction='max': choose one of ('mean', 'sum')",
         ),
         (
             {"vapi": {"update_dropout": True}},
@@ -158,8 +360,16 @@ def test_wrong_types(changes, line):
             "reward.gan: name the discriminator's weights in init.discriminator",
         ),
         (
+            {"init": {"perceptual": ("vgg16.pth",)}},
+            "init.perceptual: wants two files, the backbone's and the heads' (or none), not 1",
+        ),
+        (
             {"data": {"name": "flickr"}},
-            "data: name must be one of ('photos', 'image_folder', 'tfds'), got 'flickr'",
+            "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+        ),
+        (
+            {"data": {"image_size": 16}, "perceptual_net": "alex"},
+            "data.image_size=16: LPIPS (alex) wants at least 31 pixels",
         ),
         (
             {"task": "tokenizer", "tokenizer_training": {"discriminator_kind": "wgan"}},
@@ -167,13 +377,69 @@ def test_wrong_types(changes, line):
             "'non-saturating', 'non-saturating-llamagen')",
         ),
         (
-            {"task": "tokenizer", "tokenizer_training": {"restart_every": 0}},
-            "tokenizer_training.restart_every=0: wants at least 1",
+            {"task": "tokenizer", "tokenizer_training": {"adversarial_kind": "wgan"}},
+            "tokenizer_training.adversarial_kind='wgan': choose one of ('hinge', 'non-saturating', "
+            "'non-saturating-llamagen')",
+        ),
+        (
+            {"task": "tokenizer", "tokenizer_training": {"discriminator_layers": 4}},
+            "tokenizer_training.discriminator_layers=4: nothing is left of 32 pixels; take fewer",
+        ),
+        (
+            {"tokenizer_training": {"loss": {"reconstruction_norm": "l3"}}},
+            "tokenizer_training.loss: reconstruction_norm 'l3' is not l1 or l2",
+        ),
+        (
+            {"task": "base", "eval": {"compare": True}},
+            "eval.compare: task 'base' has no table; set it to False",
+        ),
+        (
+            {"eval": {"controls": True}},
+            "eval.controls: they are rows of the table; set eval.compare=True as well",
+        ),
+        (
+            {"eval": {"compare": True, "samples": 512}},
+            "eval.samples=512: the table compares 512 features; wants at least 513",
         ),
     ],
 )
 def test_impossible_values_come_with_their_fix(changes, line):
     assert lines(**changes) == [line]
+
+
+def test_what_is_said_of_networks_is_true():
+    """Limits that are written down in the checks, measured on the networks themselves."""
+    for net, side in config_checks.PERCEPTUAL_SIDE.items():
+        run, params = partial(backbone_features, net=net), lpips_shapes(net)
+        jax.eval_shape(run, params, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        smaller = jax.ShapeDtypeStruct((1, side - 1, side - 1, 3), jnp.float32)
+        with pytest.raises(ValueError, match="at least"):
+            jax.eval_shape(run, params, smaller)
+    for side, layers in ((32, 3), (31, 2), (24, 3), (64, 4)):
+        model = PatchGAN(ndf=4, n_layers=layers)
+        init = partial(model.init_with_output, train=False)
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        logits, _ = jax.eval_shape(init, jax.random.key(0), image)
+        assert logits.shape[1] == config_checks._patches(side, layers)
+    assert max(feature.dim for feature in FEATURES.values()) == config_checks.COMPARED_FEATURES
+
+
+def test_a_wrong_value_draws_no_further_complaints_of_what_follows_from_it():
+    assert lines(data={"image_size": 0}, policy={"kind": "class", "block_size": 9}) == [
+        "data: image_size must be at least 1, got 0"
+    ]
+    assert lines(batch_size=-1, microbatch_size=3) == ["batch_size=-1: wants at least 1"]
+    assert lines(tokenizer={"codebook_size": 0}, policy={"kind": "class", "vocab_size": 7}) == [
+        "tokenizer.codebook_size=0: wants at least 2"
+    ]
+
+
+def test_the_data_section_says_all_that_is_wrong_with_it():
+    assert lines(data={"image_size": 0, "crop": "middle", "name": "flickr"}) == [
+        "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+        "data: crop must be one of ('center', 'random'), got 'middle'",
+        "data: image_size must be at least 1, got 0",
+    ]
 
 
 def test_all_errors_come_at_once():
@@ -224,72 +490,38 @@ def test_presets_only_name_options_that_exist():
     assert all(set(preset) <= known for preset in PRESETS.values())
 
 
-def test_batches_must_split_over_the_devices():
-    small = {"batch_size": 24, "microbatch_size": 12, "eval": {"images": 20}}
-    config = resolve({**MINIMAL, **small})
-    check_devices(config, 4)
-    with pytest.raises(ConfigError) as error:
-        check_devices(config, 8)
-    assert str(error.value).splitlines() == [
-        "config.microbatch_size=12: not a multiple of the 8 devices; take 16",
-        "config.eval.images=20: not a multiple of the 8 devices; take 24",
-    ]
-
-
-# --- nothing is offered that nothing reads --------------------------------------------------------
-
-# Read by name and not as an attribute: where, and what reads them.
-READ_BY_NAME = {
-    ("TrainConfig", "preset"): ("config.py", 'raw.get("preset"'),
-    ("DataConfig", "train_split"): ("data/config.py", '_split")'),
-    ("DataConfig", "val_split"): ("data/config.py", '_split")'),
-    ("DataConfig", "test_split"): ("data/config.py", '_split")'),
-    ("RewardWeights", "mse"): ("reward.py", "getattr(weights, name)"),
-    ("RewardWeights", "l1"): ("reward.py", "getattr(weights, name)"),
-    ("RewardWeights", "codebook_cosine"): ("reward.py", "getattr(weights, name)"),
-}
-PACKAGE = pathlib.Path(vapi_jax.__file__).parent
-
-
-def reachable(kind, found):
-    found.add(kind)
-    for hint in typing.get_type_hints(kind).values():
-        if dataclasses.is_dataclass(hint) and hint not in found:
-            reachable(hint, found)
-    return found
-
-
-def read_attributes():
-    """Attribute names read in the package, but not by the checks of a configuration's values."""
-    names = set()
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path == PACKAGE / "config.py":
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                node.body = [n for n in node.body if getattr(n, "name", "") != "__post_init__"]
-        names |= {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-        }
-    return names
-
-
-def test_every_option_is_read_by_something():
-    kinds = reachable(TrainConfig, {LlamaConfig})
-    assert {kind.__name__ for kind in kinds} >= {
-        "TrainConfig", "VAPiConfig", "RewardWeights", "DataConfig", "VQConfig", "LlamaConfig",
-        "GeneratorWeights", "TokenizerTrainConfig", "OptimizerConfig", "MeshConfig", "EvalConfig",
-        "InitConfig", "CheckpointConfig",
-    }  # fmt: skip
-    read = read_attributes()
-    for kind in kinds:
-        for field in dataclasses.fields(kind):
-            exception = READ_BY_NAME.get((kind.__name__, field.name))
-            if exception is None:
-                assert field.name in read, f"nothing reads {kind.__name__}.{field.name}"
-            else:
-                path, text = exception
-                assert text in (PACKAGE / path).read_text(encoding="utf-8"), exception
+@pytest.mark.parametrize(
+    ("changes", "devices", "found"),
+    [
+        (
+            {"batch_size": 24, "microbatch_size": 12, "eval": {"images": 20}},
+            8,
+            [
+                "microbatch_size=12: not a multiple of the 8 devices; take 24",
+                "eval.images=20: not a multiple of the 8 devices; take 24",
+            ],
+        ),
+        (
+            {"batch_size": 20, "microbatch_size": 10, "eval": {"images": 64}},
+            8,
+            ["batch_size=20: not a multiple of the 8 devices; take 24"],
+        ),
+        (
+            {"batch_size": 96, "microbatch_size": 12},
+            8,
+            ["microbatch_size=12: not a multiple of the 8 devices; take 16"],
+        ),
+        ({"batch_size": 24, "microbatch_size": 12, "eval": {"images": 20}}, 4, []),
+        ({"batch_size": 7, "eval": {"images": 7}}, 1, []),
+    ],
+)
+def test_batches_must_split_over_the_devices(changes, devices, found):
+    assert device_errors(resolve({**MINIMAL, **changes}), devices) == found
+    # What an error tells to take is possible.
+    for line in found:
+        *sections, name = line.split("=")[0].split(".")
+        fix = {name: int(line.rsplit(" ", 1)[1])}
+        if name == "batch_size":
+            fix["microbatch_size"] = 0
+        changes = {**changes, **({sections[0]: fix} if sections else fix)}
+    assert device_errors(resolve({**MINIMAL, **changes}), devices) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vapi_jax.config import TrainConfig, resolve
-from vapi_jax.main import _SECTIONS
+from vapi_jax.recipe_flags import SECTIONS
 from vapi_jax.metrics import read_history
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.vq import VQ_PRESETS
@@ -46,7 +46,7 @@ def test_every_section_can_be_overridden_whether_or_not_a_recipe_names_it():
         for field in dataclasses.fields(TrainConfig)
         if dataclasses.is_dataclass(getattr(field, "default", None)) or field.name == "policy"
     ]
-    assert sorted(groups) == sorted(_SECTIONS)
+    assert sorted(groups) == sorted(SECTIONS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

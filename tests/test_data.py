@@ -102,7 +102,7 @@ def test_processes_share_the_stream_and_no_sample(count):
     assert len({row for share in shares for row in rows(share)}) == 6 * 4 * count
     for step, whole in enumerate(one):
         dealt = [rows([share[step]]) for share in shares]
-        assert rows([whole]) == [row for group in zip(*dealt, strict=True) for row in group]
+        assert rows([whole]) == [row for group in dealt for row in group]
 
 
 def test_held_out_crops_are_fixed_by_index_and_seed():
@@ -198,11 +198,21 @@ def test_missing_photographs_are_explained():
         ({"folder_holdout": 0.7}, "folder_holdout must be in"),
         ({"photo_crops_per_class": 0}, "photo_crops_per_class must be at least 1"),
         ({"num_threads": 3, "prefetch": 2}, "prefetch must be at least"),
+        ({"max_unreadable": 1.5}, r"max_unreadable must be in \[0, 1\], got 1.5"),
+        ({"max_unreadable": float("nan")}, "max_unreadable must be in"),
+        ({"max_image_pixels": 0}, "max_image_pixels must be in"),
+        ({"max_image_pixels": 200_000_000}, r"in \[1, 178956970\].*Pillow reads nothing larger"),
     ],
 )
 def test_impossible_configurations(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+def test_all_that_is_impossible_is_said_at_once():
+    with pytest.raises(ValueError, match="name must") as error:
+        DataConfig(name="imagenet", crop="middle", image_size=0, max_unreadable=-1.0)
+    assert len(str(error.value).splitlines()) == 4
 
 
 def test_impossible_arguments():

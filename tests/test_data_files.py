@@ -4,13 +4,22 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vapi_jax.data import DataConfig, class_names, fixed_batch, make_dataset, num_classes
+from vapi_jax.data import (
+    DataConfig,
+    DataError,
+    SkippedImages,
+    class_names,
+    fixed_batch,
+    make_dataset,
+    num_classes,
+)
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.tfds_source import find_prepared
 from vapi_jax.data.transforms import center_crop, random_crop, to_array
@@ -165,18 +174,19 @@ def test_folder_epochs_and_processes(tmp_path):
     assert len(set(seen)) == len(seen) == 12
 
 
-def test_folder_modes_become_rgb_and_exif_is_ignored(tmp_path):
-    write_images(tmp_path / "train" / "a", 1, mode="L", suffix=".jpg")
-    write_images(tmp_path / "train" / "a", 1, first=1, mode="RGBA", suffix=".webp")
-    write_images(tmp_path / "train" / "a", 1, first=2, mode="P", suffix=".PNG")
-    turned = Image.new("RGB", (8, 8))
-    turned.paste((255, 255, 255), (0, 0, 8, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # stored upside down
-    turned.save(tmp_path / "train" / "a" / "003.png", exif=exif)
-    batch = fixed_batch(folder_config(tmp_path, flip=False), "train", 4, seed=0)
-    assert batch["image"].shape == (4, 4, 4, 3)
-    assert any(np.all(image[0] == 1) and np.all(image[-1] == -1) for image in batch["image"])
+def test_files_of_all_kinds_are_read(tmp_path):
+    folder = tmp_path / "train" / "a"
+    kinds = [("L", ".jpg"), ("RGBA", ".webp"), ("P", ".PNG"), ("P", ".gif"), ("CMYK", ".tif")]
+    for number, (mode, suffix) in enumerate(kinds):
+        write_images(folder, 1, first=number, mode=mode, suffix=suffix)
+    (folder / "._000.jpg").write_bytes(b"left behind by a file manager")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "folder.png").mkdir()
+    config, skipped = folder_config(tmp_path, max_unreadable=0.0), SkippedImages()
+    assert len(make_source(config, "train")) == 5
+    batch = fixed_batch(config, "train", 5, seed=0, skipped=skipped)
+    assert batch["image"].shape == (5, 4, 4, 3)
+    assert len(skipped) == 0
 
 
 def test_held_out_images_are_not_augmented(tmp_path):
@@ -190,42 +200,96 @@ def test_held_out_images_are_not_augmented(tmp_path):
 
 
 def test_folder_errors_name_the_place_and_the_layout(tmp_path):
-    with pytest.raises(ValueError, match="needs `path`.*PATH/CLASS/IMAGE"):
+    with pytest.raises(DataError, match="needs `path`.*PATH/CLASS/IMAGE"):
         num_classes(DataConfig(name="image_folder"))
     missing = tmp_path / "missing"
     with pytest.raises(FileNotFoundError, match=r"no folder .*missing.*PATH/CLASS/IMAGE"):
         make_dataset(folder_config(missing), "train", 1, seed=0)
-    with pytest.raises(FileNotFoundError, match="no class folders.*PATH/CLASS/IMAGE"):
+    with pytest.raises(FileNotFoundError, match="no class folders, it holds nothing:.*PATH/CLASS/"):
+        num_classes(folder_config(tmp_path))
+    (tmp_path / "image.png").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"it holds 1 file\(s\): 1 with .png: expected"):
         num_classes(folder_config(tmp_path))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    with pytest.raises(FileNotFoundError, match="no images for split 'train'"):
+    with pytest.raises(
+        FileNotFoundError, match="'train' in .* 1 class folder.* of which 1 hold no"
+    ):
         make_dataset(folder_config(tmp_path), "train", 1, seed=0)
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "val" / "b", 2)
-    with pytest.raises(ValueError, match=r"b is a class that the training folder lacks"):
+    with pytest.raises(DataError, match=r"b is a class that the training folder lacks"):
         fixed_batch(folder_config(tmp_path), "val", 1, seed=0)
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated"])
-@pytest.mark.parametrize("num_threads", [0, 1])
-def test_an_unreadable_image_is_named(tmp_path, damage, num_threads):
-    write_images(tmp_path / "train" / "a", 1)
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
-        buffer, "PNG"
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_classes_without_images_are_named_with_what_they_hold(tmp_path, folder):
+    write_images(tmp_path / folder / "full", 20)
+    (tmp_path / folder / "empty").mkdir()
+    (tmp_path / folder / "other").mkdir()
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (tmp_path / folder / "other" / name).write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        make_dataset(folder_config(tmp_path), "train", 1, seed=0)
+    assert (
+        "2 of 3 class folders in" in str(error.value)
+        and "empty (holds nothing), other (holds 3 file(s): 2 with .heic, 1 with .txt). Remove or"
+        in str(error.value)
     )
-    content = b"not an image" if damage == "text" else buffer.getvalue()[:2000]
-    (tmp_path / "train" / "a" / "broken.png").write_bytes(content)
-    config = dataclasses.replace(folder_config(tmp_path), num_threads=num_threads)
-    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
-        take(make_dataset(config, "train", 2, seed=0), 1)
+
+
+def test_a_held_out_split_need_not_have_every_class(tmp_path):
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "train" / "b", 2)
+    write_images(tmp_path / "val" / "b", 2)
+    (tmp_path / "val" / "a").mkdir()
+    assert fixed_batch(folder_config(tmp_path), "val", 2, seed=0)["condition"].tolist() == [1, 1]
+
+
+def test_a_folder_of_splits_is_never_taken_for_a_folder_of_classes(tmp_path):
+    write_images(tmp_path / "val" / "a", 2)
+    write_images(tmp_path / "training" / "a", 2)
+    with pytest.raises(FileNotFoundError) as error:
+        class_names(folder_config(tmp_path))
+    assert str(error.value) == (
+        f"there is no folder {tmp_path / 'train'} for split 'train'; {tmp_path} holds 2 folder(s): "
+        "training, val. Set `train_split` to the sub-folder to read"
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*trainig for split 'train'; .*training"
+    ):
+        class_names(folder_config(tmp_path, train_split="trainig"))
+    assert class_names(folder_config(tmp_path, train_split="training")) == ("a",)
+    write_images(tmp_path / "classes" / "a", 2)
+    assert class_names(folder_config(tmp_path / "classes")) == ("a",)
+    with pytest.raises(FileNotFoundError, match="no folder .*classes/train for split 'train'"):
+        class_names(folder_config(tmp_path / "classes", train_split="train"))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_path, monkeypatch):
+    write_images(tmp_path / "train" / "a" / "deep", 2)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot list .*deep: Permission denied"):
+        make_dataset(folder_config(tmp_path), "train", 1, seed=0)
 
 
 # TensorFlow Datasets ---------------------------------------------------------------------------
 
 
-def prepare_tfds(tfds, folder, shard_lengths):
+def encoded_png(number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 9), (number, 100, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def prepare_tfds(tfds, folder, shard_lengths, label=lambda n: n % 2, image=encoded_png):
     """Writes "tiny" as `tfds build --file_format=array_record` lays it out, without TensorFlow."""
     from array_record.python import array_record_module
     from tensorflow_datasets.proto import tf_example_generated_pb2 as example_pb2
@@ -245,11 +309,9 @@ def prepare_tfds(tfds, folder, shard_lengths):
         name = f"tiny-train.array_record-{shard:05d}-of-{len(shard_lengths):05d}"
         writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1")
         for _ in range(length):
-            buffer = io.BytesIO()
-            Image.new("RGB", (12, 9), (number, 100, 0)).save(buffer, "PNG")
             values = {
-                "image": {"bytes_list": feature_pb2.BytesList(value=[buffer.getvalue()])},
-                "label": {"int64_list": feature_pb2.Int64List(value=[number % 2])},
+                "image": {"bytes_list": feature_pb2.BytesList(value=[image(number)])},
+                "label": {"int64_list": feature_pb2.Int64List(value=[label(number)])},
                 "file_name": {"bytes_list": feature_pb2.BytesList(value=[b"x"])},
             }
             record = example_pb2.Example(
@@ -293,13 +355,68 @@ def test_tfds_reads_prepared_data_without_tensorflow(tmp_path):
     assert_same(
         take(make_dataset(config, "train", 3, 1), 6), take(make_dataset(threaded, "train", 3, 1), 6)
     )
-    with pytest.raises(ValueError, match=r"no split 'test'.*`test_split`.*\['train'\]"):
+    with pytest.raises(DataError, match=r"no split 'test'.*`test_split`.*\['train'\]"):
         fixed_batch(config, "test", 1, seed=0)
-    with pytest.raises(ValueError, match=r"no feature 'labels'.*`label_feature`.*'label'"):
+    with pytest.raises(DataError, match=r"no feature 'labels'.*`label_feature`.*'label'"):
         class_names(dataclasses.replace(config, label_feature="labels"))
-    with pytest.raises(TypeError, match="'file_name' .* no images"):
+    with pytest.raises(DataError, match="'file_name' .* no images"):
         class_names(dataclasses.replace(config, image_feature="file_name"))
     assert ("tensorflow" in sys.modules) == tensorflow_before
+
+
+def test_tfds_labels_that_no_class_has_are_refused(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    prepare_tfds(tfds, tmp_path / "unlabelled" / "1.0.0", [4], label=lambda n: -1)
+    config = dataclasses.replace(tfds_config(tmp_path), path=str(tmp_path / "unlabelled" / "1.0.0"))
+    with pytest.raises(DataError) as error:
+        make_source(config, "train")
+    assert "tiny/1.0.0 train, record 0 has the label -1, its classes are 0 to 1" in str(error.value)
+    assert "set `train_split` to another" in str(error.value)
+    # One bad label in the middle is met when its record is.
+    prepare_tfds(tfds, tmp_path / "wrong" / "1.0.0", [5], label=lambda n: 2 if n == 2 else 0)
+    config = dataclasses.replace(config, path=str(tmp_path / "wrong" / "1.0.0"))
+    with pytest.raises(DataError, match="record 2 has the label 2, its classes are 0 to 1"):
+        take(make_dataset(config, "train", 5, seed=0), 1)
+
+
+def test_tfds_images_that_cannot_be_read_are_skipped_by_their_record(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    damaged = {3: b"", 7: encoded_png(7)[:-30]}
+    folder = tmp_path / "tiny" / "1.0.0"
+    prepare_tfds(tfds, folder, [10], image=lambda n: damaged.get(n, encoded_png(n)))
+    skipped = SkippedImages()
+    config = tfds_config(tmp_path, max_unreadable=0.2)
+    (batch,) = take(make_dataset(config, "train", 10, 0, skipped=skipped), 1)
+    assert set(numbers(batch)) == set(range(10)) - {3, 7}
+    assert sorted(name for name, _ in skipped.items()) == [
+        "tiny/1.0.0 train, record 3",
+        "tiny/1.0.0 train, record 7",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "missing"])
+def test_a_damaged_file_of_records_stops_the_run_by_name(tmp_path, damage):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    folder = tmp_path / "tiny" / "1.0.0"
+    prepare_tfds(tfds, folder, [6, 4])
+    first = min(folder.glob("*.array_record*"))
+    data = bytearray(first.read_bytes())
+    for place in range(100, 3000, 100):
+        data[place] ^= 255 if damage == "flipped" else 0
+    first.unlink()
+    if damage != "missing":
+        first.write_bytes({"truncated": data[:65_536], "emptied": b""}.get(damage, data))
+    with pytest.raises(
+        DataError, match=r"tiny/1.0.0 train, record \d+ cannot be read .*damaged or"
+    ):
+        take(make_dataset(tfds_config(tmp_path), "train", 10, seed=0), 1)
+
+
+def test_a_tfds_split_without_records_is_refused(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    prepare_tfds(tfds, tmp_path / "tiny" / "1.0.0", [4])
+    with pytest.raises(DataError, match=r"no records in 'train\[:0\]'; set `val_split` to others"):
+        make_source(tfds_config(tmp_path, val_split="train[:0]"), "val")
 
 
 def test_tfds_in_a_format_without_random_access(tmp_path):
@@ -311,7 +428,7 @@ def test_tfds_in_a_format_without_random_access(tmp_path):
     (folder / "tiny-train.array_record-00000-of-00001").rename(
         folder / "tiny-train.tfrecord-00000-of-00001"
     )
-    with pytest.raises(ValueError, match="tfds build tiny --file_format=array_record"):
+    with pytest.raises(DataError, match="tfds build tiny --file_format=array_record"):
         fixed_batch(tfds_config(tmp_path), "train", 1, seed=0)
 
 
@@ -328,15 +445,18 @@ def test_tfds_finds_the_newest_prepared_version(tmp_path):
     assert find_prepared(older) == tmp_path / "tiny" / "small" / "9.0.0"
     (tmp_path / "tiny" / "large" / "1.0.0").mkdir(parents=True)
     (tmp_path / "tiny" / "large" / "1.0.0" / "dataset_info.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"several configs.*'tiny/large', 'tiny/small'"):
+    with pytest.raises(DataError, match=r"several configs.*'tiny/large', 'tiny/small'"):
         find_prepared(config)
 
 
 def test_tfds_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="'tiny' is not prepared.*tfds build tiny"):
         find_prepared(tfds_config(tmp_path))
-    with pytest.raises(ValueError, match="needs `dataset`"):
+    with pytest.raises(DataError, match="needs `dataset`"):
         find_prepared(dataclasses.replace(tfds_config(tmp_path), dataset=""))
+    folder = tmp_path / "tiny" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
     # None is how Python marks a module that must not be imported.
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapi_jax\[tfds\]'"):

@@ -2,31 +2,27 @@
 
 A recipe under `configs/` returns an `ml_collections.ConfigDict`; `resolve` turns it into the frozen
 dataclasses below. A name that nothing reads is an error, with the nearest known name beside it, and
-all errors of a configuration are reported at once.
+all errors of a configuration are reported at once (`vapi_jax.config_checks` has the rules).
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vapi_jax.corruption import VARIANTS
+from vapi_jax.config_checks import TASKS, Errors, broken_limit, check_together
 from vapi_jax.data import DataConfig
-from vapi_jax.data.config import SPLITS
-from vapi_jax.grpo import RATIOS
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.vq import VQConfig
-from vapi_jax.policy import POLICIES, make_policy
+from vapi_jax.policy import POLICIES
 from vapi_jax.reward import RewardWeights
-from vapi_jax.tokenizer_loss import ADVERSARIAL_KINDS, DISCRIMINATOR_KINDS, GeneratorWeights
+from vapi_jax.tokenizer_loss import GeneratorWeights
 from vapi_jax.vapi import PRESETS, VAPiConfig
-
-TASKS = ("vapi", "tokenizer", "base")
 
 
 class ConfigError(ValueError):
@@ -101,14 +97,17 @@ class EvalConfig:
     temperatures: tuple[float, ...] = (0.95, 0.9, 0.87)  # of the sharpened base
     grid_per_class: int = 2  # samples of each class in the picture
     grid_classes: int = 8  # classes in the picture
+    sampled_every: int = 0  # steps between judgements of free-running samples; 0 for none
+    sampled: int = 256  # their number
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints under WORKDIR/checkpoints."""
 
-    every: int = 0  # steps; 0 keeps none but the final weights
-    keep_last: int = 2
+    every: int = 50  # steps; the last step is always saved, and 0 saves it alone
+    keep_last: int = 2  # newest steps that stay; two, so that there is one to go back to
+    keep_every: int = 0  # steps that are a multiple of it stay for good; 0 for none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +126,8 @@ class TrainConfig:
     label_dropout: float = 0.1  # share of conditions dropped when a base generator is trained
     decode_chunk: int = 0  # images whose samples a device decodes at once; 0 for all
     log_every: int = 1  # steps between rows of metrics.jsonl
+    on_nonfinite: str = "stop"  # "stop" | "skip": a step whose gradient is not finite
+    max_skipped: int = 10  # steps of a run that may be skipped
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     tokenizer: VQConfig = VQConfig()
@@ -146,55 +147,100 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: listing every unknown name, wrong type and impossible value.
     """
+    resolved, errors = examine(config)
+    raise_all(errors)
+    return resolved
+
+
+def raise_all(errors: Sequence[str]) -> None:
+    """Raises `ConfigError` with all error lines, if there are any."""
+    if errors:
+        lines = [f"{len(errors)} error(s) in the configuration:"]
+        lines += ["  - config." + error.replace("\n", "\n      ") for error in errors]
+        raise ConfigError("\n".join(lines))
+
+
+def examine(config: ConfigDict | Mapping[str, Any]) -> tuple[TrainConfig, Errors]:
+    """The typed configuration, and a line for everything that is wrong with it.
+
+    A value that cannot be used is left at its default, so that the rest can be judged as well.
+    """
     raw = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    errors: list[str] = []
+    errors = Errors()
     preset = raw.get("preset", "paper")
     if not isinstance(preset, str) or preset not in PRESETS:
         errors.append(f"preset={preset!r}: choose one of {tuple(PRESETS)}")
         raw["preset"] = preset = "paper"
     if isinstance(raw.setdefault("vapi", {}), Mapping):
         raw["vapi"] = {**PRESETS[preset], **raw["vapi"]}
-    for required, stand_in in (("name", "unnamed"), ("task", TASKS[0])):
-        if required not in raw:
-            errors.append(f"{required}: missing")
-            raw[required] = stand_in
+    errors += [f"{required}: missing" for required in _STAND_INS if required not in raw]
     resolved = _build(TrainConfig, raw, "", errors)
-    errors += _impossible(resolved)
-    if errors:
-        raise ConfigError(
-            f"{len(errors)} error(s) in the configuration:\n"
-            + "\n".join(f"  - config.{error}" for error in errors)
-        )
-    return resolved
+    check_together(resolved, errors)
+    return resolved, errors
 
 
-def _build(kind: type, values: Any, where: str, errors: list[str]) -> Any:
-    """A dataclass from a mapping, collecting errors instead of stopping at the first.
+_STAND_INS = {"name": "unnamed", "task": TASKS[0]}  # for the two options without a default
 
-    A value that cannot be used is left at its default, so that the rest can be judged as well.
-    """
+
+def _build(kind: type, values: Any, where: str, errors: Errors) -> Any:
+    """A dataclass from a mapping, collecting errors instead of stopping at the first."""
     if not isinstance(values, Mapping):
         errors.append(f"{where.rstrip('.')}={values!r}: wants options of its own, not a value")
         return kind()
     hints = typing.get_type_hints(kind)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = dict(_STAND_INS) if kind is TrainConfig else {}
     for name, value in values.items():
+        path = f"{where}{name}"
         if name not in hints:
-            errors.append(f"{where}{name}: nothing reads this option{_nearest(name, hints, where)}")
+            errors.append(f"{path}: nothing reads this option{_nearest(name, hints, where)}")
         elif dataclasses.is_dataclass(hints[name]):
-            kwargs[name] = _build(hints[name], value, f"{where}{name}.", errors)
+            kwargs[name] = _build(hints[name], value, f"{path}.", errors)
+        elif path == "policy":
+            kwargs[name] = _build_policy(value, values.get("task"), errors)
         else:
-            before = len(errors)
-            value = _coerce(value, hints[name], f"{where}{name}", errors)
-            if len(errors) == before:
-                kwargs[name] = value
-            elif kind is TrainConfig and name in ("name", "task"):  # these have no default
-                kwargs[name] = str(value)
+            _keep(kwargs, name, value, hints[name], path, errors)
     try:
         return kind(**kwargs)
-    except ValueError as error:  # the dataclass's own check
-        errors.append(f"{where.rstrip('.')}: {error}")
+    except ValueError as error:  # the dataclass's own check, one line for each finding
+        errors += [f"{where.rstrip('.')}: {line}" for line in str(error).splitlines()]
         return kind()
+
+
+def _build_policy(values: Any, task: Any, errors: Errors) -> dict[str, Any]:
+    """The generator's options, which are those of its own kind."""
+    if not isinstance(values, Mapping):
+        errors.append(f"policy={values!r}: wants options of its own, not a value")
+        return {}
+    kind = values.get("kind")
+    if kind not in POLICIES:
+        if task != "tokenizer":
+            errors.append(f"policy.kind={kind!r}: choose one of {tuple(POLICIES)}")
+        return dict(values)
+    hints = {"kind": str, **typing.get_type_hints(JanusConfig if kind == "janus" else LlamaConfig)}
+    more = ("alignment", "padding") if kind == "janus" else ("size",)
+    hints |= dict.fromkeys(more, str)
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in hints:
+            _keep(kept, name, value, hints[name], f"policy.{name}", errors)
+        else:
+            near = _nearest(name, hints, "policy.")
+            errors.append(f"policy.{name}: nothing reads this option{near}")
+    return kept
+
+
+def _keep(
+    kept: dict[str, Any], name: str, value: Any, hint: Any, path: str, errors: Errors
+) -> None:
+    """Adds an option's value under its name, if it is of the right type and within its limits."""
+    before = len(errors)
+    value = _coerce(value, hint, path, errors)
+    if len(errors) == before:
+        broken = broken_limit(path, value)
+        if broken is None:
+            kept[name] = value
+        else:
+            errors.append(broken)
 
 
 def _nearest(name: str, known: Iterable[str], where: str) -> str:
@@ -225,129 +271,21 @@ def _coerce(value: Any, hint: Any, where: str, errors: list[str]) -> Any:
     return value
 
 
-def _impossible(config: TrainConfig) -> list[str]:
-    """Everything about a well-typed configuration that cannot work, each with its fix."""
-    errors: list[str] = []
-
-    def wants(condition: bool, message: str) -> None:
-        if not condition:
-            errors.append(message)
-
-    def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
-        wants(value in choices, f"{name}={value!r}: choose one of {tuple(choices)}")
-
-    def at_least(name: str, value: float, least: float) -> None:
-        wants(value >= least, f"{name}={value}: wants at least {least}")
-
-    one_of("task", config.task, TASKS)
-    one_of("perceptual_net", config.perceptual_net, ("vgg", "alex"))
-    one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine"))
-    one_of("eval.split", config.eval.split, SPLITS)
-    for name in ("steps", "batch_size", "cpu_devices", "log_every"):
-        at_least(name, getattr(config, name), 1)
-    at_least("decode_chunk", config.decode_chunk, 0)
-    for name in ("every", "images", "samples", "seeds", "grid_per_class", "grid_classes"):
-        at_least(f"eval.{name}", getattr(config.eval, name), 1)
-    at_least("checkpoint.every", config.checkpoint.every, 0)
-    at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-        at_least(f"optimizer.{name}", getattr(config.optimizer, name), 0)
-    share = config.label_dropout
-    wants(0.0 <= share <= 1.0, f"label_dropout={share}: wants 0 to 1")
-    micro = config.microbatch_size or config.batch_size
-    wants(
-        config.batch_size < 1 or (micro > 0 and config.batch_size % micro == 0),
-        f"microbatch_size={micro}: batch_size={config.batch_size} is not a multiple of it",
-    )
-    factor = config.tokenizer.downsample_factor
-    wants(
-        config.data.image_size % factor == 0,
-        f"data.image_size={config.data.image_size}: the tokenizer reduces by {factor}; take a "
-        "multiple of it",
-    )
-    if config.task == "tokenizer":
-        training = config.tokenizer_training
-        name = "tokenizer_training."
-        one_of(f"{name}discriminator_kind", training.discriminator_kind, DISCRIMINATOR_KINDS)
-        one_of(f"{name}adversarial_kind", training.adversarial_kind, ADVERSARIAL_KINDS)
-        at_least(f"{name}restart_every", training.restart_every, 1)
-    else:
-        errors += _policy_errors(config)
-    if config.task == "vapi":
-        errors += _method_errors(config)
-    return errors
-
-
-def _method_errors(config: TrainConfig) -> list[str]:
-    v = config.vapi
-    checks = {
-        f"group_size={v.group_size}: advantages need at least 2": v.group_size >= 2,
-        f"noise_rate={v.noise_rate}: wants 0 to 1": 0.0 <= v.noise_rate <= 1.0,
-        f"corruption={v.corruption!r}: choose one of {VARIANTS}": v.corruption in VARIANTS,
-        f"temperature={v.temperature}: wants more than 0": v.temperature > 0.0,
-        f"ratio={v.ratio!r}: choose one of {RATIOS}": v.ratio in RATIOS,
-        f"mse_reduction={v.mse_reduction!r}: choose 'mean' or 'sum'": (
-            v.mse_reduction in ("mean", "sum")
-        ),
-        f"clip_epsilon={v.clip_epsilon}: wants more than 0": v.clip_epsilon > 0.0,
-        f"advantage_clip={v.advantage_clip}: wants more than 0": v.advantage_clip > 0.0,
-        f"kl_weight={v.kl_weight}: wants at least 0": v.kl_weight >= 0.0,
-        f"token_dropout={v.token_dropout}: wants [0, 1)": 0.0 <= v.token_dropout < 1.0,
-        f"label_dropout={v.label_dropout}: wants 0 to 1": 0.0 <= v.label_dropout <= 1.0,
-        "update_dropout: the fused step samples from its training forward; set vapi.fused=False to "
-        "run dropout in the update": not (v.fused and v.update_dropout),
-    }
-    errors = [f"vapi.{message}" for message, holds in checks.items() if not holds]
-    if not config.reward.used():
-        errors.append("reward: all weights are 0; the reward would be constant")
-    if config.reward.gan != 0.0 and not config.init.discriminator:
-        errors.append("reward.gan: name the discriminator's weights in init.discriminator")
-    return errors
-
-
-def _policy_errors(config: TrainConfig) -> list[str]:
-    """What is wrong with the generator's options, which are those of its own kind."""
-    options: dict[str, Any] = dict(config.policy)
-    errors: list[str] = []
-    kind = options.pop("kind", None)
-    if kind not in POLICIES:
-        return [f"policy.kind={kind!r}: choose one of {tuple(POLICIES)}"]
-    hints = typing.get_type_hints(JanusConfig if kind == "janus" else LlamaConfig)
-    more = ("alignment", "padding") if kind == "janus" else ("size",)
-    hints |= dict.fromkeys(more, str)
-    for name, value in options.items():
-        if name in hints:
-            options[name] = _coerce(value, hints[name], f"policy.{name}", errors)
-        else:
-            near = _nearest(name, hints, "policy.")
-            errors.append(f"policy.{name}: nothing reads this option{near}")
-    side, codes = config.data.image_size, config.tokenizer.codebook_size
-    grid = side // config.tokenizer.downsample_factor
-    length = "num_tokens" if kind == "janus" else "block_size"
-    if options.setdefault(length, grid * grid) != grid * grid:
-        errors.append(
-            f"policy.{length}={options[length]}: images of {side} px give {grid}x{grid} tokens, so "
-            f"{grid * grid}"
-        )
-    if options.setdefault("vocab_size", codes) != codes:
-        errors.append(f"policy.vocab_size={options['vocab_size']}: the tokenizer has {codes} codes")
-    if not errors:
-        try:
-            make_policy(kind, **options)
-        except ValueError as error:
-            errors.append(f"policy: {error}")
-    return errors
-
-
-def check_devices(config: TrainConfig, devices: int) -> None:
-    """Raises `ConfigError` unless every batch splits evenly over the devices."""
+def device_errors(config: TrainConfig, devices: int) -> list[str]:
+    """A line for every batch that does not split evenly over the devices."""
     errors = []
-    micro = config.microbatch_size or config.batch_size
-    for name, size in (("microbatch_size", micro), ("eval.images", config.eval.images)):
-        if size % devices:
-            errors.append(
-                f"{name}={size}: not a multiple of the {devices} devices; take "
-                f"{-(-size // devices) * devices}"
-            )
-    if errors:
-        raise ConfigError("\n".join(f"config.{error}" for error in errors))
+    batch, micro = config.batch_size, config.microbatch_size or config.batch_size
+    if batch % devices:
+        errors.append(_uneven("batch_size", batch, devices, -(-batch // devices) * devices))
+    elif micro % devices:
+        fitting = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
+        nearest = next((n for n in fitting if n >= micro), batch)
+        errors.append(_uneven("microbatch_size", micro, devices, nearest))
+    images = config.eval.images
+    if images % devices:
+        errors.append(_uneven("eval.images", images, devices, -(-images // devices) * devices))
+    return errors
+
+
+def _uneven(name: str, size: int, devices: int, fix: int) -> str:
+    return f"{name}={size}: not a multiple of the {devices} devices; take {fix}"

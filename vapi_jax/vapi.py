@@ -96,6 +96,11 @@ def purpose_keys(rng: PRNGKeyArray, index: Int[Array, " B"]) -> PRNGKeyArray:
     return jnp.swapaxes(keys, 0, 1)
 
 
+def true_tokens(batch: dict[str, Any], encode: Encode) -> Int[Array, "B T"]:
+    """x*: encoded here, or where the batch brings them, beforehand."""
+    return batch["tokens"] if "tokens" in batch else encode(batch["image"])
+
+
 def make_context(
     keys: PRNGKeyArray, tokens: Int[Array, "B T"], vocab_size: int, config: VAPiConfig
 ) -> Int[Array, "B T"]:
@@ -142,7 +147,8 @@ def vapi_loss(
     Args:
       params: θ, the only thing that is trained.
       batch: "image" [B, H, W, 3] in [-1, 1], "condition" as the policy takes it, "index" [B]: the
-        images' places in the whole batch, from which their randomness derives.
+        images' places in the whole batch, from which their randomness derives; and "tokens" [B, T]
+        where the images are encoded already.
       rng: key of this step.
       policy: the generator's contract.
       encode: the frozen tokenizer's E and Q.
@@ -157,7 +163,7 @@ def vapi_loss(
     """
     del dropout_rng
     keys = purpose_keys(rng, batch["index"])
-    tokens = encode(batch["image"])  # x* = Q(E(I)), Eq. 1
+    tokens = true_tokens(batch, encode)  # x* = Q(E(I)), Eq. 1
     context = make_context(keys[0], tokens, policy.vocab_size, config)  # x̃, Eq. 28
     fed = context[:, : policy.context_length]  # the last token predicts nothing
     hidden, head = policy.hidden(params, batch["condition"], fed), policy.head(params)
@@ -220,7 +226,7 @@ def plain_vapi_loss(
     ρ differs from 1 at once. Arguments and results as `vapi_loss`.
     """
     keys = purpose_keys(rng, batch["index"])
-    tokens = encode(batch["image"])
+    tokens = true_tokens(batch, encode)
     context = make_context(keys[0], tokens, policy.vocab_size, config)
     fed = context[:, : policy.context_length]
     old_logits = policy.logits(jax.lax.stop_gradient(params), batch["condition"], fed)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-SOURCES = ("photos", "image_folder", "tfds")
+from vapi_jax.data.images import PILLOW_PIXELS
+
+SOURCES = ("photos", "image_folder", "tfds", "encoded")
 SPLITS = ("train", "val", "test")
 CROPS = ("center", "random")
+
+
+class DataError(ValueError):
+    """Data that cannot be used as configured; the message says what was found and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +23,11 @@ class DataConfig:
     the final table. What they map to is said at each source.
 
     Attributes:
-        name: "photos" (bundled photographs, no files needed), "image_folder" or "tfds".
+        name: "photos" (bundled photographs, no files needed), "image_folder", "tfds", or "encoded"
+            (images and tokens that vapi_jax.encode_dataset wrote).
         image_size: side of the square images, in pixels.
-        path: image_folder: the root folder. tfds: the data_dir, or a prepared version folder; empty
-            means $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        path: image_folder, encoded: the root folder. tfds: the data_dir, or a prepared version folder;
+            empty means $TFDS_DATA_DIR or ~/tensorflow_datasets.
         dataset: tfds only: "name", "name/config" or "name/config:version", for example
             "imagenet2012", "cifar10", "imagenette/320px-v2".
         train_split, val_split, test_split: image_folder: sub-folder of `path`; tfds: a split, or
@@ -38,6 +45,10 @@ class DataConfig:
         photo_crops_per_class: crops of each photograph in one epoch.
         folder_holdout: image_folder without sub-folders for splits: fraction of every class that is
             kept for val and test, half each.
+        max_unreadable: share of images that may be unreadable. Each is left out, listed, and its
+            place taken by another image of the split; above this share a run stops.
+        max_image_pixels: images with more pixels are not decoded but count as unreadable: a small
+            file can hold an image that fills the memory.
         num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than
             spare cores slow the trainer down.
         prefetch: batches prepared ahead.
@@ -60,35 +71,44 @@ class DataConfig:
     photo_holdout: float = 0.375
     photo_crops_per_class: int = 1024
     folder_holdout: float = 0.1
+    max_unreadable: float = 0.01
+    max_image_pixels: int = PILLOW_PIXELS
     num_threads: int = 1
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.name not in SOURCES:
-            raise ValueError(f"name must be one of {SOURCES}, got {self.name!r}")
-        if self.crop not in CROPS:
-            raise ValueError(f"crop must be one of {CROPS}, got {self.crop!r}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        # Above one half, a crop would not fit into the val or the test half of the held-out strip.
-        if not 0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5:
-            raise ValueError(
-                "photo scales must satisfy 0 < photo_min_scale <= photo_max_scale <= 0.5, got "
-                f"{self.photo_min_scale} and {self.photo_max_scale}"
-            )
-        for field in ("photo_holdout", "folder_holdout"):
-            value = getattr(self, field)
-            if not 0.0 < value <= 0.5:
-                raise ValueError(f"{field} must be in (0, 0.5], got {value}")
-        if self.photo_crops_per_class < 1:
-            raise ValueError(
-                f"photo_crops_per_class must be at least 1, got {self.photo_crops_per_class}"
-            )
-        if self.num_threads < 0 or self.prefetch < max(1, self.num_threads):
-            raise ValueError(
-                "num_threads must not be negative and prefetch must be at least max(1, "
-                f"num_threads), got num_threads={self.num_threads}, prefetch={self.prefetch}"
-            )
+        """Raises ValueError with a line for everything that is wrong."""
+        checks = {
+            f"name must be one of {SOURCES}, got {self.name!r}": self.name in SOURCES,
+            f"crop must be one of {CROPS}, got {self.crop!r}": self.crop in CROPS,
+            f"image_size must be at least 1, got {self.image_size}": self.image_size >= 1,
+            # Above one half, a crop would not fit into the val or the test half of the strip.
+            "photo scales must satisfy 0 < photo_min_scale <= photo_max_scale <= 0.5, got "
+            f"{self.photo_min_scale} and {self.photo_max_scale}": (
+                0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5
+            ),
+            f"photo_holdout must be in (0, 0.5], got {self.photo_holdout}": (
+                0.0 < self.photo_holdout <= 0.5
+            ),
+            f"folder_holdout must be in (0, 0.5], got {self.folder_holdout}": (
+                0.0 < self.folder_holdout <= 0.5
+            ),
+            f"photo_crops_per_class must be at least 1, got {self.photo_crops_per_class}": (
+                self.photo_crops_per_class >= 1
+            ),
+            f"max_unreadable must be in [0, 1], got {self.max_unreadable}": (
+                0.0 <= self.max_unreadable <= 1.0
+            ),
+            f"max_image_pixels must be in [1, {2 * PILLOW_PIXELS}], got {self.max_image_pixels}; "
+            "Pillow reads nothing larger": 1 <= self.max_image_pixels <= 2 * PILLOW_PIXELS,
+            "num_threads must not be negative and prefetch must be at least max(1, num_threads), "
+            f"got num_threads={self.num_threads}, prefetch={self.prefetch}": (
+                self.num_threads >= 0 and self.prefetch >= max(1, self.num_threads)
+            ),
+        }
+        wrong = [message for message, holds in checks.items() if not holds]
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
     def source_split(self, split: str, usual: str) -> str:
         """The source's own name of `split`, or `usual` where the configuration names none."""

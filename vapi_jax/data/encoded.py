@@ -66,6 +66,14 @@ class EncodedSource:
         self._arrays = {name: _map(folder / f"{name}.npy", name, count) for name in ARRAYS}
         if self._arrays["images"].shape[1:] != (side, side, 3):
             raise DataError(f"{folder / 'images.npy'} has shape {self._arrays['images'].shape}")
+        labels = self._arrays["labels"]
+        if not count:
+            raise DataError(f"{folder} holds no images. Make it again with {COMMAND}")
+        if labels.ndim != 1 or labels.min() < 0 or labels.max() >= len(self.class_names):
+            raise DataError(
+                f"{folder / 'labels.npy'} has labels that are none of the {len(self.class_names)} "
+                f"classes of {FACTS}. Make it again with {COMMAND}"
+            )
 
     def __len__(self) -> int:
         return len(self._arrays["labels"])

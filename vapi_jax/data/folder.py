@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image
 
-from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.config import SPLITS, DataConfig, DataError, check_split
+from vapi_jax.data.images import EXTENSIONS, read_rgb
 from vapi_jax.data.transforms import image_to_sample
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _LAYOUT = (
     "expected PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE, with images "
     f"ending in {', '.join(sorted(EXTENSIONS))}"
 )
-_USUAL_SPLITS = {"train": "train", "val": "val", "test": "test"}
+_NAMED = 5
 
 
 def _root(config: DataConfig) -> pathlib.Path:
     if not config.path:
-        raise ValueError(f"image_folder needs `path`, the root folder: {_LAYOUT}")
+        raise DataError(f"image_folder needs `path`, the root folder: {_LAYOUT}")
     root = pathlib.Path(config.path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}: {_LAYOUT}")
@@ -30,15 +32,36 @@ def _root(config: DataConfig) -> pathlib.Path:
 def _split_root(config: DataConfig, split: str) -> tuple[pathlib.Path, bool]:
     """The folder that holds the class folders of a split, and whether it holds this split alone."""
     root = _root(config)
-    folder = root / config.source_split(split, _USUAL_SPLITS[split])
-    if folder.is_dir():
-        return folder, True
-    if (root / config.source_split("train", "train")).is_dir():
+    # The source's usual names of the splits are ours.
+    folders = {name: root / config.source_split(name, name) for name in SPLITS}
+    if folders[split].is_dir():
+        return folders[split], True
+    existing = [name for name, folder in folders.items() if folder.is_dir()]
+    if existing or getattr(config, f"{split}_split"):
         raise FileNotFoundError(
-            f"{root} has a training folder but there is no folder {folder} for split {split!r}; "
-            f"set `{split}_split` to the sub-folder to read"
+            f"there is no folder {folders[split]} for split {split!r}; {root} holds "
+            f"{_contents(root)}. Set `{split}_split` to the sub-folder to read"
         )
     return root, False
+
+
+def _contents(folder: pathlib.Path) -> str:
+    """What a folder holds, in a few words for an error message."""
+    entries = sorted(folder.iterdir())
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    endings = Counter(entry.suffix or "no ending" for entry in entries if not entry.is_dir())
+    found = []
+    if folders:
+        found.append(f"{len(folders)} folder(s): {_some(folders)}")
+    if endings:
+        kinds = _some(f"{count} with {ending}" for ending, count in sorted(endings.items()))
+        found.append(f"{endings.total()} file(s): {kinds}")
+    return ", ".join(found) or "nothing"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
 def _class_folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -46,13 +69,29 @@ def _class_folders(folder: pathlib.Path) -> list[pathlib.Path]:
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
     if not folders:
-        raise FileNotFoundError(f"{folder} has no class folders: {_LAYOUT}")
+        raise FileNotFoundError(
+            f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}"
+        )
     return folders
 
 
 def folder_class_names(config: DataConfig) -> tuple[str, ...]:
     """The class folders of the training split, sorted by name."""
     return tuple(folder.name for folder in _class_folders(_split_root(config, "train")[0]))
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Files with an image's ending below a folder, sorted; hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    return sorted(
+        pathlib.Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+    )
 
 
 def _in_split(index: int, holdout: float, split: str) -> bool:
@@ -71,12 +110,13 @@ class FolderSource:
     """Images under root/CLASS, or root/SPLIT/CLASS where the folder of a split exists.
 
     Classes are the sorted folder names of the training split. Without folders for splits,
-    `folder_holdout` of every class is set aside for val and test. EXIF orientation is ignored.
+    `folder_holdout` of every class is set aside for val and test. No file is opened before its
+    sample is wanted.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
-        ValueError: no path given, a class folder that training does not know, or (when a sample is
-            read) an unreadable file, which is named.
+        FileNotFoundError: no such folder, or no images in it; says what was found instead.
+        DataError: no path given, a folder that cannot be listed, a class without images in
+            training, or one that training does not know.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
@@ -86,44 +126,50 @@ class FolderSource:
         folder, whole = _split_root(config, split)
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._files: list[tuple[pathlib.Path, int]] = []
-        for class_folder in _class_folders(folder):
+        empty = []
+        folders = _class_folders(folder)
+        for class_folder in folders:
             if class_folder.name not in labels:
-                raise ValueError(f"{class_folder} is a class that the training folder lacks")
-            files = sorted(
-                path for path in class_folder.rglob("*") if path.suffix.lower() in EXTENSIONS
-            )
+                raise DataError(f"{class_folder} is a class that the training folder lacks")
+            files = _image_files(class_folder)
+            if not files:
+                empty.append(class_folder)
             self._files += [
                 (path, labels[class_folder.name])
                 for index, path in enumerate(files)
                 if whole or _in_split(index, config.folder_holdout, split)
             ]
         if not self._files:
-            raise FileNotFoundError(f"no images for split {split!r} in {folder}: {_LAYOUT}")
+            raise FileNotFoundError(
+                f"no images for split {split!r} in {folder} with {len(folders)} class folder(s), of "
+                f"which {len(empty)} hold no image at all: {_LAYOUT}"
+            )
+        if empty and split == "train":
+            found = _some(f"{entry.name} (holds {_contents(entry)})" for entry in empty)
+            raise DataError(
+                f"{len(empty)} of {len(folders)} class folders in {folder} have no images: {found}. "
+                f"Remove or fill them; {_LAYOUT}"
+            )
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[pathlib.Path, int]:
+        """The file and the label of an image."""
         return self._files[index]
 
-    def sample(
-        self, record: tuple[pathlib.Path, int], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def name(self, index: int) -> str:
+        return str(self._files[index][0])
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Reads and crops one file: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
-        path, label = record
-        training = self._split == "train"
-        try:
-            with Image.open(path) as image:
-                # Broken files raise SyntaxError (PNG) or ValueError as well as OSError, and only
-                # when the pixels are decoded.
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
+        path, label = self._files[index]
+        training, size = self._split == "train", self._config.image_size
         return image_to_sample(
-            image,
+            read_rgb(path, self._config.max_image_pixels, size),
             label,
             rng,
-            size=self._config.image_size,
+            size=size,
             crop=self._config.crop if training else "center",
             flip=self._config.flip and training,
         )

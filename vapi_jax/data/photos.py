@@ -169,16 +169,17 @@ class PhotoSource:
     def __len__(self) -> int:
         return len(PHOTOS) * self._config.photo_crops_per_class
 
-    def __getitem__(self, index: int) -> int:
-        return int(index) % len(PHOTOS)
+    def name(self, index: int) -> str:
+        return f"a crop of {PHOTOS[index % len(PHOTOS)].name}"
 
-    def sample(self, record: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """A crop of the photograph `record`: {"image": float32 [H, W, 3], "condition": int32}."""
-        region, size = self._regions[record], self._config.image_size
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A crop of a photograph: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
+        label = int(index) % len(PHOTOS)
+        region, size = self._regions[label], self._config.image_size
         # Cut first, resize after: PIL's resize(box=...) lets its filter reach outside the box.
         # reducing_gap averages whole pixels first, for speed, where a crop is many times too large.
-        crop = region.crop(draw_crop(region.size, self._sides[record], rng))
+        crop = region.crop(draw_crop(region.size, self._sides[label], rng))
         crop = crop.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
         if self._config.flip:
             crop = random_flip(crop, rng)
-        return {"image": to_array(crop), "condition": np.asarray(record, np.int32)}
+        return {"image": to_array(crop), "condition": np.asarray(label, np.int32)}

@@ -1,38 +1,29 @@
 """From a source to batches: the one grain pipeline that every source runs through.
 
-A source knows its `class_names`, is a sequence of records (whatever is cheap to list), and turns a
-record and a random generator into a sample. Grain derives that generator from the seed and the
-position in the endless stream of epochs, so a batch depends on nothing but the configuration, the
-seed and its number.
+A source knows its `class_names` and its length, and turns an index and a random generator into a
+sample. Grain derives that generator from the seed and the position in the endless stream of epochs, so
+a batch depends on nothing but the configuration, the seed and its number.
 """
 
 from __future__ import annotations
-
-from typing import Any, Protocol
 
 import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.config import DataConfig, DataError, check_split
+from vapi_jax.data.encoded import EncodedSource, encoded_class_names
 from vapi_jax.data.folder import FolderSource, folder_class_names
 from vapi_jax.data.photos import PHOTOS, PhotoSource
+from vapi_jax.data.skipping import Readable, SkippedImages, Source
 from vapi_jax.data.tfds_source import TfdsSource, tfds_class_names
 
-
-class Source(Protocol):
-    """What a data source offers the pipeline."""
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def sample(self, record: Any, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
-
-
-_SOURCES = {"photos": PhotoSource, "image_folder": FolderSource, "tfds": TfdsSource}
+_SOURCES = {
+    "photos": PhotoSource,
+    "image_folder": FolderSource,
+    "tfds": TfdsSource,
+    "encoded": EncodedSource,
+}
 
 
 def make_source(config: DataConfig, split: str) -> Source:
@@ -46,6 +37,8 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         return tuple(photo.name for photo in PHOTOS)
     if config.name == "image_folder":
         return folder_class_names(config)
+    if config.name == "encoded":
+        return encoded_class_names(config)
     return tfds_class_names(config)
 
 
@@ -54,11 +47,15 @@ def num_classes(config: DataConfig) -> int:
     return len(class_names(config))
 
 
-def _samples(source: Source, seed: int, shuffle: bool) -> grain.MapDataset:
-    dataset = grain.MapDataset.source(source).seed(seed)
+def _samples(
+    source: Source, config: DataConfig, seed: int, shuffle: bool, skipped: SkippedImages | None
+) -> grain.MapDataset:
+    dataset = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    return dataset.random_map(source.sample)
+    # An empty list is falsy, but it is the caller's.
+    skipped = SkippedImages() if skipped is None else skipped
+    return dataset.random_map(Readable(source, config, skipped).sample)
 
 
 def make_dataset(
@@ -68,15 +65,16 @@ def make_dataset(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    skipped: SkippedImages | None = None,
 ) -> grain.IterDataset:
     """Batches of one split for one process.
 
     "train" never ends and is shuffled anew every epoch. "val" and "test" pass once over the split,
     in its own order, and leave out the samples that do not fill a last batch on every process.
 
-    The stream is dealt to the processes sample by sample: whatever the number of processes, the
-    union of their n-th batches is the same set of samples if the global batch size is the same. The
-    iterator's `get_state` and `set_state` resume exactly.
+    The stream is dealt to the processes batch by batch: whatever the number of processes, their n-th
+    batches one after the other are the same samples in the same order if the global batch size is the
+    same. The iterator's `get_state` and `set_state` resume exactly.
 
     Args:
         config: see DataConfig.
@@ -84,12 +82,16 @@ def make_dataset(
         batch_size: images per batch of THIS process.
         seed: fixes order, crops and flips.
         process_index, process_count: which share of the stream this process reads.
+        skipped: takes in the images that cannot be read, for which others stand in.
 
     Returns:
-        Batches {"image": float32 [B, H, W, 3] in [-1, 1], "condition": int32 [B]}.
+        Batches {"image": float32 [B, H, W, 3] in [-1, 1], "condition": int32 [B]}, and of encoded
+        images "tokens" int32 [B, T].
 
     Raises:
-        ValueError: impossible arguments, or a split too small for one batch on every process.
+        ValueError: impossible arguments.
+        DataError: a split too small for one batch on every process; and, when a batch is read, more
+            unreadable images than `config.max_unreadable` allows.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -99,7 +101,7 @@ def make_dataset(
         )
     source = make_source(config, split)
     training = split == "train"
-    dataset = _samples(source, seed, shuffle=training and config.shuffle)
+    dataset = _samples(source, config, seed, training and config.shuffle, skipped)
     if training:
         # Repeating before dealing keeps the processes' shares disjoint also where the length of an
         # epoch is no multiple of their number.
@@ -108,12 +110,12 @@ def make_dataset(
         per_step = batch_size * process_count
         usable = len(source) // per_step * per_step
         if usable == 0:
-            raise ValueError(
+            raise DataError(
                 f"split {split!r} has {len(source)} images, fewer than one batch of {batch_size} "
                 f"on each of {process_count} processes"
             )
         dataset = dataset[:usable]
-    dataset = dataset[process_index::process_count].batch(batch_size)
+    dataset = dataset.batch(batch_size)[process_index::process_count]
     options = grain.ReadOptions(
         num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
     )
@@ -121,23 +123,23 @@ def make_dataset(
 
 
 def fixed_batch(
-    config: DataConfig, split: str, n: int, seed: int
+    config: DataConfig, split: str, n: int, seed: int, skipped: SkippedImages | None = None
 ) -> dict[str, Float[np.ndarray, "N H W 3"] | Int[np.ndarray, " N"]]:
     """The same `n` images every time, for evaluation.
 
     Photographs: crop i shows class i % num_classes. Other sources: `n` different images drawn from
-    the split.
+    the split, but for those that stand in for unreadable ones, which go to `skipped`.
 
     Returns:
         {"image": float32 [n, H, W, 3] in [-1, 1], "condition": int32 [n]}, numpy.
 
     Raises:
-        ValueError: n is not positive, or the split is smaller than n.
+        DataError: n is not positive, or the split is smaller than n, or too much is unreadable.
     """
     source = make_source(config, split)
     if not 0 < n <= len(source):
-        raise ValueError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
+        raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
     # Files and records are often sorted by class, so the first n would be of few classes.
-    dataset = _samples(source, seed, shuffle=config.name != "photos")
+    dataset = _samples(source, config, seed, config.name != "photos", skipped)
     samples = [dataset[index] for index in range(n)]
     return {key: np.stack([sample[key] for sample in samples]) for key in ("image", "condition")}

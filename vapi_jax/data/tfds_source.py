@@ -9,17 +9,19 @@ needs TensorFlow, once, on any machine; reading does not:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
 import re
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.config import DataConfig, DataError, check_split
+from vapi_jax.data.images import read_rgb
 from vapi_jax.data.transforms import image_to_sample
 
 _USUAL_SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -45,7 +47,7 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
     """The version folder to read: `path` itself, or the newest one under path/dataset[/config].
 
     Raises:
-        ValueError: no dataset named.
+        DataError: no dataset named, or several configs to choose from.
         FileNotFoundError: nothing prepared there; says how to prepare it.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -54,7 +56,7 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
         return data_dir
     name, _, version = config.dataset.partition(":")
     if not name:
-        raise ValueError("tfds needs `dataset`, for example 'imagenet2012' or 'cifar10'")
+        raise DataError("tfds needs `dataset`, for example 'imagenet2012' or 'cifar10'")
     versions = [
         info.parent
         for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
@@ -64,7 +66,7 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
     parents = sorted({folder.parent for folder in versions})
     if len(parents) > 1:
         choices = [parent.relative_to(data_dir).as_posix() for parent in parents]
-        raise ValueError(f"{name!r} is prepared in several configs, name one of {choices}")
+        raise DataError(f"{name!r} is prepared in several configs, name one of {choices}")
     if not versions:
         raise FileNotFoundError(
             f"{config.dataset!r} is not prepared in {data_dir}. Set `path` to the data_dir, or "
@@ -76,20 +78,20 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
 
 def _builder(config: DataConfig) -> Any:
     """The builder of the prepared data, with image and label features checked."""
-    tfds = _tfds()
     folder = find_prepared(config)
+    tfds = _tfds()
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
     for field in ("image_feature", "label_feature"):
         if getattr(config, field) not in features:
-            raise ValueError(
+            raise DataError(
                 f"{folder} has no feature {getattr(config, field)!r}; set `{field}` to one of "
                 f"{sorted(features)}"
             )
     if not isinstance(features[config.image_feature], tfds.features.Image):
-        raise TypeError(f"feature {config.image_feature!r} of {folder} holds no images")
+        raise DataError(f"feature {config.image_feature!r} of {folder} holds no images")
     if not isinstance(features[config.label_feature], tfds.features.ClassLabel):
-        raise TypeError(f"feature {config.label_feature!r} of {folder} holds no class labels")
+        raise DataError(f"feature {config.label_feature!r} of {folder} holds no class labels")
     return builder
 
 
@@ -104,51 +106,87 @@ class TfdsSource:
     Raises:
         ModuleNotFoundError: tensorflow-datasets is not installed.
         FileNotFoundError: the dataset is not prepared.
-        ValueError: no dataset named, not in a random-access format, or an unknown feature or split.
-        TypeError: the image or label feature holds something else.
+        DataError: no dataset named, not in a random-access format, an unknown feature or split, a
+            split without records or without labels; and, when a sample is read, a label that no
+            class has or a damaged file of records.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        tfds = _tfds()
         builder = _builder(config)
         self.class_names = tuple(builder.info.features[config.label_feature].names)
         self._config = config
-        self._training = check_split(split) == "train"
-        name = config.source_split(split, _USUAL_SPLITS[split])
-        base = re.split(r"[\[+]", name)[0]
-        if base not in builder.info.splits:
-            raise ValueError(
-                f"{builder.info.full_name} has no split {name!r} for {split!r}; set "
-                f"`{split}_split` to one of {sorted(builder.info.splits)} or a slice such as "
-                "'train[90%:]'"
-            )
-        try:
-            # The encoded bytes are enough: PIL decodes every source the same way.
-            self._records = builder.as_data_source(
-                split=name, decoders={config.image_feature: tfds.decode.SkipDecoding()}
-            )
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{builder.data_dir} is not prepared in a random-access format; prepare it with "
-                f"tfds build {builder.info.name} --file_format=array_record"
-            ) from error
+        self._split = check_split(split)
+        self._name = f"{builder.info.full_name} {config.source_split(split, _USUAL_SPLITS[split])}"
+        self._records = _open_records(builder, config, split)
+        # Some test splits carry -1 for every label.
+        for index in {0, len(self._records) - 1}:
+            self._record(index)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        record = self._records[index]
-        return record[self._config.image_feature], int(record[self._config.label_feature])
+    def name(self, index: int) -> str:
+        return f"{self._name}, record {index}"
 
-    def sample(self, record: tuple[bytes, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Decodes and crops: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
-        encoded, label = record
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image_to_sample(
-                image,
-                label,
-                rng,
-                size=self._config.image_size,
-                crop=self._config.crop if self._training else "center",
-                flip=self._config.flip and self._training,
+    def _record(self, index: int) -> tuple[bytes, int]:
+        """Encoded image and label."""
+        with _damage_named(self.name(index)):
+            record = self._records[index]
+            encoded = record[self._config.image_feature]
+            label = int(record[self._config.label_feature])
+        if not 0 <= label < len(self.class_names):
+            raise DataError(
+                f"{self.name(index)} has the label {label}, its classes are 0 to "
+                f"{len(self.class_names) - 1}: a split without labels cannot be used; set "
+                f"`{self._split}_split` to another"
             )
+        return encoded, label
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Decodes and crops: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
+        encoded, label = self._record(index)
+        training, size = self._split == "train", self._config.image_size
+        return image_to_sample(
+            read_rgb(io.BytesIO(encoded), self._config.max_image_pixels, size),
+            label,
+            rng,
+            size=size,
+            crop=self._config.crop if training else "center",
+            flip=self._config.flip and training,
+        )
+
+
+@contextlib.contextmanager
+def _damage_named(what: str) -> Iterator[None]:
+    """Turns what array_record raises, or hands back, for a damaged file into a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} cannot be read ({error}): its files are damaged or incomplete; copy or prepare "
+            "the dataset again"
+        ) from error
+
+
+def _open_records(builder: Any, config: DataConfig, split: str) -> Any:
+    name = config.source_split(split, _USUAL_SPLITS[split])
+    base = re.split(r"[\[+]", name)[0]
+    if base not in builder.info.splits:
+        raise DataError(
+            f"{builder.info.full_name} has no split {name!r} for {split!r}; set `{split}_split` to "
+            f"one of {sorted(builder.info.splits)} or a slice such as 'train[90%:]'"
+        )
+    if not builder.info.splits[name].num_examples:
+        raise DataError(
+            f"{builder.info.full_name} has no records in {name!r}; set `{split}_split` to others"
+        )
+    try:
+        # The encoded bytes are enough: Pillow decodes every source the same way.
+        return builder.as_data_source(
+            split=name, decoders={config.image_feature: _tfds().decode.SkipDecoding()}
+        )
+    except NotImplementedError as error:
+        raise DataError(
+            f"{builder.data_dir} is not prepared in a random-access format; prepare it with "
+            f"tfds build {builder.info.name} --file_format=array_record"
+        ) from error

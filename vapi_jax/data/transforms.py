@@ -70,15 +70,11 @@ def image_to_sample(
     crop: str,
     flip: bool,
 ) -> dict[str, np.ndarray]:
-    """One image file's content as a training sample.
-
-    The image is converted to RGB (grey is repeated, alpha is dropped) as it is stored: like ADM, an
-    EXIF orientation tag is ignored.
+    """A decoded RGB image as a training sample.
 
     Returns:
         {"image": float32 [size, size, 3] in [-1, 1], "condition": int32 scalar}.
     """
-    image = image.convert("RGB")
     image = random_crop(image, size, rng) if crop == "random" else center_crop(image, size)
     if flip:
         image = random_flip(image, rng)

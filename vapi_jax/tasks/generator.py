@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax import grpo, vapi
+from vapi_jax.data.encoded import read_facts
+from vapi_jax.evaluation.features import params_digest
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.models.vq import VQModel
@@ -96,7 +99,15 @@ class GeneratorTask(Task):
             key = jax.random.key(0)
             return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
-        return load_weights(source, jax.eval_shape(fresh))
+        params = load_weights(source, jax.eval_shape(fresh))
+        if self.config.data.name == "encoded":
+            facts = read_facts(Path(self.config.data.path) / "train")
+            if facts["tokenizer"] != params_digest(params):
+                raise WeightsError(
+                    f"config.init.vq={source.path}: the images in {self.config.data.path} were encoded "
+                    "with another tokenizer. Name that one, or encode them again"
+                )
+        return params
 
     def load_frozen(self) -> dict[str, Any]:
         return {"tokenizer": self.load_tokenizer()}
@@ -120,7 +131,7 @@ class BaseTask(GeneratorTask):
         step: Array,
     ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
         del step
-        tokens = self.pixels.encode(frozen, batch["image"])
+        tokens = vapi.true_tokens(dict(batch), partial(self.pixels.encode, frozen))
         label_rng, dropout_rng = jax.random.split(rng)
         label_keys = jax.vmap(partial(jax.random.fold_in, label_rng))(batch["index"])
         condition = drop_condition(

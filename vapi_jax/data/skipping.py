@@ -1,0 +1,153 @@
+"""Unreadable images: each replaced by another image, counted and listed, too many refused.
+
+The replacement is drawn at random from the same split with the sample's own generator. So sample i
+stays a function of the seed and i alone, whatever the number of processes and wherever a run was
+interrupted; no other sample moves, and an image is seen more often than once in an epoch only
+where it stands in for another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import threading
+from typing import Any, Protocol
+
+import numpy as np
+
+from vapi_jax.data.config import DataConfig, DataError
+from vapi_jax.data.images import UnreadableImage
+
+logger = logging.getLogger(__name__)
+
+# A share is told from so many images on: one bad image among the first three is no third of the data.
+_ENOUGH = 1000
+_LOGGED = 20
+_NAMED = 5
+
+
+class Source(Protocol):
+    """What a data source offers the pipeline."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls an image: its path, or its place in the data."""
+        ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """An image and its label. Raises UnreadableImage where it cannot be decoded."""
+        ...
+
+
+class SkippedImages:
+    """The list of a run's unreadable images, each once.
+
+    Args:
+        path: a file of JSON lines {"image", "reason"} that the list goes on in; None keeps it in
+            memory. One process writes a file.
+    """
+
+    def __init__(self, path: pathlib.Path | None = None) -> None:
+        self._path = path
+        self._found: dict[str, str] = {}
+        self._lock = threading.Lock()
+        if path is not None and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for row in filter(None, map(_parse, lines)):
+                self._found[row[0]] = row[1]
+            if len(self._found) != len(lines):  # a run that was killed may leave half a line
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(_line(*row) for row in self._found.items()))
+                partial.replace(path)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def items(self) -> tuple[tuple[str, str], ...]:
+        """Names and reasons, in the order of their discovery."""
+        with self._lock:
+            return tuple(self._found.items())
+
+    def add(self, name: str, reason: str) -> None:
+        """Lists an image, unless it is listed already."""
+        with self._lock:
+            if name in self._found:
+                return
+            self._found[name] = reason
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(_line(name, reason))
+            count = len(self._found)
+        if count <= _LOGGED:
+            logger.warning("left out, because it cannot be read: %s (%s)", name, reason)
+        if count == _LOGGED:
+            where = f"; all are listed in {self._path}" if self._path is not None else ""
+            logger.warning("unreadable images after these %d are not logged%s", _LOGGED, where)
+
+
+def _line(name: str, reason: str) -> str:
+    # ASCII, because a path may hold newlines and bytes that are no UTF-8.
+    return json.dumps({"image": name, "reason": reason}) + "\n"
+
+
+def _parse(line: str) -> tuple[str, str] | None:
+    try:
+        row: Any = json.loads(line)
+        return str(row["image"]), str(row["reason"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Readable:
+    """A source all of whose samples can be read.
+
+    Args:
+        source: what may hold unreadable images.
+        config: `max_unreadable` is the share of them that is put up with.
+        skipped: where they are listed.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, skipped: SkippedImages) -> None:
+        self._source = source
+        self._limit = config.max_unreadable
+        self._skipped = skipped
+        self._tried = np.zeros(len(source), bool)
+        self._unreadable: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Sample `index`, or the one that stands in for it.
+
+        Raises:
+            DataError: more images than `max_unreadable` allows cannot be read.
+        """
+        while True:
+            if index not in self._unreadable:
+                try:
+                    sample = self._source.sample(index, rng)
+                except UnreadableImage as error:
+                    self._note(index, str(error))
+                else:
+                    self._tried[index] = True
+                    return sample
+            index = int(rng.integers(len(self._tried)))
+
+    def _note(self, index: int, reason: str) -> None:
+        name = self._source.name(index)
+        self._skipped.add(name, reason)
+        with self._lock:
+            self._tried[index] = True
+            self._unreadable[index] = f"{name} ({reason})"
+            bad, tried, total = len(self._unreadable), int(self._tried.sum()), len(self._tried)
+            named = "\n  ".join(list(self._unreadable.values())[:_NAMED])
+        if bad == total or bad > self._limit * max(tried, min(total, _ENOUGH)):
+            raise DataError(
+                f"{bad} of {tried} images read cannot be decoded (the split has {total}), more than "
+                f"the share data.max_unreadable={self._limit} allows:\n  {named}\n"
+                "Repair or remove them, or allow a larger share"
+            )
