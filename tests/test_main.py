@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,35 +90,63 @@ def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
 def test_what_does_not_fit_the_devices_is_said_without_a_stack(tmp_path):
     done = command(XXL, f"--workdir={tmp_path}", "--config.mesh.data=3", "--config.cpu_devices=8")
     assert done.returncode == 1
-    assert "error: config.mesh: mesh data=3, fsdp=4 does not fit 8 device(s)" in done.stderr
+    assert "  - config.mesh: mesh data=3, fsdp=4 does not fit 8 device(s)" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_check_prints_the_plan_with_overrides_of_options_the_recipe_leaves_out():
+def test_what_is_missing_here_is_said_before_anything_is_written(tmp_path):
+    done = command("--config=configs/c2i_xxl.py", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "error: 3 error(s) in the configuration:"
+    assert [line.split("=")[0] for line in lines[1:]] == [
+        "  - config.data.path",
+        "  - config.init.gpt",
+        "  - config.init.vq",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_prints_the_plan_and_all_that_is_in_its_way():
+    """Of a recipe whose weights and data are elsewhere, within seconds."""
+    start = time.monotonic()
+    done = command("--config=configs/c2i_xxl.py", "--check")
+    assert time.monotonic() - start < 30.0  # 4 on an idle machine
+    assert done.returncode == 1
+    assert done.stdout.startswith('c2i_xxl: VA-π post-training, preset "paper"\n')
+    assert "1,410,972,672" in done.stdout
+    assert done.stderr.startswith("error: 3 error(s) in the configuration:\n  - config.data.path=")
+    assert "Traceback" not in done.stderr
+
+
+def test_check_has_the_resolved_options_as_json_overrides_included():
     done = command(
         "--config=configs/demo_base.py:tiny",
         "--check",
+        "--json",
         "--config.steps=7",
+        "--config.cpu_devices=4",
         "--config.data.flip=false",
         "--config.mesh.fsdp=2",
         "--config.eval.temperatures=(0.5, 0.25)",
-        "--config.init.vq=some/file.safetensors",
+        "--config.label_dropout=0.2",
     )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["name"] == "demo_base"
-    assert plan["steps"] == 7
-    assert plan["data"]["flip"] is False
-    assert plan["mesh"] == {"data": -1, "fsdp": 2}
-    assert plan["eval"]["temperatures"] == [0.5, 0.25]
-    assert plan["init"]["vq"] == "some/file.safetensors"
-    assert plan["optimizer"]["schedule"] == "cosine"
+    config = plan["config"]
+    assert config["name"] == "demo_base"
+    assert config["steps"] == plan["counts"]["steps"] == 7
+    assert config["data"]["flip"] is False
+    assert config["mesh"] == {"data": -1, "fsdp": 2}
+    assert plan["mesh"] == {"data": 2, "fsdp": 2}
+    assert config["eval"]["temperatures"] == [0.5, 0.25]
+    assert config["optimizer"]["schedule"] == "cosine"
+    assert plan["problems"] == []
 
 
 def test_a_preset_can_be_switched_from_the_command_line():
-    done = command("--config=configs/c2i_xxl.py", "--check", "--config.preset=reference")
-    assert done.returncode == 0, done.stderr
-    method = json.loads(done.stdout)["vapi"]
+    done = command(XXL, "--check", "--json", "--config.preset=reference")
+    method = json.loads(done.stdout)["config"]["vapi"]
     assert (method["corruption"], method["fused"], method["update_dropout"]) == (
         "full",
         False,

@@ -8,86 +8,98 @@ follows a colon, and any option can be overridden:
 
 Everything a run makes is in its workdir: report.html (open it), summary.json, metrics.jsonl,
 tensorboard/, weights/*.safetensors and checkpoints/. The same command goes on from the last
-checkpoint there.
+checkpoint there; SIGTERM or Ctrl-C saves one first (twice: ends at once).
 """
 
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
 
-_SECTIONS = (
-    "mesh", "data", "tokenizer", "tokenizer_training", "policy", "vapi", "reward", "optimizer",
-    "init", "eval", "checkpoint",
-)  # fmt: skip
+from vapi_jax import recipe_flags
+from vapi_jax.recipe_flags import CONFIG, parse_flags
 
+if TYPE_CHECKING:
+    from vapi_jax.config import TrainConfig
 
-class _RecipeParser(flags.ArgumentParser):
-    """Adds the sections that a recipe leaves out, so that their options can be overridden too."""
-
-    def __init__(self, loader: flags.ArgumentParser):
-        self._loader = loader
-
-    def parse(self, path: str) -> ConfigDict:
-        recipe = self._loader.parse(path)
-        if not isinstance(recipe, ConfigDict):  # ml_collections keeps a failure to load for later
-            raise ValueError(f"no recipe can be read from {path.partition(':')[0]}")
-        for section in _SECTIONS:
-            if section not in recipe:
-                recipe[section] = ConfigDict()
-        return recipe
-
-
-# A recipe names only what it changes, yet every option can be overridden, so new names are taken
-# here; `vapi_jax.config.resolve` refuses those that no option has.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "A recipe and its variant, such as configs/c2i_demo.py:tiny",
-    lock_config=False,
-    accept_new_attributes=True,
-)
-flags.FLAGS["config"].parser = _RecipeParser(flags.FLAGS["config"].parser)
+flags.adopt_module_key_flags(recipe_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; made if absent")
-_CHECK = flags.DEFINE_bool("check", False, "Print the resolved configuration and stop")
+_RESUME_WITH_CHANGES = flags.DEFINE_bool(
+    "resume_with_changes", False, "Go on from a checkpoint though the configuration has changed"
+)
+_CHECK = flags.DEFINE_bool("check", False, "Print the plan and all that is in its way, and stop")
+_JSON = flags.DEFINE_bool("json", False, "With --check: the plan as JSON")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: HOST:PORT at which process 0 listens"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one, from 0")
+_MEETING = flags.DEFINE_float(
+    "meeting_timeout", 300.0, "Several processes: seconds to wait for each other", lower_bound=1.0
+)
 
 
 def main(argv: list[str]) -> int:
     """Sets devices up before JAX starts, then hands over."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if _CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
+    if _JSON.value and not _CHECK.value:
+        raise app.UsageError("--json is a form of --check")
+    if CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
         raise app.UsageError("--config and --workdir are needed; see --help")
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every rename at INFO
 
-    from vapi_jax import run  # after the flags, so that --help needs no JAX
-    from vapi_jax.config import ConfigError, resolve
+    from vapi_jax import distributed, plan  # after the flags, so that --help needs no JAX
+    from vapi_jax.config import ConfigError
+    from vapi_jax.place import DistributedError, find_place
+    from vapi_jax.readiness import require
+
+    if _CHECK.value:
+        return plan.check(CONFIG.value, _WORKDIR.value, as_json=_JSON.value)
+
+    def train() -> int:
+        try:
+            with distributed.telling():
+                config = require(CONFIG.value)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return execute(config, Path(str(_WORKDIR.value)), _RESUME_WITH_CHANGES.value)
 
     try:
-        config = resolve(_CONFIG.value)
-        if _CHECK.value:
-            run.print_plan(config)
-        else:
-            run.run(config, Path(str(_WORKDIR.value)))
-    except (ConfigError, *run.EXPECTED_ERRORS) as error:
+        place = find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        return distributed.together(place, train, _MEETING.value)
+    except DistributedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """The flags, with a sentence instead of a stack where an override names no section."""
+def execute(config: "TrainConfig", workdir: Path, resume_with_changes: bool = False) -> int:
+    """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
+    from vapi_jax import distributed, run
+    from vapi_jax.files import disk_trouble
+    from vapi_jax.preemption import Stopped, StopRequest
+
+    stop = StopRequest()
     try:
-        return app.parse_flags_with_usage(argv)
-    except KeyError as error:
-        sys.exit(
-            f"error: an override names no section of the configuration: {error.args[0]}; known: "
-            f"{', '.join(_SECTIONS)}"
-        )
+        with stop.listening(), distributed.telling():
+            run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)
+    except Stopped as stopped:
+        print(f"{stopped}. The same command goes on from there", flush=True)
+    except run.EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        sentence = disk_trouble(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

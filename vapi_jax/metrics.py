@@ -21,6 +21,9 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
+from vapi_jax.events import EventWriter, rewind_events, rewind_history
+from vapi_jax.files import write_all
+
 logger = logging.getLogger(__name__)
 
 RESERVED_KEYS = ("step", "time", "non_finite")
@@ -46,27 +49,31 @@ class MetricsWriter:
     """Appends one strict JSON object per `write` to `workdir/metrics.jsonl`, and the same to TensorBoard.
 
     JSON has no NaN and no infinity: such a value is written as null and its name listed under
-    `non_finite`. Every line is flushed, so a killed run keeps all but the line it was writing.
+    `non_finite`. Every line is written at once, so a killed run keeps all but the line it was writing.
 
     Args:
-      workdir: folder of the run, made if absent. Existing lines are kept: a resumed run appends.
+      workdir: folder of the run, made if absent.
       active: False writes nothing (every process but the first of a multi-process run).
+      after: the step that a run goes on from; what an earlier life of it wrote of later steps is
+        removed, so that curves have no duplicates. None keeps everything.
     """
 
-    def __init__(self, workdir: str | Path, active: bool = True):
+    def __init__(self, workdir: str | Path, active: bool = True, after: int | None = None):
         self.active = active
         self.path = Path(workdir) / "metrics.jsonl"
         if not active:
             return
-        from tensorboardX import SummaryWriter  # 0.3 s, needed by one process only
-
+        events = self.path.parent / "tensorboard"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if after is not None:
+            rewind_history(self.path, after)
+            rewind_events(events, after)
         # A killed run may have left half a line; the next object must not continue it.
         before = self.path.read_bytes() if self.path.exists() else b""
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         if before and not before.endswith(b"\n"):
-            self._file.write("\n")
-        self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), flush_secs=10)
+            write_all(self._file, b"\n", self.path)
+        self._events = EventWriter(events)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the scalars of one step.
@@ -84,11 +91,10 @@ class MetricsWriter:
         row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)} | finite
         if non_finite := [name for name, value in finite.items() if value is None]:
             row["non_finite"] = non_finite
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, int(step))
+        write_all(self._file, f"{json.dumps(row, allow_nan=False)}\n".encode(), self.path)
+        self._events.scalars(
+            int(step), {name: value for name, value in values.items() if math.isfinite(value)}
+        )
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images, name -> uint8 [H, W, 3] (a grid, say), to TensorBoard."""
@@ -100,12 +106,12 @@ class MetricsWriter:
                 raise ValueError(
                     f"image {name!r}: want uint8 [H, W, 3], got {image.dtype} {image.shape}"
                 )
-            self._tensorboard.add_image(name, image, int(step), dataformats="HWC")
+            self._events.image(int(step), name, image)
 
     def close(self) -> None:
         if self.active:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
             self.active = False
 
     def __enter__(self) -> Self:
@@ -261,6 +267,13 @@ class Timer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._start = time.perf_counter()
+
+    def resume(self, before: Mapping[str, float]) -> None:
+        """Adds what `summary` said in an earlier life of the run."""
+        before = dict(before)
+        self._start -= before.pop("total", 0.0)
+        for name, seconds in before.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

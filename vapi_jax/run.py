@@ -1,22 +1,25 @@
 """One run from configuration to report: devices, task, training, evaluation, summary, report."""
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vapi_jax import __version__
+from vapi_jax import lock
 from vapi_jax.checkpoint import CheckpointError
-from vapi_jax.config import ConfigError, TrainConfig, check_devices
-from vapi_jax.data import class_names, fixed_batch, num_classes
-from vapi_jax.evaluation.compare import SEEN, UNSEEN, Judge, compare
+from vapi_jax.config import ConfigError, TrainConfig, raise_all
+from vapi_jax.config_checks import Errors
+from vapi_jax.data import DataError, class_names, fixed_batch, num_classes
+from vapi_jax.evaluation.compare import BASE, REAL, SEEN, TUNED, UNSEEN, Judge, compare
+from vapi_jax.evaluation.embeddings import Plane, planes_of
 from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.files import write_atomically
 from vapi_jax.loop import HELD_OUT, Run, fit
 from vapi_jax.metrics import (
     MetricsWriter,
@@ -27,14 +30,16 @@ from vapi_jax.metrics import (
     to_uint8,
 )
 from vapi_jax.models.lpips import PerceptualWeightsError
-from vapi_jax.pictures import overview
+from vapi_jax.pictures import draw_plane, side_by_side
+from vapi_jax.preemption import StopRequest
+from vapi_jax.readiness import open_mesh, with_classes
 from vapi_jax.report import write_report
-from vapi_jax.sharding import make_mesh
+from vapi_jax.resume import code_facts
+from vapi_jax.sharding import host_array
 from vapi_jax.tasks import HealthError, make_task
 from vapi_jax.tasks.generator import GeneratorTask, VAPiTask
 from vapi_jax.tasks.tokenizer import TokenizerTask
 from vapi_jax.verdict import show, show_distance
-from vapi_jax.weight_files import CONFIG
 from vapi_jax.weights import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -42,15 +47,15 @@ logger = logging.getLogger(__name__)
 EXPECTED_ERRORS = (
     CheckpointError,
     ConfigError,
+    DataError,
     FileNotFoundError,
     HealthError,
+    lock.LockedError,
     ModuleNotFoundError,
     PerceptualWeightsError,
     WeightsError,
 )
 """Errors whose message says what to do; shown without a stack of frames."""
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def prepare_devices(config: TrainConfig) -> Any:
@@ -59,61 +64,63 @@ def prepare_devices(config: TrainConfig) -> Any:
     Raises:
       ConfigError: if the devices do not fit the mesh or the batch.
     """
-    if config.cpu_devices > 1:
-        try:
-            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-        except RuntimeError:  # the backend is up already: a test, a notebook
-            logger.info("devices are fixed already: %d", jax.device_count())
-    try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    except ValueError as error:
-        raise ConfigError(f"config.mesh: {error}") from error
-    check_devices(config, mesh.size)
+    errors = Errors()
+    mesh = open_mesh(config, errors)
+    raise_all(errors)
     return mesh
 
 
-def print_plan(config: TrainConfig) -> None:
-    """The resolved configuration, as JSON on standard output."""
-    print(json.dumps(dataclasses.asdict(config), indent=2, default=str))
+def run(
+    config: TrainConfig,
+    workdir: Path,
+    *,
+    stop: StopRequest | None = None,
+    resume_with_changes: bool = False,
+) -> dict[str, Any]:
+    """Trains, evaluates and reports; returns what is written to `workdir`/summary.json.
 
+    The same call goes on from what an earlier one has saved, wherever that one ended.
 
-def run(config: TrainConfig, workdir: Path) -> dict[str, Any]:
-    """Trains, evaluates and reports; returns what is written to `workdir`/summary.json."""
+    Args:
+      config: the run.
+      workdir: made if absent; no other live run may use it.
+      stop: asked after every step whether to save and stop; the default never is.
+      resume_with_changes: go on also where the configuration is not that of the checkpoint.
+    """
     mesh = prepare_devices(config)
-    task = make_task(_with_classes(config), mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(lock.hold(workdir))
+        fitting: dict[str, Any] = {"stop": stop, "resume_with_changes": resume_with_changes}
+        return _run(config, mesh, workdir, fitting)
+
+
+def _run(
+    config: TrainConfig, mesh: Any, workdir: Path, fitting: Mapping[str, Any]
+) -> dict[str, Any]:
+    task = make_task(with_classes(config, lambda: num_classes(config.data)), mesh)
     print(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}",
         flush=True,
     )
-    if jax.process_index() == 0:
-        _write_json(workdir / CONFIG, dataclasses.asdict(task.config))
     compared = config.task == "vapi" and config.eval.compare
-    done = fit(task, workdir, keep_start=compared)
+    done = fit(task, workdir, keep_start=compared, **fitting)
     summary = _summary(task.config, done, mesh)
     images: dict[str, np.ndarray] = {}
+    planes: list[Plane] = []
     if isinstance(task, GeneratorTask):
         with done.timer.phase("evaluation"):
-            images = _evaluate(task, done, workdir, summary)
+            images, planes = _evaluate(task, done, workdir, summary, fitting)
     elif isinstance(task, TokenizerTask):
         images = _reconstructions(task, done)
     summary["seconds"] = _seconds(done)
     if jax.process_index() == 0:
-        _finish(workdir, summary, images)
+        _finish(workdir, summary, images, planes)
     return summary
 
 
-def _with_classes(config: TrainConfig) -> TrainConfig:
-    """The class count of the data, where a class-conditional policy does not name its own."""
-    policy = dict(config.policy)
-    if config.task == "tokenizer" or policy.get("kind") != "class" or "num_classes" in policy:
-        return config
-    return dataclasses.replace(config, policy={**policy, "num_classes": num_classes(config.data)})
-
-
 def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     summary: dict[str, Any] = {
         "task": config.task,
         "name": config.name,
@@ -124,8 +131,9 @@ def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
             "processes": jax.process_count(),
             "mesh": dict(mesh.shape),
         },
-        "versions": {"vapi_jax": __version__, "python": platform.python_version(), **versions},
+        "versions": code_facts(),
         "steps": config.steps,
+        "skipped_steps": done.skipped,
         "parameters": done.parameters,
         "weights": done.weights,
         "held_out": {"split": config.eval.split, "images": config.eval.images},
@@ -141,9 +149,13 @@ def _seconds(done: Run) -> dict[str, float]:
 
 
 def _evaluate(
-    task: GeneratorTask, done: Run, workdir: Path, summary: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """The report's pictures; for a compared run also the summary's table and distances."""
+    task: GeneratorTask,
+    done: Run,
+    workdir: Path,
+    summary: dict[str, Any],
+    fitting: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], list[Plane]]:
+    """The report's images and planes; for a compared run also the summary's table and distances."""
     config = task.config
     compared = config.task == "vapi" and config.eval.compare
     names, per_class = class_names(config.data), config.eval.grid_per_class
@@ -157,12 +169,12 @@ def _evaluate(
     summary["sample_classes"] = [names[label] for label in labels]
     samples = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
     if not isinstance(task, VAPiTask) or not compared:
-        return {"samples": samples, **images}
+        return {"samples": samples, **images}, []
     images["samples_after"] = samples
-    images |= _one_of_each(config, shown)
+    images |= _real_of_classes(config, labels)
     images["samples_before"] = to_uint8(judge.sample_labels(done.start_params, labels, seed=7)[0])
-    controls = _controls(task, workdir) if config.eval.controls else {}
-    rows = compare(judge, done.start_params, done.params, controls)
+    controls = _controls(task, workdir, fitting) if config.eval.controls else {}
+    rows, features = compare(judge, done.start_params, done.params, controls)
     summary["table"] = rows
     by_kind = {row["kind"]: row for row in rows}
     for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
@@ -178,19 +190,24 @@ def _evaluate(
         "first": by_kind["base"]["entropy"],
         "last": by_kind["vapi"]["entropy"],
     }
-    return images
+    planes = [
+        plane
+        for name, sets in features.items()
+        for plane in planes_of(sets, name, FEATURES[name].description)
+    ]
+    return images, planes
 
 
-def _one_of_each(config: TrainConfig, classes: int) -> dict[str, np.ndarray]:
-    """A real training crop of each of the first classes, where a small batch has them all."""
+def _real_of_classes(config: TrainConfig, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A real training crop for each label, where a small batch has them all."""
     batch = fixed_batch(config.data, "train", config.eval.images, config.seed)
-    labels = list(batch["condition"])
-    if not set(range(classes)) <= set(labels):
+    places = {label: list(np.flatnonzero(batch["condition"] == label)) for label in set(labels)}
+    if any(len(places[label]) < np.sum(labels == label) for label in places):
         return {}
-    return {"real_of_classes": to_uint8(batch["image"][[labels.index(c) for c in range(classes)]])}
+    return {"real_of_classes": to_uint8(batch["image"][[places[i].pop(0) for i in labels]])}
 
 
-def _controls(task: VAPiTask, workdir: Path) -> dict[str, Any]:
+def _controls(task: VAPiTask, workdir: Path, fitting: Mapping[str, Any]) -> dict[str, Any]:
     """Other trainings from the same base for as many steps: what VA-π has to beat."""
     changes: dict[str, dict[str, Any]] = {
         "CE only": {"policy_gradient": False},
@@ -201,7 +218,8 @@ def _controls(task: VAPiTask, workdir: Path) -> dict[str, Any]:
         vapi = dataclasses.replace(task.config.vapi, **change)
         label = name.replace(" ", "_").lower()
         config = dataclasses.replace(task.config, vapi=vapi, name=f"control {name}")
-        found[name] = fit(VAPiTask(config, task.mesh), workdir / "controls" / label).params
+        control = fit(VAPiTask(config, task.mesh), workdir / "controls" / label, **fitting)
+        found[name] = control.params
     return found
 
 
@@ -209,31 +227,38 @@ def _reconstructions(task: TokenizerTask, done: Run) -> dict[str, np.ndarray]:
     real = fixed_batch(task.config.data, task.config.eval.split, 24, task.config.seed)["image"]
     decode = jax.jit(lambda p, x: task.tokenizer.apply({"params": p}, x).reconstruction)
     again = decode(done.params["tokenizer"], real)
-    return {"real": to_uint8(real), "reconstructions": to_uint8(np.asarray(again))}
+    return {"real": to_uint8(real), "reconstructions": to_uint8(host_array(again))}
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
     text = json.dumps(value, indent=2, allow_nan=False, default=str)
-    partial.write_text(f"{text}\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, f"{text}\n")
 
 
-def _finish(workdir: Path, summary: dict[str, Any], images: dict[str, np.ndarray]) -> None:
+def _finish(
+    workdir: Path,
+    summary: dict[str, Any],
+    images: dict[str, np.ndarray],
+    planes: Sequence[Plane],
+) -> None:
     """summary.json, report.html, pictures as PNG, and the table on the terminal."""
     from PIL import Image
 
     _write_json(workdir / "summary.json", summary)
     grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
     if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():
-        one_each = slice(None, None, summary["config"]["eval"]["grid_per_class"])
-        rows = {"real crops": images["real_of_classes"], "base": images["samples_before"][one_each]}
-        grids["overview"] = overview({**rows, "post-trained": images["samples_after"][one_each]})
+        columns = {
+            REAL: images["real_of_classes"],
+            BASE: images["samples_before"],
+            TUNED: images["samples_after"],
+        }
+        grids["overview"] = side_by_side(columns, summary["sample_classes"])
+    grids |= {plane.name: draw_plane(plane) for plane in planes}
     for name, grid in grids.items():
         Image.fromarray(grid).save(workdir / f"{name}.png")
     with MetricsWriter(workdir) as writer:
         writer.write_images(summary["steps"], grids)
-    report = write_report(workdir, summary, read_history(workdir / "metrics.jsonl"), images)
+    report = write_report(workdir, summary, read_history(workdir / "metrics.jsonl"), images, planes)
     print_results(summary)
     print(f"\n{format_duration(summary['seconds']['total'])} in all. Open {report.resolve()}")
 

@@ -135,7 +135,9 @@ def init_state(
     )
     make = functools.partial(_state_of, task, optimizer)
     params = task.with_start(loaded, functools.partial(_init_sharded, task, shardings, rng))
-    return jax.jit(make, out_shardings=shardings)(rng, params), shardings
+    # Donated, or two copies would stand side by side for a moment.
+    made = jax.jit(make, out_shardings=shardings, donate_argnums=1)(rng, params)
+    return made, shardings
 
 
 def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
