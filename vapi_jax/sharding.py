@@ -137,6 +137,20 @@ def shard_whole(batch: Any, mesh: Mesh) -> Any:
     )
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Numbers, arrays and keys that every process holds as global arrays, a copy on every device."""
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
 def host_array(leaf: Any) -> np.ndarray:
     """The whole array on this host, whatever its sharding. A collective across processes."""
     if isinstance(leaf, jax.Array):

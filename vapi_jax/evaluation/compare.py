@@ -5,11 +5,13 @@ temperature gives without any training. So the table always holds the base at lo
 them chosen so that its sampling entropy equals the post-trained policy's.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,16 +20,21 @@ from vapi_jax.config import TrainConfig
 from vapi_jax.data import fixed_batch, num_classes
 from vapi_jax.evaluation.features import FEATURES, extract_features
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
-from vapi_jax.loop import HeldOut
 from vapi_jax.metrics import Progress
 from vapi_jax.sampling import generate
-from vapi_jax.sharding import host_array, replicated, shard_whole
+from vapi_jax.sharding import host_array, replicate, shard_whole
 from vapi_jax.tasks.generator import GeneratorTask
+
+if TYPE_CHECKING:
+    from vapi_jax.loop import HeldOut
 
 logger = logging.getLogger(__name__)
 
 SEEN, UNSEEN = "vgg_relu4_3", "alex_conv5"
 """Features of the network that the reward looks through, and of one it has never seen."""
+
+REAL, BASE, TUNED = "real crops", "base", "post-trained"
+"""What pictures call the three sets of images."""
 
 # Reference crops come from a seed of their own for each split, so that settings chosen against one
 # set are never judged against the same.
@@ -44,67 +51,36 @@ class Entry:
     temperature: float = 1.0
 
 
-@dataclasses.dataclass
-class Judge:
-    """Samples policies and measures them against real crops, always on the same terms.
+def real_crops(config: TrainConfig, count: int, number: int = 0) -> np.ndarray:
+    """Fresh real crops, set `number`; set 0 is the reference. float32 [N, H, W, 3] in [-1, 1].
 
-    Attributes:
+    Raises:
+      DataError: the training split is smaller than `count`.
+    """
+    seed = 1000 * (number + 1) + _REFERENCE_SEED[config.eval.split]
+    return fixed_batch(config.data, "train", count, seed)["image"]
+
+
+class Sampler:
+    """Free-running samples on the mesh, in batches of one size so that one program is compiled.
+
+    Args:
       task: the run's task.
       frozen: its frozen weights on the mesh.
-      held_out: teacher-forced metrics on the run's held-out images.
-      batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
+      batch: samples drawn at once, a multiple of the devices.
     """
 
-    task: GeneratorTask
-    frozen: Mapping[str, Any]
-    held_out: HeldOut
-    batch: int = 0
-
-    def __post_init__(self) -> None:
-        samples, devices = self.task.config.eval.samples, self.task.mesh.size
-        if not self.batch:
-            rounds = -(-samples // 256)
-            self.batch = -(-samples // (rounds * devices)) * devices
-        self._whole = replicated(self.task.mesh)
-        self._decode = jax.jit(self.task.pixels.decode)
+    def __init__(self, task: GeneratorTask, frozen: Mapping[str, Any], batch: int):
+        self.task, self.frozen, self.batch = task, frozen, batch
+        self._decode = jax.jit(task.pixels.decode)
 
     def _put(self, value: Any) -> jax.Array:
-        return jax.device_put(value, self._whole)
+        return replicate(value, self.task.mesh)
 
-    def real(self, number: int) -> np.ndarray:
-        """Fresh real crops, set `number`; set 0 is the reference. float32 [N, H, W, 3]."""
-        config = self.task.config
-        seed = 1000 * (number + 1) + _REFERENCE_SEED[config.eval.split]
-        return fixed_batch(config.data, "train", config.eval.samples, seed)["image"]
-
-    @cached_property
-    def _feature_params(self) -> dict[str, Any]:
-        return {name: jax.device_put(FEATURES[name].load()) for name in (SEEN, UNSEEN)}
-
-    @cached_property
-    def _reference(self) -> dict[str, Any]:
-        """Mean and covariance of the reference crops, in both networks."""
-        features = self.features(self.real(0))
-        return {name: gaussian_statistics(found) for name, found in features.items()}
-
-    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Features of images in both networks."""
-        return {
-            name: extract_features(name, images, params=params)
-            for name, params in self._feature_params.items()
-        }
-
-    def distances(self, images: np.ndarray) -> dict[str, float]:
-        """Fréchet distance of images to the reference crops, in both networks."""
-        return {
-            name: frechet_distance(*gaussian_statistics(features), *self._reference[name])
-            for name, features in self.features(images).items()
-        }
-
-    def sample_labels(
+    def __call__(
         self, params: Any, labels: np.ndarray, seed: int, temperature: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One free-running sample of each label; the same labels and seed give the same uniforms.
+        """One sample of each label; the same labels and seed give the same uniforms.
 
         Returns:
           Images float32 [N, H, W, 3] in [-1, 1], and the entropies [N, T] in nats of the
@@ -129,6 +105,66 @@ class Judge:
             images.append(host_array(self._decode(self.frozen, tokens))[: len(part)])
             entropies.append(host_array(entropy)[: len(part)])
         return np.clip(np.concatenate(images), -1.0, 1.0), np.concatenate(entropies)
+
+
+def even_batch(count: int, devices: int, most: int = 256) -> int:
+    """About `most` samples at once, a multiple of the devices that divides `count` with little rest."""
+    rounds = -(-count // most)
+    return -(-count // (rounds * devices)) * devices
+
+
+@dataclasses.dataclass
+class Judge:
+    """Samples policies and measures them against real crops, always on the same terms.
+
+    Attributes:
+      task: the run's task.
+      frozen: its frozen weights on the mesh.
+      held_out: teacher-forced metrics on the run's held-out images.
+      batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
+    """
+
+    task: GeneratorTask
+    frozen: Mapping[str, Any]
+    held_out: HeldOut
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        samples, devices = self.task.config.eval.samples, self.task.mesh.size
+        self.batch = self.batch or even_batch(samples, devices)
+        self.sample_labels = Sampler(self.task, self.frozen, self.batch)
+
+    def real(self, number: int) -> np.ndarray:
+        """As many real crops as `eval.samples`, set `number`; set 0 is the reference."""
+        config = self.task.config
+        return real_crops(config, config.eval.samples, number)
+
+    @cached_property
+    def _feature_params(self) -> dict[str, Any]:
+        return {name: jax.device_put(FEATURES[name].load()) for name in (SEEN, UNSEEN)}
+
+    @cached_property
+    def reference(self) -> dict[str, np.ndarray]:
+        """Features of the reference crops, in both networks."""
+        return self.features(self.real(0))
+
+    @cached_property
+    def _reference_statistics(self) -> dict[str, Any]:
+        return {name: gaussian_statistics(found) for name, found in self.reference.items()}
+
+    def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Features of images in both networks."""
+        return {
+            name: extract_features(name, images, params=params)
+            for name, params in self._feature_params.items()
+        }
+
+    def distances(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Fréchet distance of features to the reference crops', in both networks."""
+        return {
+            name: frechet_distance(*gaussian_statistics(found), *self._reference_statistics[name])
+            for name, found in features.items()
+        }
 
     def sample(
         self, params: Any, count: int, seed: int, temperature: float
@@ -155,19 +191,24 @@ class Judge:
             low, high = (middle, high) if entropy < target else (low, middle)
         return 0.5 * (low + high)
 
-    def row(self, entry: Entry, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """A row of the table, over `eval.seeds` sampling seeds."""
+    def row(
+        self, entry: Entry, tick: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A row of the table, over `eval.seeds` sampling seeds, and the features of the first seed."""
         config = self.task.config.eval
+        first: dict[str, np.ndarray] = {}
         found: dict[str, list[float]] = {SEEN: [], UNSEEN: []}
         entropies = []
         for seed in range(config.seeds):
             images, entropy = self.sample(entry.params, config.samples, seed, entry.temperature)
             entropies.append(entropy)
-            for name, distance in self.distances(images).items():
+            features = self.features(images)
+            first = first or features
+            for name, distance in self.distances(features).items():
                 found[name].append(distance)
             tick()
         forced = self.held_out(entry.params, entry.temperature)
-        return {
+        row = {
             "name": entry.name,
             "kind": entry.kind,
             "temperature": round(entry.temperature, 4),
@@ -177,6 +218,7 @@ class Judge:
             "frechet": estimate(found[SEEN]),
             "frechet_unseen": estimate(found[UNSEEN]),
         }
+        return row, first
 
     def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
         """Real crops, or their reconstructions, in place of samples: what a row can reach."""
@@ -185,7 +227,7 @@ class Judge:
             images = self.real(seed + 1)
             if through_tokenizer:
                 images = self.reconstruct(images)
-            for feature, distance in self.distances(images).items():
+            for feature, distance in self.distances(self.features(images)).items():
                 found[feature].append(distance)
         row = {"name": name, "kind": kind, "temperature": None}
         row |= {"reward": None, "ce": None, "entropy": None}
@@ -213,14 +255,18 @@ def estimate(values: Sequence[float]) -> dict[str, float | int | None]:
 
 def compare(
     judge: Judge, base: Any, tuned: Any, controls: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The rows of the table.
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """The rows of the table, and the features behind three of them.
 
     Args:
       judge: measures on equal terms.
       base: parameters before post-training.
       tuned: and after.
       controls: name -> parameters of other trainings from the same base.
+
+    Returns:
+      The rows; and for the networks `SEEN` and `UNSEEN` label -> features of the reference crops and
+      of the first samples of base and post-trained policy, float32 [`eval.samples`, D].
     """
     config: TrainConfig = judge.task.config
     seeds, temperatures = config.eval.seeds, config.eval.temperatures
@@ -233,14 +279,17 @@ def compare(
             done += 1
             progress.update(done, config.eval.samples)
 
-        vapi_row = judge.row(Entry("VA-π, T=1", "vapi", tuned), tick)
+        vapi_row, vapi_features = judge.row(Entry("VA-π, T=1", "vapi", tuned), tick)
         matched = judge.match_entropy(base, vapi_row["entropy"], seed=10_000)
-        entries = [Entry("base, T=1", "base", base)]
-        entries += [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
+        base_row, base_features = judge.row(Entry("base, T=1", "base", base), tick)
+        entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
-        rows = [judge.row(entry, tick) for entry in entries]
-        rows.append(vapi_row)
-        rows += [judge.row(Entry(n, "control", p), tick) for n, p in controls.items()]
+        rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries), vapi_row]
+        rows += [judge.row(Entry(n, "control", p), tick)[0] for n, p in controls.items()]
     rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", True))
     rows.append(judge.real_row("real crops against other real crops", "real", False))
-    return rows
+    sets = {REAL: judge.reference, BASE: base_features, TUNED: vapi_features}
+    features = {
+        name: {label: found[name] for label, found in sets.items()} for name in (SEEN, UNSEEN)
+    }
+    return rows, features
