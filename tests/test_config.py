@@ -193,6 +193,8 @@ OUTSIDE = [
     ("eval.samples", 0, "wants at least 1"),
     ("eval.seeds", 0, "wants at least 1"),
     ("eval.temperatures", (0.9, 0.0), "wants more than 0"),
+    ("eval.sampled", 2, "wants at least 3"),
+    ("eval.sampled_every", -1, "wants at least 0"),
     ("eval.grid_per_class", 0, "wants at least 1"),
     ("eval.grid_classes", 0, "wants at least 1"),
     ("checkpoint.every", -1, "wants at least 0"),
@@ -392,6 +394,10 @@ def test_every_number_has_limits_and_every_limit_an_option_and_a_row_above():
         (
             {"task": "base", "eval": {"compare": True}},
             "eval.compare: task 'base' has no table; set it to False",
+        ),
+        (
+            {"task": "tokenizer", "eval": {"sampled_every": 5}},
+            "eval.sampled_every: a tokenizer draws no samples; set it to 0",
         ),
         (
             {"eval": {"controls": True}},

@@ -144,6 +144,12 @@ def test_check_has_the_resolved_options_as_json_overrides_included():
     assert plan["problems"] == []
 
 
+def test_json_without_check_is_refused():
+    done = command(XXL, "--workdir=/tmp/nowhere", "--json")
+    assert done.returncode == 1
+    assert "--json is a form of --check" in done.stdout + done.stderr
+
+
 def test_a_preset_can_be_switched_from_the_command_line():
     done = command(XXL, "--check", "--json", "--config.preset=reference")
     method = json.loads(done.stdout)["config"]["vapi"]

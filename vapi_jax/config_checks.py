@@ -281,7 +281,6 @@ def _check_evaluation(config: TrainConfig, errors: Errors) -> None:
             f"features; wants at least {PERCEPTUAL_SIDE['vgg']}"
         )
 
-
     if judged.sampled_every and config.task == "tokenizer":
         errors.append("eval.sampled_every: a tokenizer draws no samples; set it to 0")
     if judged.sampled_every and config.data.image_size < PERCEPTUAL_SIDE["vgg"]:

@@ -87,12 +87,12 @@ class _Encoder:
         import jax
 
         from vapi_jax.evaluation.features import params_digest
-        from vapi_jax.sharding import replicated, shard_whole
+        from vapi_jax.sharding import replicate, shard_whole
 
         params = task.load_tokenizer()
         self.digest = params_digest(params)
         self.length = task.policy.num_tokens
-        self._frozen = {"tokenizer": jax.device_put(params, replicated(task.mesh))}
+        self._frozen = {"tokenizer": replicate(params, task.mesh)}
         self._mesh, self._put = task.mesh, shard_whole
         self._encode = jax.jit(task.pixels.encode)
 

@@ -192,12 +192,12 @@ class Sampler:
     ):
         import jax
 
-        from vapi_jax.sharding import replicated
+        from vapi_jax.sharding import replicate
 
         self._generator, self._conditions, self._options = generator, conditions, dict(options)
         devices = generator.mesh.size
         self._rows, self._side = -(-batch // devices) * devices, side
-        self._rng = jax.device_put(jax.random.key(seed), replicated(generator.mesh))
+        self._rng = replicate(jax.random.key(seed), generator.mesh)
 
     def draw(self, samples: range) -> Any:
         """Float32 images [rows, H, W, 3] of these samples, still on the devices; padding follows."""
