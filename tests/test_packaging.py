@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Where the name to import is not the name to install (both in canonical form).
 DISTRIBUTIONS = {
     "absl": "absl-py",
+    "google": "protobuf",
     "orbax": "orbax-checkpoint",
     "pil": "pillow",
     "skimage": "scikit-image",
@@ -189,7 +190,8 @@ sys.meta_path.insert(0, Absent())
 import vapi_jax
 names = [m.name for m in pkgutil.walk_packages(vapi_jax.__path__, "vapi_jax.")]
 for name in names:
-    importlib.import_module(name)
+    if not name.endswith("__main__"):  # a command of its own, whose flags may be another's
+        importlib.import_module(name)
 print(len(names))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
