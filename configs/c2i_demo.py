@@ -47,6 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
                 "seeds": 3,
                 "temperatures": (0.9,),
                 "grid_classes": 12,
+                "sampled_every": 25,
+                "sampled": 256,
             },
         }
     )
@@ -57,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.update({"steps": 4, "batch_size": 8})
         config.vapi.update({"group_size": 4})
         config.eval.update({"every": 2, "images": 8, "samples": 520, "seeds": 2})
+        config.eval.update({"sampled_every": 2, "sampled": 16})
         config.eval.update({"temperatures": (0.9,)})
     elif variant:
         raise ValueError(f"configs/c2i_demo.py:{variant}: known variants are '', 'full', 'tiny'")

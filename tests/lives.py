@@ -14,11 +14,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import tensorboardX  # noqa: F401  (imports torch where it is installed; once for all lives)
 from absl import logging as absl_logging
 
 from vapi_jax import events, loop, main, metrics, run
+from vapi_jax.checkpoint import checkpointer
 from vapi_jax.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,8 @@ class Life:
       log: a file that takes its output.
       cache: a folder of compiled code.
       hook: a name in `HOOKS`, and its arguments.
+      pictures: False leaves out the evaluation after the training, which takes longest.
+      cluster: (address, processes, index) of one of several processes.
     """
 
     config: TrainConfig
@@ -50,7 +55,8 @@ class Life:
     log: Path
     cache: Path
     hook: tuple = ()
-    resume_with_changes: bool = False
+    pictures: bool = True
+    cluster: tuple[str, int, int] | tuple[()] = ()
 
 
 @contextlib.contextmanager
@@ -94,12 +100,16 @@ def _live(life):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, buffering=1) for n in (1, 2))
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     jax.config.update("jax_compilation_cache_dir", str(life.cache))
+    if life.cluster:
+        jax.distributed.initialize(*life.cluster)
+    if not life.pictures:
+        run._evaluate = lambda *_: ({}, [])
     if life.hook:
         name, *arguments = life.hook
         HOOKS[name](life, *arguments)
-    status = main.execute(life.config, life.workdir, life.resume_with_changes)
+    status = main.execute(life.config, life.workdir)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -278,3 +288,45 @@ def slow_saving(life, path):
         time.sleep(60)
 
     _before_call(loop._Trainer, "_save", 1, dawdle)
+
+
+@_hook
+def stopping_after(life, steps):
+    """A SIGTERM to itself in the given step of this life."""
+    _before_call(loop._Trainer, "_step", steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@_hook
+def filling_the_disk(life, folder):
+    """Takes away all that is left of a file system, in the third step of this life."""
+    _before_call(loop._Trainer, "_step", 3, lambda: fill(Path(folder), 0))
+
+
+def fill(folder, leave):
+    """Takes away all but `leave` bytes of a file system."""
+    with (folder / "ballast").open("wb") as file:
+        free = os.statvfs(folder)
+        file.write(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+
+
+@_hook
+def before_a_save(life, number):
+    _before_call(loop._Trainer, "_save", number)
+
+
+@_hook
+def controls_alone(life, number):
+    """Trains the run and its controls and ends well, before anything is drawn or compared."""
+
+    def evaluate(task, done, workdir, summary, fitting):
+        run._controls(task, workdir, fitting)
+        os._exit(0)
+
+    run._evaluate = evaluate
+    before_a_save(life, number)
+
+
+@_hook
+def blind_to_free_space(life):
+    """As where a quota and not the disk is used up."""
+    checkpointer.shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 60)

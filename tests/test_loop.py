@@ -180,7 +180,7 @@ def test_another_configuration_is_refused_with_its_differences(resumed, mesh):
     with pytest.raises(CheckpointError, match=r"is of another model: .*another --workdir"):
         fit(other, workdir, resume_with_changes=True)
     observe(
-        "the configuration has changed since the last checkpoint",
+        "resume: with another configuration",
         "refused with a list such as `optimizer.learning_rate: 0.01 -> 0.5`",
     )
 
@@ -207,7 +207,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(resumed, mesh, tmp_pat
     with pytest.raises(CheckpointError, match="have changed since this run began: tokenizer"):
         fit(other, workdir)
     observe(
-        "the frozen weights have changed since the run began",
+        "resume: with other frozen weights under the same name",
         "refused: they are not those that the run began with",
     )
 
@@ -261,7 +261,7 @@ def test_a_nan_in_one_microbatch_stops_before_it_reaches_anything(mesh, tmp_path
         _, found = saver.restore(None, {"params": saver.abstract_item(2, "params")})
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found["params"]))
     observe(
-        "a NaN in one microbatch, `on_nonfinite=stop`",
+        "gradient: a NaN in one microbatch, `on_nonfinite=stop`",
         "the run stops with an error; the update is not applied, the last checkpoint is finite",
     )
 
@@ -287,7 +287,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(mesh, tmp_path, poisoned)
     with Checkpointer(tmp_path / "checkpoints") as saver:
         assert saver.restore(4, {}, ["progress"])[1]["progress"]["skipped"] == 2
     observe(
-        "a NaN in one microbatch, `on_nonfinite=skip`",
+        "gradient: a NaN in one microbatch, `on_nonfinite=skip`",
         "the step changes nothing, is counted and warned about, and the run goes on",
     )
 
@@ -299,7 +299,7 @@ def test_more_skipped_steps_than_allowed_stop_the_run(mesh, tmp_path, poisoned):
     with pytest.raises(HealthError, match=r"step 3: .*max_skipped=1"):
         fit(task, tmp_path)
     observe(
-        "more such steps than `max_skipped`",
+        "gradient: more such steps than `max_skipped`",
         "the run stops with an error at the first one too many",
     )
 

@@ -3,11 +3,13 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vapi_jax import metrics
+from vapi_jax.files import disk_trouble, write_all
 
 
 def read_tensorboard(folder):
@@ -65,6 +67,108 @@ def test_writer_appends_after_a_half_written_line(tmp_path):
         (2, 2, 5),
         (3, 3, None),
     ]
+
+
+def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
+    image = {"samples": np.zeros((8, 8, 3), np.uint8)}
+    with metrics.MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"a": step})
+        writer.write_images(2, image)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 1}')  # half a row, and a whole object
+    for _ in range(2):  # and once more, from the same checkpoint
+        with metrics.MetricsWriter(tmp_path, after=2) as writer:
+            writer.write(3, {"a": 30})
+            writer.write_images(3, image)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["a"]) for row in rows] == [(1, 1), (2, 2), (3, 30)]
+    # Pictures are made after the checkpoint of their step.
+    assert sorted(read_tensorboard(tmp_path / "tensorboard"), key=str) == sorted(
+        [("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 30.0), ("samples", 3, "image")], key=str
+    )
+    with metrics.MetricsWriter(tmp_path, after=-1):
+        pass
+    assert path.read_text() == ""
+    assert read_tensorboard(tmp_path / "tensorboard") == []
+
+
+def test_rows_from_before_the_checkpoint_keep_their_bytes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = '{"step": 1, "a": 0.10000000000000001}\n{"step":2}\n'
+    path.write_text(kept + '{"step": 3, "a": 1}\n[]\n{"a": 1}\nnoise\n{"step": 2, "b"')
+    with metrics.MetricsWriter(tmp_path, after=2):
+        pass
+    assert path.read_text() == kept
+
+
+def test_a_torn_event_file_gives_up_only_its_torn_record(tmp_path):
+    with metrics.MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"a": step})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    whole = events.read_bytes()
+    events.write_bytes(whole[:-5])
+    with metrics.MetricsWriter(tmp_path, after=9) as writer:
+        writer.write(3, {"a": 3})
+    assert read_tensorboard(tmp_path / "tensorboard") == [("a", s, float(s)) for s in (1, 2, 3)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_tensorboard_itself_accepts_the_records(tmp_path):
+    """The framing by an independent reader of the format: lengths and masked CRC-32C."""
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(7, {"a": 0.5, "b": 1.5})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, position, records = path.read_bytes(), 0, []
+    while position < len(data):
+        header = data[position : position + 8]
+        size = int.from_bytes(header, "little")
+        body = data[position + 12 : position + 12 + size]
+        sums = data[position + 8 : position + 12], data[position + 12 + size : position + 16 + size]
+        for part, found in zip((header, body), sums, strict=True):
+            assert int.from_bytes(found, "little") == masked_crc32c(part)
+        records.append(body)
+        position += 16 + size
+    assert len(records) == 2
+    assert b"brain.Event:2" in records[0]
+
+
+def masked_crc32c(data):
+    """Castagnoli's polynomial bit by bit, and TensorFlow's mask."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_event_files_are_numbered_whatever_the_clock_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.time, "time", lambda: 1.0)
+    for step in (1, 2):
+        with metrics.MetricsWriter(tmp_path) as writer:
+            writer.write(step, {"a": step})
+    assert [p.name.split(".")[3] for p in sorted((tmp_path / "tensorboard").iterdir())] == [
+        "0000000001",
+        "0000000002",
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_with_the_name_of_the_file():
+    path = Path("/dev/full")
+    with (
+        path.open("wb", buffering=0) as file,
+        pytest.raises(OSError, match="No space left") as error,
+    ):
+        write_all(file, b"row", path)
+    assert disk_trouble(error.value) == (
+        "the disk is full at /dev/full (No space left on device). Nothing saved before is lost: put "
+        "this right and run the same command again"
+    )
+    assert disk_trouble(FileNotFoundError(2, "No such file")) is None
 
 
 def test_writer_refuses_what_it_cannot_write(tmp_path):
@@ -137,6 +241,16 @@ def test_progress_of_an_interrupted_run_shows_the_last_step(clock):
         clock.now += 1
         progress.update(2)
     assert stream.getvalue().count("\n") == 2 and " 2/10" in stream.getvalue()
+
+
+def test_a_timer_goes_on_from_an_earlier_life(monkeypatch):
+    ticks = iter([100.0, 101.0, 103.0, 110.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    timer = metrics.Timer()
+    timer.resume({"total": 50.0, "train": 30.0, "evaluation": 4.0})
+    with timer.phase("train"):
+        pass
+    assert timer.summary() == {"total": 60.0, "train": 32.0, "evaluation": 4.0}
 
 
 def test_timer_accumulates_even_when_a_phase_fails(monkeypatch):

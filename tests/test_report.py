@@ -1,6 +1,7 @@
 """The report page is whole, self-contained, escaped, and says what the numbers say."""
 
 import base64
+import dataclasses
 import io
 import math
 import re
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.test_embeddings import blobs
 from vapi_jax import svg, verdict
+from vapi_jax.evaluation.embeddings import planes_of
 from vapi_jax.report import write_report
 
 VOID = {"meta", "img", "br", "input", "link"}
@@ -356,3 +359,94 @@ def test_chart_of_a_constant_and_of_a_long_run():
     assert len(page) < 30_000
     with pytest.raises(ValueError, match="no points"):
         svg.chart([svg.Series("a", [], [])], title="t", x_label="x", y_label="y")
+
+
+# --- real crops beside samples, samples in training, embeddings -----------------------------------
+
+
+def test_real_crops_stand_beside_the_samples_of_their_class(tmp_path):
+    images = {
+        "samples_before": make_images(3, 1),
+        "samples_after": make_images(3, 2),
+        "real_of_classes": make_images(3, 3),
+    }
+    page = Page(write_report(tmp_path, make_summary(), [], images))
+    order = ("real_of_classes", "samples_before", "samples_after")
+    want = [images[k][i] for i in range(3) for k in order]
+    assert all(np.array_equal(a, b) for a, b in zip(page.pixels(), want, strict=True))
+    heads = "<span>real</span><span>before</span><span>after</span>"
+    assert page.source.count(heads) == 2  # one card for both cats
+    assert "Beside them real crops" in page.text
+
+
+def sampled_history():
+    rows = make_history(20)
+    for step, kernel in ((1, 8.0), (11, 6.0), (20, 3.0)):
+        rows[step - 1] |= {"sampled/kernel_distance": kernel, "sampled/kernel_distance_error": 0.5}
+        rows[step - 1] |= {"sampled/entropy": 3.5}
+    return rows
+
+
+def test_samples_in_training_have_curves_of_their_own(tmp_path):
+    block = {"samples": 256, "feature": "a <net>"}
+    summary = {"task": "vapi", "sampled": block}
+    page = Page(write_report(tmp_path, summary, sampled_history(), {}))
+    assert "256 of each, features a <net>." in page.text
+    section = page.source.split("<h2>Samples in training</h2>")[1].split("</section>")[0]
+    charts = [ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", section)]
+    assert [c.get("aria-label") for c in charts] == [
+        "Kernel distance of samples to real crops",
+        "Entropy of samples",
+    ]
+    for chart, bars in zip(charts, (3, 0), strict=True):
+        heights = [float(c.get("cy")) for c in chart.iter("circle")]
+        assert len(heights) == 3
+        assert len([p for p in chart.iter("path") if p.get("class") == "error"]) == bars
+    distances = [float(c.get("cy")) for c in charts[0].iter("circle")]
+    assert distances == sorted(distances)  # falling: further down the drawing
+    # Nowhere else, and an error is no curve.
+    assert page.source.count("<figcaption>Entropy of samples") == 1
+    assert "sampled/" not in page.text
+
+
+def test_an_error_that_is_not_known_leaves_the_bars_out(tmp_path):
+    rows = sampled_history()
+    rows[0]["sampled/kernel_distance_error"] = None
+    page = Page(write_report(tmp_path, {"task": "vapi"}, rows, {}))
+    assert "Kernel distance of samples" in page.source and 'class="error"' not in page.source
+
+
+def test_planes_are_drawn_with_legend_axes_and_caption(tmp_path):
+    drawn = planes_of(blobs(), "pixels", "a feature <&>")
+    page = Page(write_report(tmp_path, {}, [], {}, drawn))
+    assert "Fidelity" in page.headings and "illustrate" in page.text
+    for plane in drawn:
+        (figure,) = re.findall(
+            rf'<figure class="chart plane"><figcaption>{plane.title[:5]}.*?</figure>',
+            page.source,
+            re.DOTALL,
+        )
+        assert "a feature &lt;&amp;&gt;" in figure
+        legend = re.findall(r"</svg>([^<]*)</li>", figure)
+        assert legend == ["real", "base", "after"]
+        drawing = ElementTree.fromstring(re.search(r"<svg.*?</svg>", figure, re.DOTALL)[0])
+        labels = [t.text for t in drawing.iter("text") if t.get("class") == "label"]
+        assert labels == [plane.x_label, plane.y_label]
+        assert [t for t in drawing.iter("text") if t.get("class") == "tick"]
+        # Every point once, inside the drawing.
+        _, _, width, height = map(float, drawing.get("viewBox").split())
+        circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter("circle")]
+        assert len(circles) == 60
+        assert all(0 < x < width and 0 < y < height for x, y in circles)
+    assert "distances between clusters" in page.text
+
+
+@pytest.mark.parametrize("limits", [(0, 10, 0, 10), (0, 10, 0, 8), (0, 100, 0, 1), (0, 1, 0, 100)])
+def test_a_plane_has_one_scale_on_both_axes_and_shows_all_of_itself(limits):
+    plane = dataclasses.replace(planes_of(blobs(8), "pixels", "f")[0], limits=limits)
+    frame = svg.plane_frame(plane)
+    across, up = frame.px(1.0) - frame.px(0.0), frame.py(0.0) - frame.py(1.0)
+    assert across == pytest.approx(up, rel=0.06)
+    x0, x1, y0, y1 = limits
+    assert frame.x0 <= x0 and frame.x1 >= x1 and frame.y0 <= y0 and frame.y1 >= y1
+    assert 290 <= frame.height <= 460

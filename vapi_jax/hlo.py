@@ -117,8 +117,9 @@ class Collective:
 
 @dataclass(frozen=True)
 class Total:
-    """All collectives of one kind: how many executions, and bytes over all of them."""
+    """All collectives of one kind: what is sent, how many executions, and bytes over all of them."""
 
+    dtypes: tuple[str, ...]
     executions: int
     operand_bytes: int
     result_bytes: int
@@ -383,6 +384,7 @@ def totals(found: list[Collective]) -> dict[str, Total]:
             by_kind[one.kind].append(one)
     return {
         kind: Total(
+            dtypes=tuple(sorted({dtype for c in ones for dtype in c.dtypes})),
             executions=sum(c.executions for c in ones),
             operand_bytes=sum(c.operand_bytes * c.executions for c in ones),
             result_bytes=sum(c.result_bytes * c.executions for c in ones),

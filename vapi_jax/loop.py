@@ -143,6 +143,11 @@ def fit(
     ):
         timer = Timer()
         facts = resume.read_facts(saver, config, resume_with_changes)
+        if facts is None and (workdir / "metrics.jsonl").exists():
+            logger.warning(
+                "%s holds no checkpoint, though a run has been here: beginning again at step 0",
+                saver.directory,
+            )
         with timer.phase("setup"):
             optimizer = train.make_optimizer(config.optimizer, config.steps)
             frozen = train.load_frozen(task)

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     if CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
         raise app.UsageError("--config and --workdir are needed; see --help")
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every rename at INFO
+    # Orbax tells every rename, and the frames of a failed save that is reported in a sentence.
+    absl_logging.set_verbosity(absl_logging.FATAL)
 
     from vapi_jax import distributed, plan  # after the flags, so that --help needs no JAX
     from vapi_jax.config import ConfigError

@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vapi_jax import report_charts as charts
 from vapi_jax import verdict as words
+from vapi_jax.evaluation.embeddings import Plane
 from vapi_jax.metrics import format_duration
-from vapi_jax.svg import Series, chart, smooth
 from vapi_jax.verdict import number, show, show_distance
 
 TITLES = {
@@ -29,32 +30,6 @@ TITLES = {
     "tokenizer": "Tokenizer training",
     "base": "Base generator training",
 }
-# Metric name -> (title, axis label); the first of those present gets the large place, the next four the
-# small ones, everything else goes under "More curves".
-CURVES = {
-    "vapi": {
-        "reward": ("Reward", "reward, −(MSE + LPIPS)"),
-        # On a scale of its own: held-out images are harder, and their curve is without sampling noise.
-        "held_out/reward": ("Reward, held-out", "reward, −(MSE + LPIPS)"),
-        "ce": ("Cross-entropy", "nats per token"),
-        "entropy": ("Policy entropy", "nats per token"),
-        "grad_norm": ("Gradient norm", "L2 norm, unclipped"),
-    },
-    "tokenizer": {
-        "loss": ("Loss", "loss"),
-        "mse": ("Reconstruction error", "MSE, images in [−1, 1]"),
-        "lpips": ("Perceptual error", "LPIPS"),
-        "codebook_usage": ("Codebook usage", "share of codes"),
-        "grad_norm": ("Gradient norm", "L2 norm, unclipped"),
-    },
-    "base": {
-        "ce": ("Cross-entropy", "nats per token"),
-        "entropy": ("Entropy", "nats per token"),
-        "grad_norm": ("Gradient norm", "L2 norm, unclipped"),
-        "learning_rate": ("Learning rate", "learning rate"),
-    },
-}
-HELD_OUT = re.compile(r"(?:val|valid|validation|eval|held_?out)[/_](.+)")
 FILES = {
     "metrics.jsonl": "every metric of every step, one JSON object per line",
     "summary.json": "the numbers of this page, for programs",
@@ -62,6 +37,7 @@ FILES = {
     "tensorboard": "the same curves: tensorboard --logdir",
     "checkpoints": "state to resume from, with digests",
     "samples": "generated images",
+    "overview.png": "real crops and samples of both policies, class by class",
 }
 MAX_IMAGES = 48
 
@@ -119,107 +95,6 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     return f'<dl class="tiles">{items}</dl>' if items else ""
 
 
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    pairs = [(number(row.get("step")), number(row.get(key))) for row in history]
-    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _curve(history: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
-    """Raw points under a smoothed line, and held-out values where the history has them."""
-    series = []
-    x, y = _points(history, key)
-    if HELD_OUT.fullmatch(key):
-        series.append(Series("held-out", x, y, "marked", 1, shape="square"))
-    elif len(x) >= 15:
-        window = max(5, len(x) // 7) | 1
-        series.append(Series("single steps", x, y, "raw", 0))
-        series.append(Series("smoothed", x, smooth(y, window), "line", 0))
-    elif x:
-        series.append(Series("training", x, y, "marked" if len(x) > 1 else "point", 0))
-    for other in sorted({k for row in history for k in row}):
-        match = HELD_OUT.fullmatch(other)
-        if match and match[1] == key:
-            series.append(Series("held-out", *_points(history, other), "marked", 1, shape="square"))
-    return [one for one in series if one.x]
-
-
-def _curves(history: Sequence[Mapping[str, Any]], task: str) -> str:
-    known = CURVES.get(task, {})
-    names = {k for row in history for k, v in row.items() if number(v) is not None}
-    names = {m[1] if (m := HELD_OUT.fullmatch(k)) else k for k in names} - {"step", "time"}
-    names |= {k for row in history for k in row if k in known}
-    main = [k for k in known if k in names] or sorted(names)[:5]
-    explained: set[str] = set()
-
-    def draw(key: str, large: bool) -> str:
-        series = _curve(history, key)
-        title, y_label = known.get(key, (key, key))
-        labels = {one.label for one in series}
-        new = not labels <= explained
-        explained.update(labels)
-        size = (
-            {"width": 520, "height": 386, "css": "large"}
-            if large
-            else {"width": 280, "height": 196}
-        )
-        return chart(series, title=title, x_label="step", y_label=y_label, legend=new, **size)
-
-    figures = [draw(key, i == 0) for i, key in enumerate(main)]
-    more = [draw(key, False) for key in sorted(names - set(main))]
-    body = f'<div class="curves">{"".join(figures)}</div>' if figures else ""
-    if more:
-        body += (
-            f"<details><summary>More curves ({len(more)})</summary>"
-            f'<div class="curves more">{"".join(more)}</div></details>'
-        )
-    return body
-
-
-def _sweep(summary: Mapping[str, Any], features: str) -> str:
-    """Fréchet distance against sampling entropy: the base's temperatures as a line, the rest as points."""
-    rows = []
-    for row in summary.get("table") or []:
-        mean = number((row.get(features) or {}).get("mean"))
-        if number(row.get("entropy")) is not None and mean is not None:
-            rows.append(row)
-    base = [row for row in rows if row.get("kind") in ("base", "temperature", "matched")]
-    base.sort(key=lambda row: row["entropy"])
-    if not base or len(rows) < 2:
-        return ""
-
-    def series(label: str, chosen: Sequence[Mapping[str, Any]], style: str, **rest: Any) -> Series:
-        return Series(
-            label,
-            [row["entropy"] for row in chosen],
-            [row[features]["mean"] for row in chosen],
-            style,
-            errors=[number(row[features].get("sd")) or 0.0 for row in chosen],
-            **rest,
-        )
-
-    temperatures = [number(row.get("temperature")) for row in base]
-    notes = ["" if t is None else f"T={t:.3g}" for t in temperatures]
-    drawn = [series("base, by temperature", base, "marked", color=1, notes=notes)]
-    matched = [row for row in base if row.get("kind") == "matched"]
-    drawn.append(series("base at equal entropy", matched, "point", color=1, shape="ring"))
-    for i, row in enumerate(r for r in rows if r.get("kind") == "control"):
-        name, shape = str(row.get("name", "control")), ("triangle", "square")[i % 2]
-        drawn.append(series(name, [row], "point", color=2 + i % 2, shape=shape))
-    after = [row for row in rows if row.get("kind") == "vapi"]
-    drawn.append(series("post-trained", after, "point", color=0, shape="diamond"))
-    name = words.feature_name(summary, features)
-    return chart(
-        drawn,
-        title=f"Fréchet distance against entropy, {name}",
-        x_label="sampling entropy (nats per token)",
-        y_label="Fréchet distance (lower is better)",
-        width=520,
-        height=360,
-        x_pad=0.07,
-    )
-
-
 def _table(summary: Mapping[str, Any]) -> str:
     rows = summary.get("table") or []
     if not rows:
@@ -248,25 +123,30 @@ def _table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _cards(pairs: Iterable[tuple[np.ndarray, np.ndarray]], names: Sequence[str], heads: str) -> str:
-    """Pairs of images, those of one name (in a row) in one card with two columns."""
+def _cards(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
+    """Images beside one another, head -> images; those of one name (in a row) in one card."""
     cards: list[tuple[str, list[str]]] = []
-    for i, (a, b) in enumerate(pairs):
+    for i, images in enumerate(zip(*columns.values(), strict=False)):
         name = names[i] if i < len(names) else ""
         if not cards or cards[-1][0] != name or not name:
             cards.append((name, []))
-        left, right = (f"{name} {head}".strip() for head in heads.split("|"))
-        cards[-1][1].append(_img(a, left) + _img(b, right))
-    titles = "".join(f"<span>{_e(head)}</span>" for head in heads.split("|"))
+        beside = zip(images, columns, strict=True)
+        cards[-1][1].extend(_img(image, f"{name} {head}".strip()) for image, head in beside)
+    titles = "".join(f"<span>{_e(head)}</span>" for head in columns)
+    css = "pair" if len(columns) == 2 else "pair three"
     return (
         '<div class="cards">'
         + "".join(
             f'<figure class="card"><figcaption>{_e(name)}</figcaption>'
-            f'<div class="pair heads">{titles}</div><div class="pair">{"".join(images)}</div></figure>'
+            f'<div class="{css} heads">{titles}</div><div class="{css}">{"".join(images)}</div></figure>'
             for name, images in cards
         )
         + "</div>"
     )
+
+
+def _of_samples(name: str) -> bool:
+    return name.startswith("samples") or name == "real_of_classes"
 
 
 def _images(images: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> str:
@@ -279,17 +159,20 @@ def _images(images: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> str
     names = [str(name) for name in summary.get("sample_classes") or []]
     out = ""
     if "samples_before" in left and "samples_after" in left:
-        before, after = left.pop("samples_before"), left.pop("samples_after")
-        pairs = zip(before[:MAX_IMAGES], after[:MAX_IMAGES], strict=False)
+        columns = {"before": left.pop("samples_before"), "after": left.pop("samples_after")}
         note = (
             "Free-running samples at temperature 1; each pair has the same class and the same seed."
         )
-        out += _section("Before and after", _cards(pairs, names, "before|after"), note)
+        if len(left.get("real_of_classes", ())) == len(columns["before"]):
+            columns = {"real": left.pop("real_of_classes"), **columns}
+            note += " Beside them real crops of the class."
+        columns = {head: value[:MAX_IMAGES] for head, value in columns.items()}
+        out += _section("Before and after", _cards(columns, names), note)
     if "real" in left and "reconstructions" in left:
-        real, again = left.pop("real"), left.pop("reconstructions")
-        pairs = zip(real[: MAX_IMAGES // 2], again[: MAX_IMAGES // 2], strict=False)
+        columns = {"real": left.pop("real"), "reconstructed": left.pop("reconstructions")}
+        columns = {head: value[: MAX_IMAGES // 2] for head, value in columns.items()}
         note = "What the tokenizer keeps of real images: no generator on top of it can look better."
-        out += _section("Reconstructions", _cards(pairs, [], "real|reconstructed"), note)
+        out += _section("Reconstructions", _cards(columns, []), note)
     for name, value in left.items():
         title = name.replace("_", " ").capitalize()
         labels = names if name.startswith("samples") and len(names) == len(value) else []
@@ -353,11 +236,24 @@ def _settings(summary: Mapping[str, Any], workdir: Path) -> str:
     return body
 
 
+def _sampled_note(summary: Mapping[str, Any]) -> str:
+    block = summary.get("sampled") or {}
+    count, feature = number(block.get("samples")), block.get("feature")
+    note = "Free-running samples of the same labels and seed every time, against real crops"
+    note += f": {count:.0f} of each" if count is not None else ""
+    note += f", features {_e(feature)}" if feature else ""
+    return (
+        f"{note}. Lower distances are better; one within its error of 0 cannot be told from real."
+        " They compare only with one another."
+    )
+
+
 def render(
     workdir: Path,
     summary: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     images: Mapping[str, np.ndarray],
+    planes: Sequence[Plane] = (),
 ) -> str:
     """The page as a string; arguments as in `write_report`."""
     task = str(summary.get("task", ""))
@@ -369,10 +265,10 @@ def render(
         part for part in (name, f"{steps:.0f} steps" if steps is not None else "") if part
     )
     paragraph = f"<p>{_e(' '.join(said.sentences))}</p>" if said.sentences else ""
-    sweeps = "".join(_sweep(summary, f) for f in ("frechet", "frechet_unseen"))
+    sweeps = "".join(charts.sweep(summary, f) for f in ("frechet", "frechet_unseen"))
     css = resources.files("vapi_jax").joinpath("assets/report.css").read_text(encoding="utf-8")
     sections = [
-        _images({k: v for k, v in images.items() if k.startswith("samples")}, summary),
+        _images({k: v for k, v in images.items() if _of_samples(k)}, summary),
         _section(
             "Results",
             _table(summary) + (f'<div class="sweeps">{sweeps}</div>' if sweeps else ""),
@@ -384,8 +280,19 @@ def render(
             if summary.get("table")
             else "",
         ),
-        _section("Learning curves", _curves(history, task)),
-        _images({k: v for k, v in images.items() if not k.startswith("samples")}, summary),
+        _section(
+            "Fidelity",
+            charts.planes(planes),
+            "Features of real crops and of free-running samples at temperature 1, as Fig. 1 of the"
+            " paper shows them. These pictures illustrate; the table's distances measure.",
+        ),
+        _section("Learning curves", charts.curves(history, task)),
+        _section(
+            "Samples in training",
+            charts.sampled(history),
+            _sampled_note(summary),
+        ),
+        _images({k: v for k, v in images.items() if not _of_samples(k)}, summary),
         _section("Settings", _settings(summary, workdir)),
     ]
     return (
@@ -404,6 +311,7 @@ def write_report(
     summary: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     images: Mapping[str, np.ndarray],
+    planes: Sequence[Plane] = (),
 ) -> Path:
     """Writes `workdir/report.html`.
 
@@ -414,6 +322,8 @@ def write_report(
         curve of "ce".
       images: name -> uint8 [N, H, W, 3]. "samples_before" and "samples_after" are shown as pairs (names
         from summary["sample_classes"]), "real" and "reconstructions" likewise, others as plain grids.
+        "real_of_classes" joins the samples where it has as many.
+      planes: embeddings to draw, see `vapi_jax.evaluation.embeddings`.
 
     Returns:
       The path of the page.
@@ -422,7 +332,7 @@ def write_report(
       ValueError: images of another dtype or shape.
     """
     workdir = Path(workdir)
-    text = render(workdir, summary, history, images)
+    text = render(workdir, summary, history, images, planes)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "report.html"
     path.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def _is_free(name: str, before: Any, after: Any, config: TrainConfig) -> bool:
 
 
 def code_facts() -> dict[str, str]:
-    """Versions of what computes, and a digest of this package's own source."""
+    """What computes: versions, a digest of this package's own source, the device, XLA's flags."""
     folder = Path(vapi_jax.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -101,6 +102,8 @@ def code_facts() -> dict[str, str]:
         "source_sha256": digest.hexdigest(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
@@ -167,11 +170,13 @@ def read_facts(
             f"{saver.directory} holds step {step}, and steps={config.steps}: nothing is left to do. "
             "Give another --workdir"
         )
-    here = code_facts()
-    if others := [
-        f"{k} {facts['code'].get(k)} -> {v}" for k, v in here.items() if facts["code"].get(k) != v
-    ]:
-        logger.warning("the code has changed since step %d: %s", step, "; ".join(others))
+    there, here = facts["code"], code_facts()
+    if others := [f"{k}: {there.get(k)} -> {here[k]}" for k in here if there.get(k) != here[k]]:
+        logger.warning(
+            "what computes has changed since step %d, so the last bits may differ: %s",
+            step,
+            "; ".join(others),
+        )
     return facts
 
 

@@ -138,6 +138,9 @@ def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
         "weights": done.weights,
         "held_out": {"split": config.eval.split, "images": config.eval.images},
     }
+    if config.eval.sampled_every:
+        feature = FEATURES[SEEN].description
+        summary["sampled"] = {"feature": feature, "samples": config.eval.sampled}
     for name in done.last:
         summary[name] = {"first": done.first.get(name), "last": done.last[name]}
     return summary

@@ -1,4 +1,4 @@
-"""Small line and scatter charts as inline SVG, styled by the page's CSS (colours follow light and dark).
+"""Small charts as inline SVG, styled by the page's CSS (colours follow light and dark).
 
 Drawn by hand so that a report needs no plotting library at run time. Colours are CSS variables --c0 ...;
 text takes `currentColor`. The legend is HTML, so it wraps on a narrow screen.
@@ -10,8 +10,13 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vapi_jax.evaluation.embeddings import Cloud, Plane
 
 MAX_POINTS = 600
 
@@ -136,6 +141,10 @@ def _legend(series: Sequence[Series]) -> str:
             f'<li><svg viewBox="0 0 22 14" width="22" height="14" aria-hidden="true">{key}</svg>'
             f"{html.escape(one.label)}</li>"
         )
+    return _legend_list(items)
+
+
+def _legend_list(items: Sequence[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
 
 
@@ -144,6 +153,82 @@ def _limits(low: float, high: float, pad: float) -> tuple[float, float]:
         margin = 0.05 * abs(low) or 1.0
         return low - margin, high + margin
     return low - pad * (high - low), high + pad * (high - low)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where numbers lie in a drawing: its size, the limits of both axes, and their ticks.
+
+    Attributes:
+      width, height: of the drawing, in its own units.
+      x0, x1, y0, y1: limits of the axes; x0 < x1 and y0 < y1.
+    """
+
+    width: int
+    height: int
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    right: ClassVar[float] = 14.0
+    top: ClassVar[float] = 10.0
+    bottom: ClassVar[float] = 46.0
+
+    @property
+    def small(self) -> bool:
+        return self.width < 400
+
+    @cached_property
+    def x_ticks(self) -> list[float]:
+        return nice_ticks(self.x0, self.x1, 4 if self.small else 6)
+
+    @cached_property
+    def y_ticks(self) -> list[float]:
+        return nice_ticks(self.y0, self.y1, 4 if self.small else 5)
+
+    @cached_property
+    def left(self) -> float:
+        longest = max(len(text) for text in tick_texts(self.y_ticks))
+        # Wide charts shrink most on a phone, where the page enlarges their text: leave room for it.
+        return (34 + 7.5 * longest) if self.small else (42 + 9 * longest)
+
+    def px(self, x: float) -> float:
+        inside = self.width - self.left - self.right
+        return self.left + (x - self.x0) / (self.x1 - self.x0) * inside
+
+    def py(self, y: float) -> float:
+        inside = self.height - self.top - self.bottom
+        return self.height - self.bottom - (y - self.y0) / (self.y1 - self.y0) * inside
+
+
+def _axes(frame: Frame, title: str, x_label: str, y_label: str) -> list[str]:
+    """The opening of a drawing: grid lines, ticks, axis and labels."""
+    width, height, left = frame.width, frame.height, frame.left
+    end, axis = width - frame.right, height - frame.bottom
+    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
+    for tick, text in zip(frame.y_ticks, tick_texts(frame.y_ticks), strict=True):
+        y = frame.py(tick)
+        out.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{end:.1f}"/>')
+        out.append(
+            f'<text class="tick" x="{left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    for tick, text in zip(frame.x_ticks, tick_texts(frame.x_ticks), strict=True):
+        x = frame.px(tick)
+        out.append(f'<path class="axis" d="M{x:.1f} {axis:.1f}v5"/>')
+        out.append(
+            f'<text class="tick" x="{x:.1f}" y="{axis + 19:.1f}" text-anchor="middle">{text}</text>'
+        )
+    out.append(f'<path class="axis" d="M{left:.1f} {axis:.1f}H{end:.1f}"/>')
+    middle_x, middle_y = (left + end) / 2, (frame.top + axis) / 2
+    out.append(
+        f'<text class="label" x="{middle_x:.1f}" y="{height - 7}" text-anchor="middle">'
+        f"{html.escape(x_label)}</text>"
+        f'<text class="label" text-anchor="middle" '
+        f'transform="translate({14 if frame.small else 17} {middle_y:.1f}) rotate(-90)">'
+        f"{html.escape(y_label)}</text>"
+    )
+    return out
 
 
 def chart(
@@ -191,44 +276,9 @@ def chart(
     y0, y1 = _limits(min(lows), max(highs), 0.06)
     if has_notes:
         y1 += 0.08 * (y1 - y0)
-    small = width < 400
-    y_ticks = nice_ticks(y0, y1, 4 if small else 5)
-    x_ticks = nice_ticks(x0, x1, 4 if small else 6)
-    y_texts, x_texts = tick_texts(y_ticks), tick_texts(x_ticks)
-    longest = max(len(t) for t in y_texts)
-    # Wide charts shrink most on a phone, where the page enlarges their text: leave room for it.
-    left = (34 + 7.5 * longest) if small else (42 + 9 * longest)
-    right, top, bottom = 14.0, 10.0, 46.0
-
-    def px(x: float) -> float:
-        return left + (x - x0) / (x1 - x0) * (width - left - right)
-
-    def py(y: float) -> float:
-        return height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
-
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
-    for tick, text in zip(y_ticks, y_texts, strict=True):
-        y = py(tick)
-        out.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{width - right:.1f}"/>')
-        out.append(
-            f'<text class="tick" x="{left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-        )
-    axis = height - bottom
-    for tick, text in zip(x_ticks, x_texts, strict=True):
-        x = px(tick)
-        out.append(f'<path class="axis" d="M{x:.1f} {axis:.1f}v5"/>')
-        out.append(
-            f'<text class="tick" x="{x:.1f}" y="{axis + 19:.1f}" text-anchor="middle">{text}</text>'
-        )
-    out.append(f'<path class="axis" d="M{left:.1f} {axis:.1f}H{width - right:.1f}"/>')
-    middle_x, middle_y = (left + width - right) / 2, (top + axis) / 2
-    out.append(
-        f'<text class="label" x="{middle_x:.1f}" y="{height - 7}" text-anchor="middle">'
-        f"{html.escape(x_label)}</text>"
-        f'<text class="label" text-anchor="middle" '
-        f'transform="translate({14 if small else 17} {middle_y:.1f}) rotate(-90)">'
-        f"{html.escape(y_label)}</text>"
-    )
+    frame = Frame(width, height, x0, x1, y0, y1)
+    px, py = frame.px, frame.py
+    out = _axes(frame, title, x_label, y_label)
     for one, errors in zip(series, spreads, strict=True):
         points = [(px(x), py(y)) for x, y in zip(one.x, one.y, strict=True)]
         if one.style in ("line", "marked"):
@@ -260,4 +310,62 @@ def chart(
     return (
         f'<figure class="chart {css}"><figcaption>{html.escape(title)}</figcaption>'
         f"{''.join(out)}{_legend(series) if legend else ''}</figure>"
+    )
+
+
+_PLANE_WIDTH, _PLANE_UP = 520, (240.0, 400.0)
+
+
+def plane_frame(plane: Plane) -> Frame:
+    """A frame that shows all of a plane, both axes at one scale (but for the ticks' texts)."""
+    x0, x1, y0, y1 = plane.limits
+    rough = Frame(_PLANE_WIDTH, _PLANE_WIDTH, x0, x1, y0, y1)
+    across, beside = _PLANE_WIDTH - rough.left - rough.right, rough.top + rough.bottom
+    lowest, highest = _PLANE_UP
+    up = min(max((y1 - y0) / (x1 - x0) * across, lowest), highest)
+    unit = max((x1 - x0) / across, (y1 - y0) / up)
+    x_more, y_more = (unit * across - (x1 - x0)) / 2, (unit * up - (y1 - y0)) / 2
+    limits = (x0 - x_more, x1 + x_more, y0 - y_more, y1 + y_more)
+    return Frame(_PLANE_WIDTH, round(up + beside), *limits)
+
+
+def plane(drawn: Plane) -> str:
+    """An HTML figure of sets of points in a plane, with the regions that hold most of each set."""
+    frame = plane_frame(drawn)
+    out = _axes(frame, drawn.title, drawn.x_label, drawn.y_label)
+
+    def path(lines: Sequence[np.ndarray]) -> str:
+        parts = (
+            "L".join(f"{frame.px(x):.1f} {frame.py(y):.1f}" for x, y in line) for line in lines
+        )
+        return "".join(f"M{part}Z" for part in parts)
+
+    for cloud in drawn.clouds:
+        for lines in cloud.regions:
+            out.append(
+                f'<path class="region c{cloud.color} {cloud.css}" fill-rule="evenodd" '
+                f'd="{path(lines)}"/>'
+            )
+    marks = (
+        _marker(cloud.shape, frame.px(x), frame.py(y), drawn.radius, cloud.color)
+        for cloud, (x, y) in drawn.marks()
+    )
+    faint = any(cloud.regions for cloud in drawn.clouds)
+    out.append(f'<g class="{"faint" if faint else "cloud"}">{"".join(marks)}</g></svg>')
+    return (
+        f'<figure class="chart plane"><figcaption>{html.escape(drawn.title)}</figcaption>'
+        f"{''.join(out)}{_legend_list([_cloud_key(cloud) for cloud in drawn.clouds])}"
+        f'<p class="note">{html.escape(drawn.note)}</p></figure>'
+    )
+
+
+def _cloud_key(cloud: Cloud) -> str:
+    region = (
+        f'<path class="region c{cloud.color} {cloud.css}" d="M1 1H21V13H1Z"/>'
+        if cloud.regions
+        else ""
+    )
+    return (
+        '<li><svg viewBox="0 0 22 14" width="22" height="14" aria-hidden="true">'
+        f"{region}{_marker(cloud.shape, 11, 7, 4, cloud.color)}</svg>{html.escape(cloud.label)}</li>"
     )

@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vapi_jax.checkpoint.checkpointer import Checkpointer, CheckpointError, abstract_like
+    from vapi_jax.checkpoint.checkpointer import Checkpointer, abstract_like
+    from vapi_jax.checkpoint.errors import CheckpointError
     from vapi_jax.checkpoint.manifest import array_digest
 
 __all__ = ["CheckpointError", "Checkpointer", "abstract_like", "array_digest"]
@@ -20,5 +21,5 @@ def __getattr__(name: str) -> Any:
     # The commands above begin here, and their --help must not wait for JAX and orbax.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "manifest" if name == "array_digest" else "checkpointer"
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    homes = {"array_digest": "manifest", "CheckpointError": "errors"}
+    return getattr(importlib.import_module(f"{__name__}.{homes.get(name, 'checkpointer')}"), name)

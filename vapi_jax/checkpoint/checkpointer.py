@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from vapi_jax.checkpoint.digests import (
     gather_text,
     wrong_arrays,
 )
+from vapi_jax.checkpoint.errors import CheckpointError, Damage, brief, files_named
 from vapi_jax.checkpoint.manifest import (
     MANIFEST,
     ArrayFacts,
@@ -43,14 +43,6 @@ from vapi_jax.weights import unflatten
 logger = logging.getLogger(__name__)
 
 PyTree = Any
-
-
-class CheckpointError(RuntimeError):
-    """No usable checkpoint, or none could be written: says what is wrong and what to do."""
-
-
-class _Damage(Exception):
-    """A step that cannot be used; internal, turned into a warning or a CheckpointError."""
 
 
 def abstract_like(tree: PyTree) -> PyTree:
@@ -136,6 +128,7 @@ class Checkpointer:
             saves[item] = ocp.args.StandardSave(tree)
         for item, value in facts.items():
             saves[item] = ocp.args.JsonSave(json.loads(json.dumps(value)))
+        self._check_space(step, sum(array.nbytes for array in arrays.values()))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         digests = {item: facts_digest(value) for item, value in facts.items()}
         saves[MANIFEST] = ManifestSave(step, now, arrays, digests)
@@ -145,7 +138,7 @@ class Checkpointer:
             # force: whether a step is due is the caller's decision.
             self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
         except Exception as error:
-            raise self._not_saved(error) from error
+            raise self._not_saved(brief(error)) from error
 
     def restore(
         self, step: int | None, abstract: Mapping[str, PyTree], facts: Sequence[str] = ()
@@ -179,7 +172,7 @@ class Checkpointer:
         for candidate in candidates:
             try:
                 state = self._restore_step(candidate, abstract, facts)
-            except _Damage as damage:
+            except Damage as damage:
                 found[candidate] = str(damage)
                 self._damaged[candidate] = str(damage)
                 logger.warning(
@@ -231,7 +224,7 @@ class Checkpointer:
                     self._restore_step(step, {}, [item])
                 else:
                     self._restore_step(step, {item: self._saved_tree(step, item)}, [])
-        except (ManifestError, ValueError, _Damage) as error:
+        except (ManifestError, ValueError, Damage) as error:
             return str(error)
         return ""
 
@@ -242,7 +235,7 @@ class Checkpointer:
             metadata = handler.metadata(self._manager.directory / str(step) / item)
             return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata.tree)
         except Exception as error:
-            raise _Damage(f"{self.directory / str(step) / item}: {_brief(error)}") from error
+            raise Damage(f"{self.directory / str(step) / item}: {brief(error)}") from error
 
     def _restore_step(
         self, step: int, abstract: Mapping[str, PyTree], facts: Sequence[str]
@@ -257,7 +250,7 @@ class Checkpointer:
             if missing := [item for item in facts if item not in manifest.facts]:
                 raise ValueError(f"step {step} in {self.directory} holds no {missing[0]!r}")
             values = self._read(step, abstract, facts)
-        except (ManifestError, _Damage) as error:
+        except (ManifestError, Damage) as error:
             damage = str(error)
         # From here on every process must take the same way, so what one has found is everybody's.
         _raise_together(damage)
@@ -268,7 +261,7 @@ class Checkpointer:
         wrong += wrong_arrays(leaves, manifest.arrays)
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise _Damage(
+            raise Damage(
                 f"the values of {', '.join(wrong[:5])}{more} in {directory} differ from the SHA-256"
                 " digest taken when they were saved"
             )
@@ -303,15 +296,26 @@ class Checkpointer:
                 # Whatever a storage layer may raise on a broken or missing file. The caller passes
                 # over this step, says so, and raises if no step is left.
                 folder = self.directory / str(step) / item
-                files = _files_named(error, folder) or str(folder)
-                raise _Damage(f"{files}: {_brief(error)}") from error
+                files = files_named(error, folder) or str(folder)
+                raise Damage(f"{files}: {brief(error)}") from error
             values[item] = found[item]
         return values
 
-    def _not_saved(self, error: BaseException) -> CheckpointError:
+    def _check_space(self, step: int, nbytes: int) -> None:
+        """Refuses what cannot fit before it is begun: a save that fails on its way is messier."""
+        wanted = nbytes
+        if (latest := self.latest_step()) is not None:  # compressed, as this one will be
+            files = (self.directory / str(latest)).rglob("*")
+            wanted = sum(path.stat().st_size for path in files if path.is_file())
+        free = shutil.disk_usage(self.directory).free
+        if free < wanted:
+            self._saving = step
+            raise self._not_saved(f"it takes about {wanted:,} bytes, and {free:,} are free")
+
+    def _not_saved(self, reason: str) -> CheckpointError:
         kept = ", ".join(map(str, self._committed())) or "none"
         return CheckpointError(
-            f"step {self._saving} could not be saved in {self.directory}: {_brief(error)}. Nothing"
+            f"step {self._saving} could not be saved in {self.directory}: {reason}. Nothing"
             f" saved before is lost (steps: {kept}). Put right what is wrong (disk full? read-only?"
             " quota?) and run the same command again"
         )
@@ -335,14 +339,14 @@ class Checkpointer:
         try:
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._not_saved(error) from error
+            raise self._not_saved(brief(error)) from error
 
     def wait(self) -> None:
         """Waits for the save in progress; raises CheckpointError if it fails."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._not_saved(error) from error
+            raise self._not_saved(brief(error)) from error
 
     def close(self) -> None:
         self.wait()
@@ -364,26 +368,9 @@ class Checkpointer:
 
 
 def _raise_together(damage: str) -> None:
-    """Raises `_Damage` on every process if one has found any. A collective across processes."""
+    """Raises `Damage` on every process if one has found any. A collective across processes."""
     if found := dict.fromkeys(text for text in gather_text(damage) if text):
-        raise _Damage("; ".join(found))
-
-
-def _files_named(error: BaseException, directory: Path) -> str:
-    """The files of a step that an error, or what caused it, names."""
-    texts: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    pattern = re.escape(str(directory)) + r"/[\w./-]*\w"
-    found = {match for text in texts for match in re.findall(pattern, text)}
-    return ", ".join(sorted(path for path in found if not Path(path).is_dir())[:3])
-
-
-def _brief(error: BaseException) -> str:
-    first_line = (str(error).splitlines() or [""])[0][:160]
-    return f"{type(error).__name__}: {first_line}"
+        raise Damage("; ".join(found))
 
 
 def _named_leaves(item: str, tree: PyTree) -> dict[str, Any]:

@@ -57,27 +57,28 @@ class Copied:
     dtype: str
     parts: tuple[Part, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts that this process vouches for."""
+        return sum(host.nbytes for _, host in self.parts)
+
     def hashed(self, pool: concurrent.futures.Executor) -> ArrayFacts:
         return ArrayFacts(self.shape, self.dtype, tuple(pool.map(_block, self.parts)))
 
 
 def copied(leaf: Any) -> Copied:
-    """Copies what this process vouches for: all of an array where one process can."""
+    """Takes hold of what this process vouches for: all of an array where one process can."""
     return Copied(tuple(np.shape(leaf)), str(dtype_of(leaf)), tuple(_vouched_for(leaf)))
 
 
 def _vouched_for(leaf: Any) -> list[Part]:
     if not isinstance(leaf, jax.Array):
         return [((0,) * np.ndim(leaf), np.array(leaf))] if jax.process_index() == 0 else []
-    # Where the platform is CPU, `asarray` is the device's own memory, which the next step overwrites.
-    copy = next(iter(leaf.devices())).platform == "cpu"
+    # Where NumPy holds on to a buffer, a step that is given the array takes another one for itself.
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
-        if jax.process_index() != 0:
-            return []
-        host = host_array(leaf)
-        return [((0,) * leaf.ndim, host.copy() if copy else host)]
+        return [((0,) * leaf.ndim, host_array(leaf))] if jax.process_index() == 0 else []
     return [
-        (_start(shard.index), np.array(shard.data) if copy else np.asarray(shard.data))
+        (_start(shard.index), np.asarray(shard.data))
         for shard in leaf.addressable_shards
         if shard.replica_id == 0
     ]

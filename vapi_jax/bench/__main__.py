@@ -1,0 +1,97 @@
+"""Times a recipe's training step, whole and by phase, and counts what it computes and sends.
+
+  python -m vapi_jax.bench --config=configs/bench_cpu.py --plain
+  python -m vapi_jax.bench --config=configs/c2i_xxl.py --steps=10 --json=xxl.json
+  python -m vapi_jax.bench --config=configs/bench_cpu.py --sweep --docs=docs
+  python -m vapi_jax.bench --config=configs/c2i_xxl.py --compile_only --config.cpu_devices=8
+
+The real task and step; weights and images are the recipe's where they can be had and random where not,
+which changes no speed. Any option of the recipe can be overridden as for vapi_jax.main.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from vapi_jax import recipe_flags, xla_settings
+from vapi_jax.recipe_flags import CONFIG, parse_flags
+
+flags.adopt_module_key_flags(recipe_flags)
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps of each kind", lower_bound=1)
+_PLAIN = flags.DEFINE_bool(
+    "plain", False, "Also time the oracle of G sequences an image, taking turns with our step"
+)
+_JSON = flags.DEFINE_string("json", None, "File that receives all figures")
+_SWEEP = flags.DEFINE_bool(
+    "sweep", False, "Vary batch, group and microbatch one at a time instead of phases"
+)
+_DOCS = flags.DEFINE_string(
+    "docs", None, "With --sweep: folder whose performance.md and performance.svg are written"
+)
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile shapes alone: FLOPs, memory and collectives, nothing is run"
+)
+
+
+def _check_flags(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if CONFIG.value is None:
+        raise app.UsageError("--config is needed; see --help")
+    if _SWEEP.value and _COMPILE_ONLY.value:
+        raise app.UsageError("--sweep times steps and --compile_only runs none: choose one")
+    if _COMPILE_ONLY.value and _PLAIN.value:
+        raise app.UsageError("--plain times steps and --compile_only runs none: choose one")
+    if _DOCS.value is not None and not _SWEEP.value:
+        raise app.UsageError("--docs writes the table of a sweep: add --sweep")
+
+
+def main(argv: list[str]) -> int:
+    """Measures and prints; an expected error is a sentence and exit status 1."""
+    _check_flags(argv)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every backend it lacks
+    xla_settings.apply_here()
+    from vapi_jax import run  # after the flags, so that --help needs no JAX
+    from vapi_jax.config import ConfigError, resolve
+
+    try:
+        config = resolve(CONFIG.value)
+        if _PLAIN.value and not config.vapi.fused:
+            raise ConfigError(
+                "config.vapi.fused=False is the plain step already: leave --plain out"
+            )
+        result = _measure(config, run.prepare_devices(config))
+        if _JSON.value is not None:
+            text = json.dumps(result, indent=2, allow_nan=False, default=str)
+            Path(_JSON.value).write_text(f"{text}\n", encoding="utf-8")
+    except (ConfigError, OSError, *run.EXPECTED_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure(config: Any, mesh: Any) -> dict[str, Any]:
+    from vapi_jax.bench import measure, report, sweep
+    from vapi_jax.metrics import print_table
+
+    if _SWEEP.value:
+        result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value)
+        print_table(sweep.table(result), sweep.HEADERS)
+        if _DOCS.value is not None:
+            for path in sweep.write_docs(result, Path(_DOCS.value)):
+                print(f"wrote {path}")
+        return result
+    if _COMPILE_ONLY.value:
+        result = measure.compile_only(config, mesh)
+    else:
+        result = measure.measure(config, mesh, _STEPS.value, _PLAIN.value)
+    print(report.text_report(result))
+    return result
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

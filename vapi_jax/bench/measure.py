@@ -1,0 +1,170 @@
+"""One benchmark of a recipe: everything that is measured and counted, as one dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vapi_jax import __version__, hlo
+from vapi_jax.bench import rig as rigs
+from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
+from vapi_jax.bench.phases import time_phases
+from vapi_jax.bench.scaling import count_parameters
+from vapi_jax.config import TrainConfig
+from vapi_jax.flops import step_flops
+from vapi_jax.hlo_flops import matmul_flops
+from vapi_jax.metrics import Progress
+
+WARM_UP = 2
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def say(text: str) -> None:
+    """A line about what goes on, to standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Device and versions that figures belong to."""
+    device = jax.devices()[0]
+    return {
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": mesh.size,
+            "mesh": dict(mesh.shape),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        },
+        "versions": {
+            "vapi_jax": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
+    }
+
+
+def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
+    """FLOPs and communication of a compiled step, over all devices unless said otherwise."""
+    config, devices = rig.task.config, rig.task.mesh.size
+    text = compiled.as_text()
+    analytic, found = step_flops(config, rig.task.policy), matmul_flops(text)
+    xla = (compiled.cost_analysis() or {}).get("flops")
+    return {
+        "model_flops": analytic.model,
+        "model_flops_by_phase": {
+            name: value for name, value in dataclasses.asdict(analytic).items() if value
+        },
+        "compiled_flops": found.total * devices,
+        "compiled_flops_exact": found.exact,
+        "compiled_flops_uncounted_calls": found.uncounted,
+        "cost_analysis_flops": None if xla is None else xla * devices,
+        "parameters": dataclasses.asdict(count_parameters(rig.state.params, rig.task.mesh)),
+        "collectives_per_device": {
+            kind: dataclasses.asdict(total)
+            for kind, total in hlo.totals(hlo.collectives(text)).items()
+        },
+    }
+
+
+def _seconds(name: str, laps: rigs.Laps) -> dict[str, Any]:
+    wall = rigs.spread(laps.wall)
+    return {
+        f"{name}_per_step": wall.median,
+        f"{name}_quartiles": [wall.low, wall.high],
+        f"{name}_of_processor_per_step": rigs.spread(laps.processor).median,
+    }
+
+
+def compile_only(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """What the compiler says of a step of shapes alone; nothing is run and no weights exist."""
+    rig = rigs.abstract(config, mesh)
+    say("compiling")
+    compiled, seconds = rigs.compile_step(rig, config.vapi.fused)
+    return {
+        "name": config.name,
+        **environment(mesh),
+        "notes": rig.notes,
+        **counted(rig, compiled),
+        "compile_seconds": seconds,
+        "peak_memory_bytes": planned_memory(compiled),
+        "peak_memory_source": PLANNED,
+    }
+
+
+def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[str, Any]:
+    """Times the recipe's step, its phases and, in turns with it, the B·G oracle.
+
+    Args:
+      config: of task "vapi".
+      mesh: devices.
+      steps: timed steps of each kind.
+      plain: also time the step with `vapi.fused` False.
+
+    Returns:
+      What --json writes; see docs/performance.md for the keys.
+
+    Raises:
+      ConfigError, WeightsError: as `rig.build`.
+    """
+    say("weights and data")
+    rig = rigs.build(config, mesh)
+    config, fused = rig.task.config, rig.task.config.vapi.fused
+    say("compiling the step")
+    compiled, compile_seconds = rigs.compile_step(rig, fused)
+    result: dict[str, Any] = {"name": config.name, **environment(mesh), "notes": rig.notes}
+    result |= counted(rig, compiled) | {"compile_seconds": compile_seconds, "steps": steps}
+    (rig.state, _), _ = rigs.timed(compiled, rig.state, rig.frozen, rig.batch)
+    memory, source = peak_memory(compiled)  # before anything else has used any
+    timed = {"ours": compiled}
+    if plain:
+        say("compiling the plain step")
+        timed["plain"], result["plain_compile_seconds"] = rigs.compile_step(rig, False)
+    rounds = (steps + WARM_UP) * (len(timed) + (1 if fused else 0)) + steps
+    with Progress(rounds, config.name) as progress:
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress.update(done)
+
+        laps = rigs.time_steps(rig, timed, steps, WARM_UP, tick)
+        result["input_wait_seconds"] = rigs.input_wait(rig, compiled, steps, tick)
+        phases = time_phases(rig, steps, WARM_UP, tick) if fused else {}
+    result |= _seconds("seconds", laps["ours"]) | {
+        "plain_seconds_per_step": None,
+        "ratio": None,
+        "peak_memory_bytes": memory,
+        "peak_memory_source": source,
+        "phases": {name: value.median for name, value in phases.items()},
+        "phase_quartiles": {name: [value.low, value.high] for name, value in phases.items()},
+        "phases_sum": sum(value.median for value in phases.values()) if phases else None,
+    }
+    if plain:
+        result |= _seconds("plain_seconds", laps["plain"])
+        pairs = zip(laps["plain"].wall, laps["ours"].wall, strict=True)
+        ratios = rigs.spread([other / own for other, own in pairs])
+        result["ratio"] = result["plain_seconds_per_step"] / result["seconds_per_step"]
+        result["ratio_quartiles"] = [ratios.low, ratios.high]
+        result["ratio_of_processor_seconds"] = (
+            result["plain_seconds_of_processor_per_step"] / result["seconds_of_processor_per_step"]
+        )
+    say("the device's peak")
+    most, peak_source = peak(rig.task.policy.compute_dtype, mesh.size)
+    achieved = result["model_flops"] / result["seconds_per_step"]
+    return result | {
+        "images_per_second": config.batch_size / result["seconds_per_step"],
+        "achieved_flops_per_second": achieved,
+        "peak_flops_per_second": most,
+        "peak_source": peak_source,
+        "peak_share": achieved / most,
+    }

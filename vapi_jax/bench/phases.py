@@ -1,0 +1,146 @@
+"""The parts of a step as programs of their own, each timed alone.
+
+Their sum is more than the step: a program of its own writes out what the step passes on, and inside the
+step the compiler may run independent parts side by side. Over several devices the compiler places the
+collectives of these programs, where the step has its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vapi_jax import train, vapi
+from vapi_jax.bench.rig import Rig, Spread, spread, timed
+from vapi_jax.head import Head, draw
+
+PHASES = ("encode", "forward", "sampling", "decode", "lpips", "backward", "optimizer")
+POLICY_PHASES = ("forward", "sampling", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The jitted parts, over one microbatch."""
+
+    encode: Any
+    forward: Any
+    sampling: Any
+    decode: Any
+    rewards: Any
+    backward: Any
+    optimizer: Any
+
+
+def _parts(rig: Rig) -> _Parts:
+    task, config = rig.task, rig.task.config
+    policy, pixels, method = task.policy, task.pixels, task.config.vapi
+    # A chunk counts images whose samples are decoded together; `decode` alone counts samples.
+    samples_at_once = dataclasses.replace(pixels, chunk=pixels.chunk * method.group_size)
+
+    def forward(params: Any, condition: Any, context: Any) -> Any:
+        return jax.vjp(lambda p: policy.hidden(p, condition, context), params)
+
+    def sampling(hidden: Any, head: Head, keys: Any, tokens: Any) -> Any:
+        uniforms = vapi.group_uniforms(keys, tokens, method)
+        return draw(hidden, head, uniforms, method.temperature)
+
+    def backward(
+        pull: Callable[..., Any], hidden: Any, params: Any, found: Any, entropy: Any, keys: Any
+    ) -> Any:
+        rollout = vapi.Rollout(**found)
+
+        def loss(hidden: Any, params: Any) -> Any:
+            head = policy.head(params)
+            logps, true_logps = vapi.score(hidden, head, rollout.samples, rollout.tokens, method)
+            no_base = dataclasses.replace(method, kl_weight=0.0, monitor_kl=False)
+            return vapi.objective(
+                logps, jax.lax.stop_gradient(logps), -true_logps.mean(axis=-1), entropy,
+                rollout, {}, keys, policy, no_base, None,
+            )[0]  # fmt: skip
+
+        to_hidden, to_head = jax.grad(loss, argnums=(0, 1))(hidden, params)
+        return jax.tree.map(jnp.add, to_head, pull(to_hidden)[0])
+
+    def optimizer(grads: Any, opt_state: Any, params: Any) -> Any:
+        updates, opt_state = rig.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+
+    return _Parts(
+        encode=jax.jit(pixels.encode),
+        forward=jax.jit(forward),
+        sampling=jax.jit(sampling),
+        decode=jax.jit(samples_at_once.decode),
+        rewards=jax.jit(
+            lambda frozen, samples, tokens, images, keys: vars(
+                vapi.roll_out(
+                    samples, tokens, tokens, images, keys, method, config.reward,
+                    lambda s, i: pixels.losses(frozen, s, i),
+                )
+            )
+        ),
+        backward=jax.jit(backward),
+        optimizer=jax.jit(optimizer),
+    )  # fmt: skip
+
+
+class PhaseTimer:
+    """The phases of a rig's step, compiled at their first round.
+
+    Images that come with their tokens have no phase "encode". "lpips" is the whole reward (decoder,
+    LPIPS, MSE, advantages) less the decoder. "backward" has the head's scores and gradients and the
+    layers' gradients.
+    """
+
+    def __init__(self, rig: Rig):
+        config = rig.task.config
+        micro = config.microbatch_size or config.batch_size
+        self._repeats = config.batch_size // micro
+        batch = train.split_microbatches(rig.batch, self._repeats, rig.task.mesh)
+        self._batch = {name: jax.tree.map(lambda x: x[0], part) for name, part in batch.items()}
+        self._keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(micro))
+        self._policy, self._frozen, self._parts = rig.task.policy, rig.frozen, _parts(rig)
+
+    def once(self, state: train.TrainState) -> dict[str, float]:
+        """Seconds that each phase takes in a step: those of one microbatch times their number."""
+        parts, frozen, keys, batch = self._parts, self._frozen, self._keys, self._batch
+        params, images, found = state.params, batch["image"], dict[str, float]()
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            tokens, found["encode"] = timed(parts.encode, frozen, images)
+        context = tokens[:, : self._policy.context_length]
+        (hidden, pull), found["forward"] = timed(parts.forward, params, batch["condition"], context)
+        head = self._policy.head(params)
+        (samples, entropy), found["sampling"] = timed(parts.sampling, hidden, head, keys[1], tokens)
+        flat = samples.reshape(-1, samples.shape[-1])
+        _, found["decode"] = timed(parts.decode, frozen, flat)
+        rollout, rewarded = timed(parts.rewards, frozen, samples, tokens, images, keys)
+        found["lpips"] = max(rewarded - found["decode"], 0.0)
+        grads, found["backward"] = timed(
+            parts.backward, pull, hidden, params, rollout, entropy, keys
+        )
+        del hidden, pull
+        found = {name: seconds * self._repeats for name, seconds in found.items()}
+        _, found["optimizer"] = timed(parts.optimizer, grads, state.opt_state, params)
+        return found
+
+
+def time_phases(rig: Rig, count: int, warm_up: int, tick: Callable[[], None]) -> dict[str, Spread]:
+    """Median and quartiles of `count` rounds; `tick()` is called after every round."""
+    timer, rounds = PhaseTimer(rig), []
+    for turn in range(-warm_up, count):
+        found = timer.once(rig.state)
+        if turn >= 0:
+            rounds.append(found)
+        tick()
+    return spreads(rounds)
+
+
+def spreads(rounds: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    """Median and quartiles of each phase over rounds."""
+    return {name: spread([found[name] for found in rounds]) for name in PHASES if name in rounds[0]}

@@ -1,0 +1,301 @@
+"""The real task, state, weights and batches of a recipe, ready to be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vapi_jax import train
+from vapi_jax.config import ConfigError, TrainConfig
+from vapi_jax.data import make_dataset, num_classes
+from vapi_jax.memory import frozen_shapes
+from vapi_jax.policy import ClassPolicy
+from vapi_jax.readiness import with_classes
+from vapi_jax.sharding import batch_sharding, shard_batch, tree_shardings
+from vapi_jax.tasks.generator import VAPiTask
+from vapi_jax.weights import WeightsError
+
+_ABSENT = (WeightsError, FileNotFoundError)
+_NO_DATA = (OSError, ImportError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTokenizerTask(VAPiTask):
+    """VA-π over a tokenizer with random weights: its speed does not depend on their values."""
+
+    def load_tokenizer(self) -> Any:
+        side = self.config.data.image_size
+        image = jnp.zeros((1, side, side, 3))
+        init = jax.jit(self.pixels.tokenizer.init)
+        return jax.device_get(init(jax.random.key(0), image)["params"])
+
+
+@dataclasses.dataclass
+class Rig:
+    """What a step takes.
+
+    Attributes:
+      task: the recipe's, of task "vapi".
+      optimizer: its AdamW.
+      state: on the mesh; a step consumes it and gives the next.
+      shardings: of the state.
+      frozen: frozen weights on the mesh.
+      batch: one batch on the mesh.
+      notes: what is real and what stands in for it, by subject.
+    """
+
+    task: VAPiTask
+    optimizer: optax.GradientTransformation
+    state: train.TrainState
+    shardings: Any
+    frozen: dict[str, Any]
+    batch: dict[str, Any]
+    notes: dict[str, str]
+
+    def step(self, fused: bool) -> Any:
+        """The jitted step, of one sequence an image or of G."""
+        vapi = dataclasses.replace(self.task.config.vapi, fused=fused)
+        config = dataclasses.replace(self.task.config, vapi=vapi)
+        task = dataclasses.replace(self.task, config=config)
+        return train.make_train_step(task, self.optimizer, self.shardings)
+
+
+def _classes(config: TrainConfig) -> int:
+    """Of the data, or ImageNet's where there are none."""
+    try:
+        return num_classes(config.data)
+    except _NO_DATA:
+        return 1000
+
+
+def batch_shapes(task: VAPiTask) -> dict[str, Any]:
+    """Shapes of a batch over all devices.
+
+    Raises:
+      ConfigError: for a policy whose conditions are not labels: this version trains on none other.
+    """
+    config, side = task.config, task.config.data.image_size
+    if not isinstance(task.policy, ClassPolicy):
+        raise ConfigError(
+            f"config.policy.kind={config.policy.get('kind')!r}: no batches of captions can be made; "
+            "the benchmark takes class-conditional recipes"
+        )
+    image = (config.batch_size, side, side, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(image, jnp.float32),
+        "condition": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+
+
+def random_batch(task: VAPiTask, seed: int) -> dict[str, Any]:
+    """A process's batch of noise images and random labels."""
+    rng, shapes, processes = np.random.default_rng(seed), batch_shapes(task), jax.process_count()
+    batch, *image = shapes["image"].shape
+    classes = cast(ClassPolicy, task.policy).config.num_classes
+    return {
+        "image": rng.uniform(-1, 1, (batch // processes, *image)).astype(np.float32),
+        "condition": rng.integers(0, classes, batch // processes).astype(np.int32),
+    }
+
+
+def host_batches(task: VAPiTask) -> Iterator[dict[str, Any]]:
+    """The recipe's own input pipeline.
+
+    Raises:
+      OSError, ImportError, ValueError: where its data are not to be had.
+    """
+    config, count = task.config, jax.process_count()
+    return iter(
+        make_dataset(
+            config.data,
+            "train",
+            config.batch_size // count,
+            config.seed,
+            jax.process_index(),
+            count,
+        )
+    )
+
+
+def _first_batch(task: VAPiTask) -> tuple[dict[str, Any], str]:
+    try:
+        return dict(next(host_batches(task))), f"the recipe's data ({task.config.data.name})"
+    except _NO_DATA as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return random_batch(task, 0), f"random images and labels; the recipe's data: {reason}"
+
+
+def _random_head(state: train.TrainState, shardings: Any) -> train.TrainState:
+    """An untrained output layer is zero, and would send a zero gradient through all layers."""
+    params = dict(state.params)
+    if "output" not in params:
+        return state
+    kernel, layout = params["output"]["kernel"], shardings.params["output"]["kernel"]
+    draw = jax.jit(
+        lambda key: 0.02 * jax.random.normal(key, kernel.shape, kernel.dtype), out_shardings=layout
+    )
+    params["output"] = {"kernel": draw(jax.random.key(1))}
+    return dataclasses.replace(state, params=params)
+
+
+def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
+    """A rig of shapes and layouts alone, to compile a step that this machine could not hold.
+
+    Raises:
+      ConfigError: as `build`.
+    """
+    _check_task(config)
+    task = RandomTokenizerTask(with_classes(config, lambda: _classes(config)), mesh)
+    optimizer = train.make_optimizer(config.optimizer, config.steps)
+    state = train.abstract_state(task, optimizer, config.seed)
+    shardings = train.state_shardings(state, mesh)
+    frozen = frozen_shapes(config)
+    if config.vapi.needs_base:
+        frozen["base"] = state.params
+
+    def placed(tree: Any, layout: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
+        )
+
+    batch = batch_shapes(task)
+    return Rig(
+        task,
+        optimizer,
+        placed(state, shardings),
+        shardings,
+        placed(frozen, tree_shardings(frozen, mesh)),
+        placed(batch, dict.fromkeys(batch, batch_sharding(mesh))),
+        {"generator": "shapes alone", "tokenizer": "shapes alone", "data": "shapes alone"},
+    )
+
+
+def _check_task(config: TrainConfig) -> None:
+    if config.task != "vapi":
+        raise ConfigError(f"config.task={config.task!r}: the benchmark times task 'vapi'")
+
+
+def build(config: TrainConfig, mesh: Mesh) -> Rig:
+    """Everything that a step of the recipe takes, real where it can be had.
+
+    Raises:
+      ConfigError: for a recipe of another task than "vapi", or one whose batches cannot be made.
+      WeightsError: if weights exist and do not fit.
+    """
+    _check_task(config)
+    config, notes = with_classes(config, lambda: _classes(config)), {}
+    task = VAPiTask(config, mesh)
+    batch_shapes(task)  # refuses before any weights are read
+    optimizer = train.make_optimizer(config.optimizer, config.steps)
+    notes["generator"] = config.init.gpt or "random weights"
+    try:
+        state, shardings = train.init_state(task, optimizer, config.seed)
+    except _ABSENT as error:
+        notes["generator"] = f"random weights; {str(error).splitlines()[0]}"
+        init = dataclasses.replace(config.init, gpt="")
+        task = VAPiTask(dataclasses.replace(config, init=init), mesh)
+        state, shardings = train.init_state(task, optimizer, config.seed)
+    if notes["generator"].startswith("random"):
+        state = _random_head(state, shardings)
+    notes["tokenizer"] = config.init.vq or "random weights"
+    try:
+        frozen = train.load_frozen(task)
+    except _ABSENT as error:
+        if config.init.vq:
+            notes["tokenizer"] = f"random weights; {str(error).splitlines()[0]}"
+        task = RandomTokenizerTask(task.config, mesh)
+        frozen = train.load_frozen(task)
+    if config.vapi.needs_base:
+        frozen["base"] = jax.tree.map(jnp.copy, state.params)
+    batch, notes["data"] = _first_batch(task)
+    return Rig(task, optimizer, state, shardings, frozen, shard_batch(batch, mesh), notes)
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of measured seconds."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles, by linear interpolation."""
+    low, median, high = (float(q) for q in np.quantile(np.asarray(values), (0.25, 0.5, 0.75)))
+    return Spread(median, low, high, len(values))
+
+
+def timed(function: Any, *args: Any) -> tuple[Any, float]:
+    """What a function returns, and the seconds until all of it is there."""
+    start = time.perf_counter()
+    out = jax.block_until_ready(function(*args))
+    return out, time.perf_counter() - start
+
+
+def compile_step(rig: Rig, fused: bool) -> tuple[Any, float]:
+    """The compiled step, and the seconds that tracing and compiling it took."""
+    start = time.perf_counter()
+    compiled = rig.step(fused).lower(rig.state, rig.frozen, rig.batch).compile()
+    return compiled, time.perf_counter() - start
+
+
+@dataclasses.dataclass
+class Laps:
+    """Seconds of each call of a step, and seconds that the process's threads computed in it."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)
+
+
+def time_steps(
+    rig: Rig, steps: Mapping[str, Any], count: int, warm_up: int, tick: Callable[[], None]
+) -> dict[str, Laps]:
+    """`count` calls of each compiled step, taking turns, after `warm_up` untimed ones.
+
+    Taking turns gives every step its share of what else the machine does. `tick()` is called after
+    every call.
+    """
+    laps = {name: Laps() for name in steps}
+    for turn in range(-warm_up, count):
+        for name, step in steps.items():
+            before = time.process_time()
+            (rig.state, _), elapsed = timed(step, rig.state, rig.frozen, rig.batch)
+            if turn >= 0:
+                laps[name].wall.append(elapsed)
+                laps[name].processor.append(time.process_time() - before)
+            tick()
+    return laps
+
+
+def input_wait(rig: Rig, step: Any, count: int, tick: Callable[[], None]) -> float | None:
+    """Median seconds that a step waits for its batch, the pipeline working beside it.
+
+    None where the recipe's data are not to be had.
+    """
+    mesh, waits = rig.task.mesh, []
+    try:
+        batches = host_batches(rig.task)
+        first = next(batches)
+    except _NO_DATA:
+        return None
+    batch = shard_batch(dict(first), mesh)
+    for _ in range(count):
+        rig.state, _ = jax.block_until_ready(step(rig.state, rig.frozen, batch))
+        start = time.perf_counter()
+        batch = jax.block_until_ready(shard_batch(dict(next(batches)), mesh))
+        waits.append(time.perf_counter() - start)
+        tick()
+    return spread(waits).median

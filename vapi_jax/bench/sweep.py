@@ -1,0 +1,214 @@
+"""How the cost of a step grows with the batch, the group and the microbatch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vapi_jax.bench import rig as rigs
+from vapi_jax.bench.devices import planned_memory
+from vapi_jax.bench.measure import WARM_UP, environment, say
+from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
+from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
+from vapi_jax.config import ConfigError, TrainConfig
+from vapi_jax.flops import step_flops
+from vapi_jax.metrics import Progress
+from vapi_jax.sharding import shard_batch
+from vapi_jax.svg import Series
+
+AXES = ("batch", "group", "microbatch")
+HEADERS = ("varied", "batch", "G", "microbatch", "model FLOP", "seconds", "images/s", "memory")
+
+
+def points(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
+    """(what is varied, configuration): the recipe itself, and one change at a time."""
+    batch, group = config.batch_size, config.vapi.group_size
+    whole = dataclasses.replace(config, microbatch_size=0)
+
+    def fits(images: int) -> bool:
+        return images >= devices and images % devices == 0
+
+    found = [("recipe", config)]
+    found += [
+        ("batch", dataclasses.replace(whole, batch_size=images))
+        for images in (batch // 4, batch // 2, 2 * batch)
+        if fits(images)
+    ]
+    for size in (2, 4, 8, 16):
+        if size != group:
+            vapi = dataclasses.replace(config.vapi, group_size=size)
+            found.append(("group", dataclasses.replace(config, vapi=vapi)))
+    for images in (batch // 4, batch // 2, batch):
+        given = config.microbatch_size or batch
+        if fits(images) and batch % images == 0 and images != given:
+            found.append(("microbatch", dataclasses.replace(config, microbatch_size=images)))
+    return found
+
+
+def _resized(rig: rigs.Rig, config: TrainConfig, host: dict[str, Any]) -> rigs.Rig:
+    """The same weights under another configuration, with a batch of its size."""
+    rows = np.arange(config.batch_size // jax.process_count()) % len(host["condition"])
+    batch = {name: value[rows] for name, value in host.items()}
+    task = dataclasses.replace(rig.task, config=config)
+    return dataclasses.replace(rig, task=task, batch=shard_batch(batch, task.mesh))
+
+
+@dataclasses.dataclass
+class _Point:
+    """One configuration's compiled steps, and what has been measured of them."""
+
+    axis: str
+    rig: rigs.Rig
+    steps: dict[str, Any]
+    phases: PhaseTimer | None
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    rounds: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def turn(self, state: Any, timed: bool) -> Any:
+        """Every step once, and the phases; the state after them."""
+        rig = self.rig
+        for name, step in self.steps.items():
+            (state, _), elapsed = rigs.timed(step, state, rig.frozen, rig.batch)
+            if timed:
+                self.seconds.setdefault(name, []).append(elapsed)
+        if self.phases is not None:
+            found = self.phases.once(state)
+            if timed:
+                self.rounds.append(found)
+        return state
+
+    def row(self) -> dict[str, Any]:
+        config, ours = self.rig.task.config, rigs.spread(self.seconds["ours"])
+        row = {
+            "varied": self.axis,
+            "batch_size": config.batch_size,
+            "group_size": config.vapi.group_size,
+            "microbatch_size": config.microbatch_size or config.batch_size,
+            "seconds_per_step": ours.median,
+            "seconds_quartiles": [ours.low, ours.high],
+            "images_per_second": config.batch_size / ours.median,
+            "model_flops": step_flops(config, self.rig.task.policy).model,
+            "planned_memory_bytes": planned_memory(self.steps["ours"]),
+        }
+        if "plain" in self.seconds:
+            row["plain_seconds_per_step"] = rigs.spread(self.seconds["plain"]).median
+        if self.rounds:
+            parts = spreads(self.rounds)
+            row["policy_seconds"] = sum(parts[name].median for name in POLICY_PHASES)
+        return row
+
+
+def sweep(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[str, Any]:
+    """Times the recipe's step with one of batch, group and microbatch changed at a time.
+
+    All are compiled first and then take turns, so that what else the machine does falls on all alike.
+
+    Returns:
+      {"rows": [...], device, versions, notes}; a row has the sizes, `seconds_per_step`, its
+      quartiles, `model_flops`, `planned_memory_bytes`; of the recipe and where the group varies also
+      `policy_seconds`, of forward, sampling and backward alone; and `plain_seconds_per_step`.
+
+    Raises:
+      ConfigError, WeightsError: as `rig.build`.
+    """
+    if not config.vapi.fused:
+        raise ConfigError("config.vapi.fused=False: a sweep varies the fused step")
+    say("weights and data")
+    rig = rigs.build(config, mesh)
+    host = {name: np.asarray(value) for name, value in jax.device_get(rig.batch).items()}
+    todo, compiled = points(rig.task.config, mesh.size), []
+    turns = WARM_UP + steps
+    with Progress(len(todo) * (1 + turns), f"{config.name} sweep") as progress:
+        for axis, changed in todo:
+            compiled.append(_compile(axis, _resized(rig, changed, host), plain))
+            progress.update(len(compiled))
+        done, state = len(todo), rig.state
+        for turn in range(-WARM_UP, steps):
+            for point in compiled:
+                state = point.turn(state, turn >= 0)
+                done += 1
+                progress.update(done)
+    rows = [point.row() for point in compiled]
+    return {
+        "name": config.name,
+        **environment(mesh),
+        "notes": rig.notes,
+        "steps": steps,
+        "rows": rows,
+    }
+
+
+def _compile(axis: str, rig: rigs.Rig, plain: bool) -> _Point:
+    grouped = axis in ("recipe", "group")
+    steps = {"ours": rigs.compile_step(rig, True)[0]}
+    if plain and grouped:
+        steps["plain"] = rigs.compile_step(rig, False)[0]
+    return _Point(axis, rig, steps, PhaseTimer(rig) if grouped else None)
+
+
+def table(found: dict[str, Any]) -> list[list[str]]:
+    """The rows as text, under `HEADERS`."""
+    return [
+        [
+            row["varied"],
+            str(row["batch_size"]),
+            str(row["group_size"]),
+            str(row["microbatch_size"]),
+            quantity(row["model_flops"], "FLOP"),
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['images_per_second']:.1f}",
+            quantity(row["planned_memory_bytes"], "B"),
+        ]
+        for row in found["rows"]
+    ]
+
+
+def group_series(rows: Sequence[dict[str, Any]]) -> list[Series]:
+    """Seconds of a step against G: whole, the generator's part, and the oracle's where it was timed."""
+    along = sorted(
+        (row for row in rows if row["varied"] in ("recipe", "group")), key=lambda r: r["group_size"]
+    )
+    names = (
+        ("this step", "seconds_per_step"),
+        ("its generator alone", "policy_seconds"),
+        ("plain step", "plain_seconds_per_step"),
+    )
+    return [
+        Series(
+            label,
+            [float(row["group_size"]) for row in along if key in row],
+            [row[key] for row in along if key in row],
+            "marked",
+            color,
+        )
+        for color, (label, key) in enumerate(names)
+        if any(key in row for row in along)
+    ]
+
+
+def write_docs(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Puts the table into FOLDER/performance.md, between its marks, and the plot beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot, page = folder / "performance.svg", folder / "performance.md"
+    svg = standalone_svg(
+        group_series(found["rows"]),
+        f"{found['name']}: seconds a step against group size",
+        "samples of each image, G",
+        "seconds a step",
+    )
+    plot.write_text(svg, encoding="utf-8")
+    device, versions = found["device"], found["versions"]
+    lead = (
+        f"`configs/{found['name']}.py`, {device['count']} x {device['kind']}, {device['cores']} cores, "
+        f"jax {versions['jax']}, median of {found['steps']} steps."
+    )
+    block = f"{lead}\n\n{markdown(table(found), HEADERS)}\n\n![Cost against G](performance.svg)"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    page.write_text(replace_block(text, "sweep", block), encoding="utf-8")
+    return [page, plot]
