@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.observations import observe
-from vapi_jax.checkpoint import Checkpointer, CheckpointError, abstract_like, array_digest
+from vapi_jax.checkpoint import Checkpointer, CheckpointError, abstract_like, array_digest, digests
 from vapi_jax.checkpoint.__main__ import main as command
 from vapi_jax.checkpoint.manifest import facts_digest, read_manifest
 
@@ -360,6 +361,35 @@ def test_save_refuses_what_would_be_lost(tmp_path):
             checkpointer.save(4, {"params": {"rng": jax.random.key(0)}})
         with pytest.raises(ValueError, match="no array"):
             checkpointer.save(4, {"params": {}})
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1))
+        checkpointer.wait()
+        before = sorted(files_of(tmp_path))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(CheckpointError, match=r"step 2 .*1,000 are free.*\(steps: 1\)"):
+            checkpointer.save(2, make_state(2))
+        assert sorted(files_of(tmp_path)) == before
+        assert checkpointer.damage(1) == ""
+
+
+def test_a_save_that_fails_is_told_and_loses_nothing(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1))
+        checkpointer.wait()
+
+        def fail(*_):
+            raise OSError(122, "Disk quota exceeded")
+
+        monkeypatch.setattr(digests, "write_part", fail)
+        checkpointer.save(2, make_state(2))
+        with pytest.raises(CheckpointError, match=r"step 2 could not be .*quota.*\(steps: 1\)"):
+            checkpointer.wait()
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1]
+        assert checkpointer.damage(1) == ""
 
 
 KILLED = """

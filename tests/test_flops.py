@@ -240,6 +240,10 @@ def test_a_forward_pass_costs_what_xla_says(policy, prompt):
 # --- whole steps ----------------------------------------------------------------------------------
 
 
+PROJECTION = 2 * 16 * 4 * 8
+"""The 16 codes to the decoder's width, once a step, is all that the count leaves out."""
+
+
 def compiled_step(way, **changes):
     config = make_tiny_config("vapi", vapi={"fused": way == "fused", "group_size": 3}, **changes)
     one = rig.abstract(config, make_mesh(1, 1, jax.devices()[:1]))
@@ -255,10 +259,10 @@ def test_a_compiled_step_computes_what_is_counted(way):
     assert found.exact
     assert found.uncounted == {}
     assert counted.recomputed == 0.0
-    assert found.total == pytest.approx(counted.model, rel=0.01)
+    assert found.total == pytest.approx(counted.model, abs=PROJECTION)
 
 
 def test_a_rematerialised_step_computes_what_is_counted_in_loops():
     found, counted = compiled_step("fused", microbatch_size=4, policy={"remat": "full"})
     assert counted.recomputed > 0.0
-    assert found.total == pytest.approx(counted.hardware, rel=0.01)
+    assert found.total == pytest.approx(counted.hardware, abs=PROJECTION)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vapi_jax import __version__, hlo
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
-from vapi_jax.bench.phases import time_phases
+from vapi_jax.bench.phases import PhaseTimer, spreads
 from vapi_jax.bench.scaling import count_parameters
 from vapi_jax.config import TrainConfig
 from vapi_jax.flops import step_flops
@@ -128,8 +128,16 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
     if plain:
         say("compiling the plain step")
         timed["plain"], result["plain_compile_seconds"] = rigs.compile_step(rig, False)
-    rounds = (steps + WARM_UP) * (len(timed) + (1 if fused else 0)) + steps
-    with Progress(rounds, config.name) as progress:
+    rounds: list[dict[str, float]] = []
+    timer = PhaseTimer(rig) if fused else None
+
+    def phase_round(timed: bool) -> None:
+        if timer is not None:
+            found = timer.once(rig.state)
+            if timed:
+                rounds.append(found)
+
+    with Progress((steps + WARM_UP) * len(timed) + steps, config.name) as progress:
         done = 0
 
         def tick() -> None:
@@ -137,9 +145,9 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
             done += 1
             progress.update(done)
 
-        laps = rigs.time_steps(rig, timed, steps, WARM_UP, tick)
+        laps = rigs.time_steps(rig, timed, steps, WARM_UP, tick, phase_round)
         result["input_wait_seconds"] = rigs.input_wait(rig, compiled, steps, tick)
-        phases = time_phases(rig, steps, WARM_UP, tick) if fused else {}
+    phases = spreads(rounds) if rounds else {}
     result |= _seconds("seconds", laps["ours"]) | {
         "plain_seconds_per_step": None,
         "ratio": None,

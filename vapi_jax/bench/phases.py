@@ -130,17 +130,6 @@ class PhaseTimer:
         return found
 
 
-def time_phases(rig: Rig, count: int, warm_up: int, tick: Callable[[], None]) -> dict[str, Spread]:
-    """Median and quartiles of `count` rounds; `tick()` is called after every round."""
-    timer, rounds = PhaseTimer(rig), []
-    for turn in range(-warm_up, count):
-        found = timer.once(rig.state)
-        if turn >= 0:
-            rounds.append(found)
-        tick()
-    return spreads(rounds)
-
-
 def spreads(rounds: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """Median and quartiles of each phase over rounds."""
     return {name: spread([found[name] for found in rounds]) for name in PHASES if name in rounds[0]}

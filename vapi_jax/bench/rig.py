@@ -261,15 +261,21 @@ class Laps:
 
 
 def time_steps(
-    rig: Rig, steps: Mapping[str, Any], count: int, warm_up: int, tick: Callable[[], None]
+    rig: Rig,
+    steps: Mapping[str, Any],
+    count: int,
+    warm_up: int,
+    tick: Callable[[], None],
+    beside: Callable[[bool], None] = lambda timed: None,
 ) -> dict[str, Laps]:
     """`count` calls of each compiled step, taking turns, after `warm_up` untimed ones.
 
     Taking turns gives every step its share of what else the machine does. `tick()` is called after
-    every call.
+    every call, and `beside(timed)` once a turn.
     """
     laps = {name: Laps() for name in steps}
     for turn in range(-warm_up, count):
+        beside(turn >= 0)
         for name, step in steps.items():
             before = time.process_time()
             (rig.state, _), elapsed = timed(step, rig.state, rig.frozen, rig.batch)
