@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from vapi_jax.config import TrainConfig, resolve
-from vapi_jax.recipe_flags import SECTIONS
 from vapi_jax.metrics import read_history
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.vq import VQ_PRESETS
+from vapi_jax.recipe_flags import SECTIONS
 from vapi_jax.run import run
 from vapi_jax.vapi import VAPiConfig
 from vapi_jax.weights import load_safetensors

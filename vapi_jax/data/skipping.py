@@ -84,7 +84,7 @@ class SkippedImages:
                     file.write(_line(name, reason))
             count = len(self._found)
         if count <= _LOGGED:
-            logger.warning("left out, because it cannot be read: %s (%s)", name, reason)
+            logger.warning("left out, because it cannot be read: %r (%s)", name, reason)
         if count == _LOGGED:
             where = f"; all are listed in {self._path}" if self._path is not None else ""
             logger.warning("unreadable images after these %d are not logged%s", _LOGGED, where)
