@@ -154,3 +154,44 @@ def test_the_docstring_names_every_flag():
             assert variable in text
             for name in flags:
                 assert name in text
+
+
+@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "encode_dataset", "bench"])
+def test_every_command_applies_the_settings_before_jax_is_imported(module, tmp_path):
+    code = f"""
+import runpy, sys
+import vapi_jax.xla_settings as settings
+def apply_here():
+    print("jax" in sys.modules)
+    raise SystemExit(7)
+settings.apply_here = apply_here
+sys.argv = [{module!r}, *sys.argv[1:]]
+runpy.run_module("vapi_jax.{module}", run_name="__main__")
+"""
+    arguments = {
+        "sample": ["--ckpt", "demo", "--num", "1", "--out", str(tmp_path)],
+        "evaluate": ["--samples", str(tmp_path), "--reference", str(tmp_path)],
+        "main": ["--config=configs/c2i_demo.py:tiny", f"--workdir={tmp_path}"],
+        "encode_dataset": ["--config=configs/c2i_demo.py:tiny", f"--out={tmp_path}"],
+        "bench": ["--config=configs/c2i_demo.py:tiny"],
+    }[module]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (7, "False"), done.stderr
+
+
+def test_a_run_keeps_what_it_compiles_in_its_workdir(tmp_path):
+    code = """
+import pathlib, sys, jax
+from vapi_jax import main, run
+run.run = lambda *args, **kwargs: print(jax.config.jax_compilation_cache_dir)
+sys.exit(main.execute(None, pathlib.Path(sys.argv[1])))
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "compilation_cache")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from vapi_jax import recipe_flags
+from vapi_jax import recipe_flags, xla_settings
 from vapi_jax.recipe_flags import CONFIG, parse_flags
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if CONFIG.value is None or _OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
+    xla_settings.apply_here()
     from vapi_jax import run  # after the flags, so that --help needs no JAX
     from vapi_jax.config import resolve
 

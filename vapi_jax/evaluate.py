@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vapi_jax import xla_settings
+
 if TYPE_CHECKING:
     from vapi_jax.evaluation.measure import Settings
 
@@ -254,6 +256,7 @@ def precompute(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
+    xla_settings.apply_here()
     # After the flags, so that --help needs no JAX.
     from vapi_jax.evaluation.features import FeaturesError
     from vapi_jax.evaluation.images import ImagesError

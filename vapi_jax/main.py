@@ -7,8 +7,8 @@ follows a colon, and any option can be overridden:
   python -m vapi_jax.main --config=configs/c2i_xxl.py --workdir=runs/xxl --config.vapi.ce_weight=0.2
 
 Everything a run makes is in its workdir: report.html (open it), summary.json, metrics.jsonl,
-tensorboard/, weights/*.safetensors and checkpoints/. The same command goes on from the last
-checkpoint there; SIGTERM or Ctrl-C saves one first (twice: ends at once).
+tensorboard/, weights/*.safetensors, checkpoints/ and compilation_cache/. The same command goes on
+from the last checkpoint there; SIGTERM or Ctrl-C saves one first (twice: ends at once).
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vapi_jax import recipe_flags
+from vapi_jax import recipe_flags, xla_settings
 from vapi_jax.recipe_flags import CONFIG, parse_flags
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
     # Orbax tells every rename, and the frames of a failed save that is reported in a sentence.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    xla_settings.apply_here()
 
     from vapi_jax import distributed, plan  # after the flags, so that --help needs no JAX
     from vapi_jax.config import ConfigError
@@ -86,6 +87,7 @@ def execute(config: "TrainConfig", workdir: Path, resume_with_changes: bool = Fa
     from vapi_jax.preemption import Stopped, StopRequest
 
     stop = StopRequest()
+    xla_settings.enable_compilation_cache(workdir / "compilation_cache")
     try:
         with stop.listening(), distributed.telling():
             run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)

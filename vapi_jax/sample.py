@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vapi_jax import xla_settings
 from vapi_jax.metrics import Progress, format_duration, to_uint8
 from vapi_jax.sample_files import (
     FORMATS,
@@ -369,6 +370,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
+    xla_settings.apply_here()
     from vapi_jax.conditions import ConditionsError
     from vapi_jax.weights import WeightsError
 
