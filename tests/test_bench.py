@@ -1,5 +1,6 @@
 """The benchmark measures the real step, counts what it sends, and says what stands in for what."""
 
+import dataclasses
 import json
 import math
 import os
@@ -359,6 +360,54 @@ def test_a_sweep_leaves_out_batches_that_do_not_split_over_the_devices():
     assert {c.microbatch_size for axis, c in found if axis == "microbatch"} == set()
 
 
+RECIPE = {
+    "name": "r", "task": "vapi", "batch_size": 16, "data": {"image_size": 32},
+    "policy": {"kind": "class", "dim": 32, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+def test_any_option_is_varied_one_value_at_a_time():
+    config = tiny(policy={"num_classes": 12})
+    before = json.dumps(RECIPE)
+    found = sweep.variants(RECIPE, config, ["policy.remat=none,full", "config.decode_chunk=2"])
+    assert [label for label, _ in found] == [
+        "recipe", "policy.remat=none", "policy.remat=full", "config.decode_chunk=2"
+    ]  # fmt: skip
+    assert found[0][1] is config
+    assert [c.policy.get("remat") for _, c in found] == [None, "none", "full", None]
+    assert [c.decode_chunk for _, c in found[1:]] == [config.decode_chunk] * 2 + [2]
+    assert all(c.init == config.init for _, c in found)  # absent weights stay random
+    assert all(c.policy["num_classes"] == 12 for _, c in found)
+    assert json.dumps(RECIPE) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("decode_chunk", "give values"),
+        ("decode_chunk=two", "decode_chunk"),
+        ("policy.no_such_thing=1", "no_such_thing"),
+        ("mesh.data=1,2", "one benchmark has one mesh"),
+        ("cpu_devices=1,2", "one benchmark has one cpu_devices"),
+    ],
+)
+def test_an_option_that_cannot_be_varied_is_refused_in_a_sentence(option, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.variants(RECIPE, tiny(), [option])
+
+
+def test_a_varied_step_has_the_weights_of_the_recipe_and_the_option(tiny_rig):
+    config = tiny_rig.task.config
+    host = {name: np.asarray(value) for name, value in tiny_rig.batch.items()}
+    remat = dataclasses.replace(config, policy={**config.policy, "remat": "full"})
+    changed = sweep._resized(tiny_rig, remat, host)
+    assert changed.state is tiny_rig.state
+    assert changed.task.policy.config.remat == "full"
+    wide = dataclasses.replace(config, policy={**config.policy, "dim": 64})
+    with pytest.raises(ConfigError, match="changes the generator's size"):
+        sweep._resized(tiny_rig, wide, host)
+
+
 def row(axis, group, seconds, **more):
     return {
         "varied": axis, "batch_size": 16, "group_size": group, "microbatch_size": 16,
@@ -421,14 +470,24 @@ def test_quantities(value, text):
     assert report.quantity(value, "X") == text
 
 
-def test_scaling_rows_grow_cheaper_and_then_do_not():
-    numbers = scaling.Parameters(1_359_000_000, 52_000_000, 150_000)
-    rows = report.scaling_rows(numbers, "bfloat16", 12e12, 4, [(1, 128), (8, 128), (64, 128)])
-    assert [r[:2] for r in rows] == [[1, 128], [8, 128], [64, 128]]
-    hidden = [float(r[5]) for r in rows]
-    assert hidden[0] > hidden[1] > hidden[2]
-    assert hidden[0] / hidden[2] < 64
+def test_steps_of_more_devices_are_cheaper_but_not_by_their_number():
+    config = make_tiny_config("vapi", batch_size=64)
+    found = measure.scaling(rig.abstract(config, make_mesh(1, 8)))
+    assert [(row["devices"], row["images"]) for row in found] == [
+        (1, 64), (8, 64), (64, 64), (64, 512), (512, 4096)
+    ]  # fmt: skip
+    one, eight, many, wide, widest = (row["exposed"] for row in found)
+    assert one > eight
+    assert one / many < 64
+    assert wide < widest < 1.5 * wide
+    assert all(row["hidden"] <= row["exposed"] for row in found)
+    rows = report.scaling_rows(found)
+    assert rows[1] == [8, 64, *rows[1][2:]]
     assert len(rows[0]) == len(report.SCALING_HEADERS)
+
+
+def test_no_scaling_is_told_for_other_nodes_than_the_models():
+    assert measure.scaling(rig.abstract(make_tiny_config("vapi"), make_mesh(2, 4))) is None
 
 
 # --- the command ----------------------------------------------------------------------------------

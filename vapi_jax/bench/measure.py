@@ -16,9 +16,10 @@ from vapi_jax import __version__, hlo
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
 from vapi_jax.bench.phases import PhaseTimer, spreads
-from vapi_jax.bench.scaling import count_parameters
+from vapi_jax.bench.scaling import H100, count_parameters, predict
 from vapi_jax.config import TrainConfig
 from vapi_jax.flops import step_flops
+from vapi_jax.fsdp import AXIS
 from vapi_jax.hlo_flops import matmul_flops
 from vapi_jax.metrics import Progress
 
@@ -75,6 +76,29 @@ def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
     }
 
 
+def scaling(rig: rigs.Rig) -> list[dict[str, Any]] | None:
+    """Seconds of a step on more H100s by the model of `bench/scaling.py`.
+
+    The recipe's batch on 1, 8 and 64 devices, and as many images for each device on 64 and 512 as on 8.
+    None unless the mesh splits parameters over a node of 8, for which the model is made.
+    """
+    config, mesh = rig.task.config, rig.task.mesh
+    if mesh.shape[AXIS] != H100.node or mesh.size != H100.node:
+        return None
+    batch = config.batch_size
+    cases = [(1, batch), (8, batch), (64, batch), (64, 8 * batch), (512, 64 * batch)]
+    parameters = count_parameters(rig.state.params, mesh)
+    flops = step_flops(config, rig.task.policy).hardware / batch
+    own = (config.microbatch_size or batch) // mesh.size
+    dtype = rig.task.policy.compute_dtype
+    return [
+        dataclasses.asdict(found) | {"hidden": found.hidden, "exposed": found.exposed}
+        for devices, images in cases
+        if images % devices == 0
+        for found in (predict(parameters, dtype, flops, images, devices, own),)
+    ]
+
+
 def _seconds(name: str, laps: rigs.Laps) -> dict[str, Any]:
     wall = rigs.spread(laps.wall)
     return {
@@ -94,6 +118,7 @@ def compile_only(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         **environment(mesh),
         "notes": rig.notes,
         **counted(rig, compiled),
+        "scaling": scaling(rig),
         "compile_seconds": seconds,
         "peak_memory_bytes": planned_memory(compiled),
         "peak_memory_source": PLANNED,

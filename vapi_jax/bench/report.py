@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vapi_jax.bench.scaling import H100, Link, Parameters, Prediction, predict
+from vapi_jax.bench.scaling import H100
 from vapi_jax.metrics import format_table
 from vapi_jax.svg import Series, chart
 
@@ -106,26 +106,22 @@ def text_report(result: Mapping[str, Any]) -> str:
     if rows := collective_rows(result):
         headers = ["collective", "executions", "put in", "sent"]
         lines += ["", "One device in one step:", format_table(rows, headers)]
+    if predictions := result.get("scaling"):
+        lines += [
+            "",
+            f"Seconds a step by arithmetic, not measured ({H100.name}; {100 * H100.utilisation:.0f} % of "
+            f"the peak, {100 * H100.achieved:.0f} % of the links):",
+            format_table(scaling_rows(predictions), SCALING_HEADERS),
+        ]
     return "\n".join(lines)
 
 
-def scaling_rows(
-    parameters: Parameters,
-    dtype: str,
-    flops_per_image: float,
-    microbatch: int,
-    cases: Sequence[tuple[int, int]],
-    link: Link = H100,
-) -> list[list[Any]]:
-    """A row for each (devices, images): seconds by part, and the step hidden and exposed."""
-
-    def row(p: Prediction) -> list[Any]:
-        parts = (p.compute, p.gathers, p.reduction, p.hidden, p.exposed)
-        return [p.devices, p.images, *(f"{value:.3f}" for value in parts)]
-
+def scaling_rows(predictions: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """A row for each prediction: seconds by part, and the step hidden and exposed."""
+    parts = ("compute", "gathers", "reduction", "hidden", "exposed")
     return [
-        row(predict(parameters, dtype, flops_per_image, images, devices, microbatch, link))
-        for devices, images in cases
+        [found["devices"], found["images"], *(f"{found[part]:.3f}" for part in parts)]
+        for found in predictions
     ]
 
 

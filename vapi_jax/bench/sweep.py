@@ -1,22 +1,26 @@
-"""How the cost of a step grows with the batch, the group and the microbatch."""
+"""How the cost of a step changes with the batch, the group and the microbatch, or with any option."""
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vapi_jax import train
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import planned_memory
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
 from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
-from vapi_jax.config import ConfigError, TrainConfig
+from vapi_jax.config import ConfigError, TrainConfig, resolve
 from vapi_jax.flops import step_flops
 from vapi_jax.metrics import Progress
 from vapi_jax.sharding import shard_batch
@@ -24,6 +28,9 @@ from vapi_jax.svg import Series
 
 AXES = ("batch", "group", "microbatch")
 HEADERS = ("varied", "batch", "G", "microbatch", "model FLOP", "seconds", "images/s", "memory")
+
+
+_FIXED = ("mesh", "cpu_devices", "data", "init", "checkpoint", "eval", "task")
 
 
 def points(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
@@ -51,11 +58,56 @@ def points(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
     return found
 
 
+def variants(
+    recipe: Mapping[str, Any], config: TrainConfig, options: Sequence[str]
+) -> list[tuple[str, TrainConfig]]:
+    """(what is varied, configuration): the recipe itself, and each value of each option alone.
+
+    Args:
+      recipe: as it was given, before its defaults and presets.
+      config: the same, resolved.
+      options: such as "policy.remat=none,full"; values are Python literals, or words.
+
+    Raises:
+      ConfigError: for an option without values, or one that does not exist or fit.
+    """
+    found = [("recipe", config)]
+    for option in options:
+        path, _, values = option.partition("=")
+        if not values:
+            raise ConfigError(f"--vary={option}: give values, as in --vary=policy.remat=none,full")
+        *sections, name = path.removeprefix("config.").split(".")
+        top = (*sections, name)[0]
+        if top in _FIXED:
+            raise ConfigError(f"--vary={option}: one benchmark has one {top}")
+        for value in values.split(","):
+            changed = copy.deepcopy(dict(recipe))
+            place = changed
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = _literal(value)
+            resolved = resolve(changed)
+            # What the rig has filled in (classes of the data, weights that are absent) stays so.
+            kept = {"init": config.init, "policy": {**config.policy, **resolved.policy}}
+            found.append((f"{path}={value}", dataclasses.replace(resolved, **kept)))
+    return found
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _resized(rig: rigs.Rig, config: TrainConfig, host: dict[str, Any]) -> rigs.Rig:
     """The same weights under another configuration, with a batch of its size."""
     rows = np.arange(config.batch_size // jax.process_count()) % len(host["condition"])
     batch = {name: value[rows] for name, value in host.items()}
     task = dataclasses.replace(rig.task, config=config)
+    shapes = train.abstract_state(task, rig.optimizer, config.seed)
+    if jax.tree.map(jnp.shape, shapes.params) != jax.tree.map(jnp.shape, rig.state.params):
+        raise ConfigError("an option that changes the generator's size cannot be varied in one run")
     return dataclasses.replace(rig, task=task, batch=shard_batch(batch, task.mesh))
 
 
@@ -104,10 +156,18 @@ class _Point:
         return row
 
 
-def sweep(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[str, Any]:
+def sweep(
+    config: TrainConfig,
+    mesh: Mesh,
+    steps: int,
+    plain: bool,
+    recipe: Mapping[str, Any] | None = None,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:
     """Times the recipe's step with one of batch, group and microbatch changed at a time.
 
     All are compiled first and then take turns, so that what else the machine does falls on all alike.
+    With `options` these are varied instead, as in `variants`.
 
     Returns:
       {"rows": [...], device, versions, notes}; a row has the sizes, `seconds_per_step`, its
@@ -122,7 +182,12 @@ def sweep(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[str,
     say("weights and data")
     rig = rigs.build(config, mesh)
     host = {name: np.asarray(value) for name, value in jax.device_get(rig.batch).items()}
-    todo, compiled = points(rig.task.config, mesh.size), []
+    todo = (
+        variants(recipe or {}, rig.task.config, options)
+        if options
+        else points(rig.task.config, mesh.size)
+    )
+    compiled: list[_Point] = []
     turns = WARM_UP + steps
     with Progress(len(todo) * (1 + turns), f"{config.name} sweep") as progress:
         for axis, changed in todo:
