@@ -75,6 +75,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
         for step in (1, 2, 3):
             writer.write(step, {"a": step})
         writer.write_images(2, image)
+        writer.write_images(2, {"sampled/grid": image["samples"]})
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"step": 1}')  # half a row, and a whole object
     for _ in range(2):  # and once more, from the same checkpoint
@@ -83,9 +84,10 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
             writer.write_images(3, image)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["step"], row["a"]) for row in rows] == [(1, 1), (2, 2), (3, 30)]
-    # Pictures are made after the checkpoint of their step.
+    # Final pictures are made after the checkpoint of their step, those of training before it.
+    pictures = [("sampled/grid", 2, "image"), ("samples", 3, "image")]
     assert sorted(read_tensorboard(tmp_path / "tensorboard"), key=str) == sorted(
-        [("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 30.0), ("samples", 3, "image")], key=str
+        [("a", 1, 1.0), ("a", 2, 2.0), ("a", 3, 30.0), *pictures], key=str
     )
     with metrics.MetricsWriter(tmp_path, after=-1):
         pass

@@ -19,6 +19,9 @@ import numpy as np
 
 from vapi_jax.files import write_all, write_atomically
 
+SAMPLED = "sampled/"
+"""Begins the names of numbers and pictures of free-running samples in training."""
+
 _PATTERN = "events.out.tfevents.*"
 
 
@@ -94,7 +97,7 @@ def read_records(path: Path) -> Iterator[tuple[Any, bytes]]:
 
 
 def rewind_events(folder: Path, step: int) -> None:
-    """Removes what a run wrote after it had saved `step`: later numbers, and pictures of that step."""
+    """Removes what a run wrote after it had saved `step`: later numbers, and its final pictures."""
     for path in sorted(folder.glob(_PATTERN)):
         kept = [record for event, record in read_records(path) if _is_before(event, step)]
         whole = b"".join(kept)
@@ -108,8 +111,8 @@ def rewind_events(folder: Path, step: int) -> None:
 def _is_before(event: Any, step: int) -> bool:
     if event.HasField("file_version"):
         return True
-    pictures = any(value.HasField("image") for value in event.summary.value)
-    return event.step < step or (event.step == step and not pictures)
+    final = any(v.HasField("image") and not v.tag.startswith(SAMPLED) for v in event.summary.value)
+    return event.step < step or (event.step == step and not final)
 
 
 def rewind_history(path: Path, step: int) -> None:

@@ -23,7 +23,8 @@ from vapi_jax import distributed, metrics, resume, train
 from vapi_jax.checkpoint import Checkpointer, CheckpointError
 from vapi_jax.config import TrainConfig
 from vapi_jax.data import SkippedImages, fixed_batch, make_dataset
-from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
+from vapi_jax.evaluation.in_training import Sampled, sampled_of
+from vapi_jax.events import SAMPLED
 from vapi_jax.files import write_atomically
 from vapi_jax.metrics import MetricsWriter, Timer
 from vapi_jax.preemption import Stopped, StopRequest

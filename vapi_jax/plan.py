@@ -165,18 +165,24 @@ def kept_steps(config: TrainConfig, saved: list[int]) -> list[int]:
 
 def _counts(config: TrainConfig, data: DataFound) -> dict[str, int]:
     micro = config.microbatch_size or config.batch_size
-    every = config.eval.every
     counts = {
         "steps": config.steps,
         "images": config.steps * config.batch_size,
         "microbatches": config.batch_size // micro,
-        "evaluations": 1 + len({config.steps, *range(every, config.steps + 1, every)}),
+        "evaluations": _times(config.eval.every, config.steps),
     }
+    if config.task != "tokenizer" and config.eval.sampled_every:
+        counts["sampled"] = _times(config.eval.sampled_every, config.steps)
     if config.task == "vapi":
         counts["samples"] = counts["images"] * config.vapi.group_size
     if "train" in data.images:
         counts["images_of_an_epoch"] = data.images["train"]
     return counts
+
+
+def _times(every: int, steps: int) -> int:
+    """Of what is done at step 0, every so many steps, and at the last."""
+    return 1 + len({steps, *range(every, steps + 1, every)})
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -272,9 +278,11 @@ def _data(plan: Plan) -> str:
 def _evaluation(config: TrainConfig, counts: dict[str, int]) -> str:
     judged = config.eval
     text = f'{judged.images} images of "{judged.split}", {counts["evaluations"]} times'
+    if "sampled" in counts:
+        text += f"; {judged.sampled} samples, {counts['sampled']} times"
     if config.task == "vapi" and judged.compare:
         rows = "table of base, sharpened base and result"
-        rows += " and controls (trained for as many steps each)" if judged.controls else ""
+        rows += " and controls (each trained anew)" if judged.controls else ""
         text += f"; at the end a {rows}, {judged.seeds} x {judged.samples} samples a row"
     return text
 

@@ -9,6 +9,7 @@ from typing import Any
 from vapi_jax import svg
 from vapi_jax import verdict as words
 from vapi_jax.evaluation.embeddings import Plane
+from vapi_jax.events import SAMPLED
 from vapi_jax.svg import Series, chart, smooth
 from vapi_jax.verdict import number
 
@@ -37,7 +38,6 @@ CURVES = {
         "learning_rate": ("Learning rate", "learning rate"),
     },
 }
-SAMPLED = "sampled/"
 # Of free-running samples in training, which have a section of their own: the same form.
 SAMPLED_CURVES = {
     "sampled/kernel_distance": (

@@ -57,6 +57,9 @@ EXPECTED_ERRORS = (
 )
 """Errors whose message says what to do; shown without a stack of frames."""
 
+SHOWN = 24
+"""Held-out images in the report, at most."""
+
 
 def prepare_devices(config: TrainConfig) -> Any:
     """The mesh, with virtual devices where the platform is CPU; before any other use of JAX.
@@ -167,7 +170,7 @@ def _evaluate(
     # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
     batch = 0 if compared else -(-len(labels) // task.mesh.size) * task.mesh.size
     judge = Judge(task, done.frozen, done.held_out, batch)
-    real = fixed_batch(config.data, config.eval.split, 24, config.seed)["image"]
+    real = _shown(config)
     images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
     summary["sample_classes"] = [names[label] for label in labels]
     samples = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
@@ -226,8 +229,14 @@ def _controls(task: VAPiTask, workdir: Path, fitting: Mapping[str, Any]) -> dict
     return found
 
 
+def _shown(config: TrainConfig) -> np.ndarray:
+    """The held-out images that the report shows beside their reconstructions."""
+    count = min(SHOWN, config.eval.images)
+    return np.asarray(fixed_batch(config.data, config.eval.split, count, config.seed)["image"])
+
+
 def _reconstructions(task: TokenizerTask, done: Run) -> dict[str, np.ndarray]:
-    real = fixed_batch(task.config.data, task.config.eval.split, 24, task.config.seed)["image"]
+    real = _shown(task.config)
     decode = jax.jit(lambda p, x: task.tokenizer.apply({"params": p}, x).reconstruction)
     again = decode(done.params["tokenizer"], real)
     return {"real": to_uint8(real), "reconstructions": to_uint8(host_array(again))}

@@ -88,8 +88,9 @@ def variants(
             place[name] = _literal(value)
             resolved = resolve(changed)
             # What the rig has filled in (classes of the data, weights that are absent) stays so.
-            kept = {"init": config.init, "policy": {**config.policy, **resolved.policy}}
-            found.append((f"{path}={value}", dataclasses.replace(resolved, **kept)))
+            policy = {**config.policy, **resolved.policy}
+            kept = dataclasses.replace(resolved, init=config.init, policy=policy)
+            found.append((f"{path}={value}", kept))
     return found
 
 

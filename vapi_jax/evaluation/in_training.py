@@ -23,9 +23,6 @@ from vapi_jax.sharding import host_array, replicate, shard_whole
 from vapi_jax.tasks import Task
 from vapi_jax.tasks.generator import GeneratorTask
 
-SAMPLED = "sampled/"
-"""What the names of these metrics begin with."""
-
 SEED = 11
 """Of the samples; the final table draws from others."""
 
