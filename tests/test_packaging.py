@@ -96,8 +96,8 @@ def test_every_import_is_declared(base, extras):
 
 def test_every_import_of_the_tests_is_declared(base, extras):
     imported = imported_distributions("tests")
-    # packaging comes with pytest, jaxlib with jax; torch and the tfds extra are skipped where absent.
-    brought = {"packaging", "jaxlib", "torch"}
+    # packaging comes with pytest, jaxlib with jax.
+    brought = {"packaging", "jaxlib"}
     allowed = base.keys() | extras["test"].keys() | extras["tfds"].keys() | brought
     assert not {k: v for k, v in imported.items() if k not in allowed}
 

@@ -1,7 +1,13 @@
 """Images and their classes as deterministic, checkpointable batches (grain)."""
 
 from vapi_jax.data.config import DataConfig, DataError
-from vapi_jax.data.pipeline import class_names, fixed_batch, make_dataset, num_classes
+from vapi_jax.data.pipeline import (
+    class_names,
+    fixed_batch,
+    fixed_samples,
+    make_dataset,
+    num_classes,
+)
 from vapi_jax.data.skipping import SkippedImages
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "SkippedImages",
     "class_names",
     "fixed_batch",
+    "fixed_samples",
     "make_dataset",
     "num_classes",
 ]

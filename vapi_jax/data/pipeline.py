@@ -7,6 +7,8 @@ a batch depends on nothing but the configuration, the seed and its number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import grain
 import numpy as np
 from jaxtyping import Float, Int
@@ -122,6 +124,18 @@ def make_dataset(
     return dataset.to_iter_dataset(options)
 
 
+def fixed_samples(
+    config: DataConfig, split: str, n: int, seed: int, skipped: SkippedImages | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The samples of `fixed_batch` one at a time; raises as it does, at the call."""
+    source = make_source(config, split)
+    if not 0 < n <= len(source):
+        raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
+    # Files and records are often sorted by class, so the first n would be of few classes.
+    dataset = _samples(source, config, seed, config.name != "photos", skipped)
+    return (dataset[index] for index in range(n))
+
+
 def fixed_batch(
     config: DataConfig, split: str, n: int, seed: int, skipped: SkippedImages | None = None
 ) -> dict[str, Float[np.ndarray, "N H W 3"] | Int[np.ndarray, " N"]]:
@@ -136,10 +150,5 @@ def fixed_batch(
     Raises:
         DataError: n is not positive, or the split is smaller than n, or too much is unreadable.
     """
-    source = make_source(config, split)
-    if not 0 < n <= len(source):
-        raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
-    # Files and records are often sorted by class, so the first n would be of few classes.
-    dataset = _samples(source, config, seed, config.name != "photos", skipped)
-    samples = [dataset[index] for index in range(n)]
+    samples = list(fixed_samples(config, split, n, seed, skipped))
     return {key: np.stack([sample[key] for sample in samples]) for key in ("image", "condition")}

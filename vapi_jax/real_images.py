@@ -1,0 +1,89 @@
+"""Writes real images of a recipe's data, to evaluate samples against: `python -m vapi_jax.real_images`.
+
+  python -m vapi_jax.real_images --config=configs/c2i_demo.py --split=train --num=1024 --out=real/demo
+  python -m vapi_jax.evaluate --samples samples/demo --reference real/demo
+
+OUT gets OUT/000000.png and so on: --num images of the recipe's held-out split (or --split), at its
+size, drawn as for its evaluation in training and the same at every call.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import app, flags
+
+from vapi_jax import recipe_flags
+from vapi_jax.recipe_flags import CONFIG, parse_flags
+
+if TYPE_CHECKING:
+    from vapi_jax.data import DataConfig
+
+flags.adopt_module_key_flags(recipe_flags)
+_OUT = flags.DEFINE_string("out", None, "The directory to write; must not exist")
+_NUM = flags.DEFINE_integer(
+    "num", 0, "How many images; 0 for the recipe's eval.images", lower_bound=0
+)
+_SPLIT = flags.DEFINE_enum(
+    "split", None, ["train", "val", "test"], "Whose images; the recipe's eval.split if not given"
+)
+
+
+def write_images(data: "DataConfig", split: str, num: int, seed: int, out: Path) -> None:
+    """Writes `num` images of a split as PNGs.
+
+    Args:
+      data: where the images come from, and their size.
+      split: "train", "val" or "test".
+      num: how many; at most as many as the split has.
+      seed: of their choice and of random crops.
+      out: must not exist; appears when complete.
+
+    Raises:
+      ConfigError: if `out` exists.
+      DataError: if there are fewer images, or too many cannot be read.
+    """
+    from PIL import Image
+
+    from vapi_jax.config import ConfigError
+    from vapi_jax.data import fixed_samples
+    from vapi_jax.metrics import Progress, to_uint8
+
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists; choose another place")
+    samples = fixed_samples(data, split, num, seed)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():  # of an interrupted call
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with Progress(num, f"images of {split}") as progress:
+        for number, sample in enumerate(samples):
+            Image.fromarray(to_uint8(sample["image"])).save(partial / f"{number:06d}.png")
+            progress.update(number + 1, 1)
+    partial.rename(out)
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if CONFIG.value is None or _OUT.value is None:
+        raise app.UsageError("--config and --out are needed; see --help")
+    from vapi_jax import run  # after the flags, so that --help needs no JAX
+    from vapi_jax.config import resolve
+
+    out = Path(str(_OUT.value))
+    try:
+        config = resolve(CONFIG.value)
+        split, num = _SPLIT.value or config.eval.split, _NUM.value or config.eval.images
+        write_images(config.data, split, num, config.seed, out)
+    except run.EXPECTED_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{out}: {num} images of {split} at {config.data.image_size} px")
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
