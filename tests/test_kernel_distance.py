@@ -77,10 +77,25 @@ def test_subsets_equal_the_definition_on_the_draws_of_the_seed():
         chosen = [side[rng.choice(len(side), 6, replace=False)] for side in (x, y)]
         values.append(loops(*chosen))
     assert found.distance == pytest.approx(np.mean(values), rel=1e-12)
-    assert found.standard_error == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-9)
+    variance = np.var(values, ddof=1) * (6 / (26 - 6) + 1 / 4)
+    assert found.standard_error == pytest.approx(np.sqrt(variance), rel=1e-9)
     assert (found.method, found.subsets, found.subset_size) == ("subsets", 4, 6)
     assert kernel_distance(x, y, subsets=4, subset_size=6, seed=9) == found
     assert kernel_distance(x, y, subsets=4, subset_size=6, seed=10) != found
+
+
+@pytest.mark.parametrize("size", [40, 60, 76])
+def test_the_error_of_subsets_is_that_of_other_images_however_much_subsets_overlap(size):
+    """Against what 400 fresh pairs of sets scatter; the spread over the root falls to nothing."""
+    rng = np.random.default_rng(1)
+
+    def fresh():
+        return rng.normal(size=(80, 4)), 1.2 * rng.normal(size=(80, 4)) + 0.8
+
+    scatter = np.std([unbiased_mmd2(*fresh())[0] for _ in range(400)])
+    found = [kernel_distance(*fresh(), subsets=60, subset_size=size) for _ in range(40)]
+    errors = [one.standard_error for one in found]
+    assert np.median(errors) == pytest.approx(scatter, rel=0.25)
 
 
 def test_a_set_as_small_as_a_subset_is_taken_whole():

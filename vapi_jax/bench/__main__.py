@@ -123,13 +123,10 @@ def main(argv: list[str]) -> int:
 
 
 def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
-    """What --mode=sample or --mode=evaluate measures; a batch that does not fit is said to."""
-    import jax
+    """What --mode=sample or --mode=evaluate measures."""
+    from vapi_jax.bench import batches, evaluation, sampling
 
-    from vapi_jax.bench import evaluation, sampling
-    from vapi_jax.config import ConfigError
-
-    try:
+    with batches.fitting():
         if _MODE.value == "sample":
             result = sampling.measure(config, mesh, _STEPS.value, _BATCH.value, _CFG.value)
             print(sampling.text_report(result))
@@ -137,11 +134,6 @@ def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
             chosen = _FEATURES.value, _BATCH.value, _INCEPTION.value, _VECTORS.value
             result = evaluation.measure(config, mesh, _STEPS.value, *chosen)
             print(evaluation.text_report(result))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"not enough memory, choose a smaller --batch: {reason}") from error
     return result
 
 

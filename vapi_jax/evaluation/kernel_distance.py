@@ -29,9 +29,8 @@ class KernelDistance:
 
     Attributes:
       distance: the estimate; can be slightly negative.
-      standard_error: by "subsets" the spread of the subsets' estimates over the root of their number,
-        which says how well their mean is known for these samples; by "jackknife" the sampling error
-        of the estimate itself.
+      standard_error: how far other images of the same distributions would move it: by "jackknife"
+        leaving out one image at a time, by "subsets" all but a subset (`_subset_error`).
       method: "subsets" or "jackknife".
       subsets: number of subsets, 1 for the whole sets.
       subset_size: images in each, on both sides; 0 for the whole sets.
@@ -99,6 +98,23 @@ def unbiased_mmd2(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> t
     return float(whole), float(np.sqrt(variance))
 
 
+def _subset_error(found: Float[np.ndarray, " S"], size: int, smaller: int) -> float:
+    """The standard error of the mean of subsets' estimates, by the delete-d jackknife.
+
+    Subsets of a set overlap, so their spread over the root of their number (which is often printed)
+    says how well the mean over all subsets is known for these very images, and goes to zero as the
+    subsets become the set. Shao and Wu (1989): the variance is size / (N - size) times the mean
+    squared deviation. The few subsets drawn add their own part.
+
+    Args:
+      found: estimates.
+      size: images of a subset.
+      smaller: N, images of the smaller side; for the other, which is better known, the same is taken.
+    """
+    variance = found.var(ddof=1)
+    return float(np.sqrt(variance * (size / (smaller - size) + 1 / len(found))))
+
+
 def kernel_distance(
     x: Float[np.ndarray, "M D"],
     y: Float[np.ndarray, "N D"],
@@ -148,5 +164,5 @@ def kernel_distance(
         within = sum(_kernel(p, p).sum() - _diagonal(p).sum() for p in (part_x, part_y))
         found[index] = within / off_diagonal - 2 * _kernel(part_x, part_y).mean()
         progress(index + 1)
-    error = found.std(ddof=1) / np.sqrt(subsets)
-    return KernelDistance(float(found.mean()), float(error), "subsets", subsets, subset_size)
+    error = _subset_error(found, subset_size, min(len(x), len(y)))
+    return KernelDistance(float(found.mean()), error, "subsets", subsets, subset_size)
