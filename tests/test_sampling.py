@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax import sampling
+from vapi_jax import hlo, sampling
 from vapi_jax.grpo import entropy
 from vapi_jax.policy import ClassPolicy, make_policy, text_condition
 from vapi_jax.sampling import draw, draw_levels, filter_logits, generate, guidance_scales
+from vapi_jax.sharding import batch_sharding, make_mesh, replicated
 
 VOCAB, TOKENS = 7, 4
 POLICY = make_policy(
@@ -358,3 +359,27 @@ def test_every_layers_cache_is_updated_in_place():
     program, buffer = compiled.as_text(), r"f32\[12,2,16,8\]\S* "
     assert len(re.findall(rf"= {buffer}dynamic-update-slice\(", program)) >= 2 * 3
     assert not re.findall(rf"= {buffer}copy\(", program)
+
+
+@pytest.mark.parametrize("guided", [0, 16, 9])
+def test_devices_draw_their_samples_alone(guided):
+    """Over eight devices the compiled loop sends nothing, with guidance's rows neither."""
+    policy = make_policy(
+        "class", dim=32, n_head=4, n_layer=2, vocab_size=11, block_size=16, multiple_of=16,
+        num_classes=5,
+    )  # fmt: skip
+    mesh = make_mesh(8, 1)
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+
+    def put(shape, dtype, layout):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+    shapes = jax.eval_shape(policy.init, RNG)
+    compiled = sampling._generate.lower(
+        policy,
+        jax.tree.map(lambda x: put(x.shape, x.dtype, whole), shapes),
+        put((16,), jnp.int32, rows), jax.device_put(RNG, whole), put((16,), jnp.int32, rows),
+        put((), jnp.float32, whole), put((16,), jnp.float32, whole),
+        top_k=0, top_p=1.0, guided=guided, greedy=False, with_entropy=False,
+    ).compile()  # fmt: skip
+    assert hlo.totals(hlo.collectives(compiled.as_text())) == {}

@@ -235,7 +235,7 @@ def _generate(
 
     def pick(logits: Array, uniform: Array, scale: Array) -> tuple[Array, Array]:
         if logits.shape[0] == 2 * batch:
-            given, without = jnp.split(logits, 2)
+            given, without = logits.reshape(batch, 2, -1).swapaxes(0, 1)
             logits = without + scale * (given - without)
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros((batch,))
@@ -246,15 +246,18 @@ def _generate(
     def step(carry: tuple[Array, Any], inputs: tuple[Array, ...]) -> tuple[Any, Any]:
         token, cache = carry
         index, uniform, scale = inputs
-        fed = jnp.concatenate([token, token]) if doubled else token
+        fed = jnp.repeat(token, 2) if doubled else token
         logits, cache = policy.decode(params, cache, fed, index)
         token, spread = pick(logits, uniform, scale)
         return (token, cache), (token, spread)
 
     doubled = guided > 0
     if doubled:
-        both = [condition, policy.unconditional(condition)]
-        condition = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *both)
+        # A sample's two rows are neighbours, so that they stay on its device.
+        condition = jax.tree.map(
+            lambda a, b: jnp.stack([a, b], axis=1).reshape(2 * batch, *a.shape[1:]),
+            condition, policy.unconditional(condition),
+        )  # fmt: skip
     logits, cache = policy.prefill(params, condition)
     token, spread = pick(logits, uniforms[0], scales[0])
     tokens, spreads = [token[None]], [spread[None]]
@@ -263,7 +266,7 @@ def _generate(
         if start == stop:
             continue
         if doubled and start >= guided:
-            cache = jax.tree.map(lambda x: x[:batch] if x.shape[0] == 2 * batch else x, cache)
+            cache = jax.tree.map(lambda x: x[::2] if x.shape[0] == 2 * batch else x, cache)
             doubled = False
         inputs = (jnp.arange(start - 1, stop - 1), uniforms[start:stop], scales[start:stop])
         (token, cache), (more, more_spreads) = jax.lax.scan(step, (token, cache), inputs)
