@@ -519,7 +519,10 @@ CPU = "--config=configs/bench_cpu.py"
     [
         ((), "--config is needed"),
         ((CPU, "--docs=x"), "--docs writes the table of a sweep: add --sweep"),
-        ((CPU, "--sweep", "--compile_only"), "choose one"),
+        ((CPU, "--sweep", "--compile_only"), "--compile_only runs no steps"),
+        ((CPU, "--vary=seed=1", "--compile_only"), "--compile_only runs no steps"),
+        ((CPU, "--vary=seed=1", "--sweep"), "leave --vary out"),
+        ((CPU, "--vary=mesh.data=2"), "error: --vary=mesh.data=2: one benchmark has one mesh"),
         ((CPU, "--plain", "--compile_only"), "choose one"),
         ((CPU, "--steps=0"), "flag --steps=0"),
         ((CPU, "more"), "unexpected arguments: more"),

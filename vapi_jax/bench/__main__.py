@@ -4,6 +4,7 @@ fast its generator draws images, or how fast evaluation judges them.
   python -m vapi_jax.bench --config=configs/bench_cpu.py --plain
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --steps=10 --json=xxl.json
   python -m vapi_jax.bench --config=configs/bench_cpu.py --sweep --docs=docs
+  python -m vapi_jax.bench --config=configs/bench_cpu.py --vary=policy.remat=full,dots --vary=decode_chunk=4
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --compile_only --config.cpu_devices=8
   python -m vapi_jax.bench --mode=sample --config=configs/c2i_xxl.py --batch=64 --cfg=1.75
   python -m vapi_jax.bench --mode=evaluate --config=configs/c2i_demo.py --features=vgg
@@ -37,6 +38,9 @@ _JSON = flags.DEFINE_string("json", None, "File that receives all figures")
 _SWEEP = flags.DEFINE_bool(
     "sweep", False, "Vary batch, group and microbatch one at a time instead of phases"
 )
+_VARY = flags.DEFINE_multi_string(
+    "vary", [], "OPTION=VALUE,VALUE: time these beside the recipe, one at a time, in one run"
+)
 _DOCS = flags.DEFINE_string(
     "docs", None, "With --sweep: folder whose performance.md and performance.svg are written"
 )
@@ -63,6 +67,7 @@ _VECTORS = flags.DEFINE_integer(
 _BELONGS = {
     "plain": ("step",),
     "sweep": ("step",),
+    "vary": ("step",),
     "docs": ("step",),
     "compile_only": ("step",),
     "batch": ("sample", "evaluate"),
@@ -84,8 +89,10 @@ def _check_flags(argv: list[str]) -> None:
             raise app.UsageError(f"--{name} belongs to --mode={' or '.join(modes)}")
     if not math.isfinite(_CFG.value):
         raise app.UsageError(f"--cfg={_CFG.value} must be finite; 1 is no guidance")
-    if _SWEEP.value and _COMPILE_ONLY.value:
-        raise app.UsageError("--sweep times steps and --compile_only runs none: choose one")
+    if _SWEEP.value and _VARY.value:
+        raise app.UsageError("--sweep varies batch, group and microbatch: leave --vary out")
+    if (_SWEEP.value or _VARY.value) and _COMPILE_ONLY.value:
+        raise app.UsageError("--compile_only runs no steps to compare: leave it out")
     if _COMPILE_ONLY.value and _PLAIN.value:
         raise app.UsageError("--plain times steps and --compile_only runs none: choose one")
     if _DOCS.value is not None and not _SWEEP.value:
@@ -143,8 +150,9 @@ def _measure(config: Any, mesh: Any) -> dict[str, Any]:
 
     if _MODE.value != "step":
         return _measure_batches(config, mesh)
-    if _SWEEP.value:
-        result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value)
+    if _SWEEP.value or _VARY.value:
+        recipe = CONFIG.value.to_dict()
+        result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value, recipe, _VARY.value)
         print_table(sweep.table(result), sweep.HEADERS)
         if _DOCS.value is not None:
             for path in sweep.write_docs(result, Path(_DOCS.value)):
