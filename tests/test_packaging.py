@@ -136,6 +136,8 @@ def test_constraints_cover_what_those_bring(base, extras, constraints):
         seen.add(name)
         if name not in constraints:
             missing.append(name)
+        if name == "torch":  # what it brings is its wheel's choice: much for CUDA, little for CPUs
+            continue
         for text in importlib.metadata.requires(name) or ():
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from vapi_jax import recipe_flags, xla_settings
+from vapi_jax import output_flags, recipe_flags, xla_settings
+from vapi_jax.output_flags import NUM, OUT
 from vapi_jax.recipe_flags import CONFIG, parse_flags
 
 if TYPE_CHECKING:
     from vapi_jax.config import TrainConfig
 
 flags.adopt_module_key_flags(recipe_flags)
-_OUT = flags.DEFINE_string("out", None, "The directory to write; must not exist")
-_NUM = flags.DEFINE_integer("num", 0, "Training images; 0 for steps x batch_size", lower_bound=0)
+flags.adopt_module_key_flags(output_flags)
 
 
 def encode_dataset(config: "TrainConfig", out: Path, num: int = 0) -> dict[str, int]:
@@ -149,21 +149,21 @@ def main(argv: list[str]) -> int:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if CONFIG.value is None or _OUT.value is None:
+    if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
     xla_settings.apply_here()
     from vapi_jax import run  # after the flags, so that --help needs no JAX
     from vapi_jax.config import resolve
 
     try:
-        counts = encode_dataset(resolve(CONFIG.value), Path(str(_OUT.value)), _NUM.value)
+        counts = encode_dataset(resolve(CONFIG.value), Path(str(OUT.value)), NUM.value)
     except run.EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(
-        f"{_OUT.value}: {told} images. Use them with --config.data.name=encoded "
-        f"--config.data.path={_OUT.value} --config.data.shuffle=false"
+        f"{OUT.value}: {told} images. Use them with --config.data.name=encoded "
+        f"--config.data.path={OUT.value} --config.data.shuffle=false"
     )
     return 0
 

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from vapi_jax import recipe_flags
+from vapi_jax import output_flags, recipe_flags
+from vapi_jax.output_flags import NUM, OUT
 from vapi_jax.recipe_flags import CONFIG, parse_flags
 
 if TYPE_CHECKING:
     from vapi_jax.data import DataConfig
 
 flags.adopt_module_key_flags(recipe_flags)
-_OUT = flags.DEFINE_string("out", None, "The directory to write; must not exist")
-_NUM = flags.DEFINE_integer(
-    "num", 0, "How many images; 0 for the recipe's eval.images", lower_bound=0
-)
+flags.adopt_module_key_flags(output_flags)
 _SPLIT = flags.DEFINE_enum(
     "split", None, ["train", "val", "test"], "Whose images; the recipe's eval.split if not given"
 )
@@ -68,15 +66,15 @@ def main(argv: list[str]) -> int:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if CONFIG.value is None or _OUT.value is None:
+    if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
     from vapi_jax import run  # after the flags, so that --help needs no JAX
     from vapi_jax.config import resolve
 
-    out = Path(str(_OUT.value))
+    out = Path(str(OUT.value))
     try:
         config = resolve(CONFIG.value)
-        split, num = _SPLIT.value or config.eval.split, _NUM.value or config.eval.images
+        split, num = _SPLIT.value or config.eval.split, NUM.value or config.eval.images
         write_images(config.data, split, num, config.seed, out)
     except run.EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

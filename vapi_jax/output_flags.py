@@ -1,0 +1,8 @@
+"""The flags --out and --num of commands that write images of a recipe; importing it defines them."""
+
+from absl import flags
+
+OUT = flags.DEFINE_string("out", None, "The directory to write; must not exist")
+NUM = flags.DEFINE_integer(
+    "num", 0, "How many images; 0 for as many as the recipe takes", lower_bound=0
+)
