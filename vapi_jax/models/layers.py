@@ -200,11 +200,37 @@ class Conv(nn.Module):
         return out
 
 
-class GroupNorm(nn.GroupNorm):
-    """Flax group normalisation: 32 groups, eps 1e-6, parameters `scale` [C] and `bias` [C].
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He, arXiv 1803.08494) over height, width and a group's channels.
 
-    Flax takes the statistics in float32 whatever `dtype` is. Its one-pass variance E[x^2] - E[x]^2
-    is switched off: it cancels when a group's mean is large against its spread.
+    Flax's takes means over (height, width, channels of a group) of a reshaped array, which XLA runs
+    on CPUs without vector instructions: on [128, 32, 32, 64], with the activation after it, three
+    times slower than sums of each channel, which are then added up within their groups. The variance is
+    taken of differences from the mean: E[x^2] - E[x]^2 cancels where a mean is large against its spread.
+
+    Attributes:
+      num_groups: of neighbouring channels.
+      epsilon: added to the variance.
+      dtype: of the result; statistics are float32.
     """
 
-    use_fast_variance: bool = False
+    num_groups: int = 32
+    epsilon: float = 1e-6
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = x.shape[-1]
+        if channels % self.num_groups:
+            raise ValueError(f"{channels} channels do not make {self.num_groups} groups")
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        dtype, x = self.dtype or x.dtype, x.astype(jnp.float32)
+
+        def group_mean(x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+            groups = x.mean(axis=(1, 2)).reshape(len(x), self.num_groups, -1).mean(axis=-1)
+            return jnp.repeat(groups, channels // self.num_groups, axis=1)[:, None, None]
+
+        x = x - group_mean(x)
+        x = x * (jax.lax.rsqrt(group_mean(x * x) + self.epsilon) * scale) + bias
+        return x.astype(dtype)
