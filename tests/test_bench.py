@@ -407,6 +407,9 @@ def test_a_varied_step_has_the_weights_of_the_recipe_and_the_option(tiny_rig):
     wide = dataclasses.replace(config, policy={**config.policy, "dim": 64})
     with pytest.raises(ConfigError, match="changes the generator's size"):
         sweep._resized(tiny_rig, wide, host)
+    other = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, ch=64))
+    with pytest.raises(ConfigError, match="changes a frozen network"):
+        sweep._resized(tiny_rig, other, host)
 
 
 def row(axis, group, seconds, **more):

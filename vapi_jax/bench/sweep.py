@@ -22,6 +22,7 @@ from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
 from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
 from vapi_jax.config import ConfigError, TrainConfig, resolve
 from vapi_jax.flops import step_flops
+from vapi_jax.memory import frozen_shapes
 from vapi_jax.metrics import Progress
 from vapi_jax.sharding import shard_batch
 from vapi_jax.svg import Series
@@ -106,9 +107,11 @@ def _resized(rig: rigs.Rig, config: TrainConfig, host: dict[str, Any]) -> rigs.R
     rows = np.arange(config.batch_size // jax.process_count()) % len(host["condition"])
     batch = {name: value[rows] for name, value in host.items()}
     task = dataclasses.replace(rig.task, config=config)
-    shapes = train.abstract_state(task, rig.optimizer, config.seed)
-    if jax.tree.map(jnp.shape, shapes.params) != jax.tree.map(jnp.shape, rig.state.params):
+    shapes = train.abstract_state(task, rig.optimizer, config.seed).params
+    if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, rig.state.params):
         raise ConfigError("an option that changes the generator's size cannot be varied in one run")
+    if frozen_shapes(config) != frozen_shapes(rig.task.config):
+        raise ConfigError("an option that changes a frozen network cannot be varied in one run")
     return dataclasses.replace(rig, task=task, batch=shard_batch(batch, task.mesh))
 
 
