@@ -8,6 +8,7 @@ from pathlib import Path
 import jaxlib
 import pytest
 
+from tests.observations import observe
 from vapi_jax import xla_settings
 from vapi_jax.xla_settings import FLAGS, apply, guess_platform, known_flags, merge
 
@@ -139,6 +140,44 @@ def test_compiled_programs_are_kept_where_the_user_or_else_the_run_wants_them(tm
     assert done.stdout.strip() == ("None" if given else str(ours))
     assert (theirs if given else ours).is_dir()
     assert not (ours if given else theirs).exists()
+
+
+COMPUTED = (
+    CACHED
+    + """
+print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).tolist())
+"""
+)
+
+
+@pytest.mark.parametrize("damage", ["altered in 8 bytes", "truncated", "emptied"])
+def test_a_damaged_compiled_program_is_compiled_again(tmp_path, damage):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", COMPUTED, str(tmp_path)],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout, done.stderr
+
+    first, _ = run()
+    entries = list(tmp_path.glob("*-cache"))
+    assert entries
+    for path in entries:
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 8] = bytes(byte ^ 0xFF for byte in content[middle : middle + 8])
+        kept = {"altered in 8 bytes": content, "truncated": content[:middle], "emptied": b""}
+        path.write_bytes(kept[damage])
+    again, said = run()
+    assert again == first
+    assert "Error reading persistent compilation cache entry" in said
+    observe(
+        f"compiled program: {damage}",
+        "JAX warns, and compiles it again; the same values",
+    )
 
 
 def test_the_docstring_names_every_flag():

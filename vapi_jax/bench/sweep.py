@@ -126,18 +126,21 @@ class _Point:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     rounds: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def turn(self, state: Any, timed: bool) -> Any:
-        """Every step once, and the phases; the state after them."""
+    def run_steps(self, state: Any, timed: bool) -> Any:
+        """Every step once; the state after them."""
         rig = self.rig
         for name, step in self.steps.items():
             (state, _), elapsed = rigs.timed(step, state, rig.frozen, rig.batch)
             if timed:
                 self.seconds.setdefault(name, []).append(elapsed)
+        return state
+
+    def run_phases(self, state: Any, timed: bool) -> None:
+        """Every phase once, where they are timed."""
         if self.phases is not None:
             found = self.phases.once(state)
             if timed:
                 self.rounds.append(found)
-        return state
 
     def row(self) -> dict[str, Any]:
         config, ours = self.rig.task.config, rigs.spread(self.seconds["ours"])
@@ -200,9 +203,12 @@ def sweep(
         done, state = len(todo), rig.state
         for turn in range(-WARM_UP, steps):
             for point in compiled:
-                state = point.turn(state, turn >= 0)
+                state = point.run_steps(state, turn >= 0)
                 done += 1
                 progress.update(done)
+            # Not after each one's steps: a phase would pay for the memory that a large step gave back.
+            for point in compiled:
+                point.run_phases(state, turn >= 0)
     rows = [point.row() for point in compiled]
     return {
         "name": config.name,
