@@ -1,11 +1,11 @@
 """A step that suits a CPU, to compare ways of computing it: what docs/performance.md measures.
 
-    python -m vapi_jax.bench --config=configs/bench_cpu.py --plain --steps=20
-    python -m vapi_jax.bench --config=configs/bench_cpu.py --sweep --plain --docs=docs
+    python -m vapi_jax.bench --config=configs/bench_cpu.py --plain --steps=12
+    python -m vapi_jax.bench --config=configs/bench_cpu.py --sweep --plain --steps=3 --docs=docs
 
 One device; 16 images of 32x32 pixels and G = 8, 64 tokens of 1024 codes, a generator of 6 layers and
 width 256, LPIPS with VGG. Random weights: speed does not depend on their values. On 2 CPU cores the two
-commands take 3 and 20 minutes; the figures to expect are in docs/performance.md.
+commands take 2 and 5 minutes; the figures to expect are in docs/performance.md.
 
 With a tokenizer of these sizes it also trains:
 
