@@ -17,7 +17,7 @@ With a tokenizer of these sizes it also trains:
 
 from ml_collections import ConfigDict
 
-from vapi_jax.recipes import load_recipe
+from vapi_jax.common.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -17,7 +17,7 @@ The paper's learning rate (1e-6) is meant for 1.4B parameters; this model wants 
 
 from ml_collections import ConfigDict
 
-from vapi_jax.recipes import load_recipe
+from vapi_jax.common.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:

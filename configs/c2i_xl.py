@@ -12,7 +12,7 @@ Published: FID 15.55 -> 9.23, IS 79.16 -> 111.59 (50k samples, no guidance); 2.7
 
 from ml_collections import ConfigDict
 
-from vapi_jax.recipes import load_recipe
+from vapi_jax.common.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:

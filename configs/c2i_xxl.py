@@ -14,7 +14,7 @@ to what the authors' released code does instead of the paper; see the README for
 
 from ml_collections import ConfigDict
 
-from vapi_jax.recipes import load_recipe
+from vapi_jax.common.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:

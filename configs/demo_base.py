@@ -10,7 +10,7 @@ weights/policy.safetensors.
 
 from ml_collections import ConfigDict
 
-from vapi_jax.recipes import load_recipe
+from vapi_jax.common.recipes import load_recipe
 
 
 def policy() -> ConfigDict:

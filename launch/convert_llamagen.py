@@ -60,9 +60,9 @@ def main() -> int:
     """Converts, and says what it found."""
     args = parse()
     # After the command line, so that --help needs no JAX.
-    from vapi_jax.architecture import read_args
-    from vapi_jax.conversion import convert
-    from vapi_jax.weights import WeightsError
+    from vapi_jax.models.architecture import read_args
+    from vapi_jax.models.conversion import convert
+    from vapi_jax.weights.names import WeightsError
 
     try:
         manifest = convert(

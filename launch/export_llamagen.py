@@ -45,9 +45,9 @@ def main() -> int:
     """Exports, and says what was written."""
     args = parse()
     # After the command line, so that --help needs no JAX.
-    from vapi_jax.checkpoint import CheckpointError
-    from vapi_jax.export import export, open_trained
-    from vapi_jax.weights import WeightsError
+    from vapi_jax.training.checkpoint import CheckpointError
+    from vapi_jax.training.export import export, open_trained
+    from vapi_jax.weights.names import WeightsError
 
     try:
         with open_trained(args.ckpt, args.part, args.step) as (weights, rules):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vapi_jax.weights import ASSETS, DIGESTS, load_safetensors, save_safetensors
+from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
 
 
 def main() -> None:

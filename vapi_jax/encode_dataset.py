@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from vapi_jax import output_flags, recipe_flags, xla_settings
-from vapi_jax.output_flags import NUM, OUT
-from vapi_jax.recipe_flags import CONFIG, parse_flags
+from vapi_jax.common import output_flags, recipe_flags
+from vapi_jax.common.output_flags import NUM, OUT
+from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:
-    from vapi_jax.config import TrainConfig
+    from vapi_jax.methods.config import TrainConfig
 
 flags.adopt_module_key_flags(recipe_flags)
 flags.adopt_module_key_flags(output_flags)
@@ -43,11 +44,11 @@ def encode_dataset(config: "TrainConfig", out: Path, num: int = 0) -> dict[str, 
       ConfigError: if the recipe has no generator to train, or reads encoded images itself.
       DataError, WeightsError: if its data or its tokenizer cannot be had.
     """
-    from vapi_jax.config import ConfigError
     from vapi_jax.data import class_names, fixed_batch, make_dataset
-    from vapi_jax.run import prepare_devices
-    from vapi_jax.tasks import make_task
-    from vapi_jax.tasks.generator import GeneratorTask
+    from vapi_jax.methods import make_task
+    from vapi_jax.methods.config import ConfigError
+    from vapi_jax.methods.generator import GeneratorTask
+    from vapi_jax.training.run import prepare_devices
 
     if config.data.name == "encoded":
         raise ConfigError("config.data.name: the recipe reads encoded images already")
@@ -86,8 +87,8 @@ class _Encoder:
     def __init__(self, task: Any):
         import jax
 
-        from vapi_jax.evaluation.features import params_digest
-        from vapi_jax.sharding import replicate, shard_whole
+        from vapi_jax.common.digests import params_digest
+        from vapi_jax.parallel.sharding import replicate, shard_whole
 
         params = task.load_tokenizer()
         self.digest = params_digest(params)
@@ -100,7 +101,7 @@ class _Encoder:
         """Tokens of any number of images; the last rows are padded to the devices."""
         import numpy as np
 
-        from vapi_jax.sharding import host_array
+        from vapi_jax.parallel.sharding import host_array
 
         missing = -len(images) % self._mesh.size
         padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
@@ -113,8 +114,8 @@ def _write(
 ) -> None:
     import numpy as np
 
+    from vapi_jax.common.progress import Progress
     from vapi_jax.data.encoded import ARRAYS, FACTS
-    from vapi_jax.metrics import Progress
 
     folder.mkdir(parents=True)
     side = facts["image_size"]
@@ -151,9 +152,9 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    xla_settings.apply_here()
-    from vapi_jax import run  # after the flags, so that --help needs no JAX
-    from vapi_jax.config import resolve
+    compiler.apply_here()
+    from vapi_jax.methods.resolve import resolve
+    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
 
     try:
         counts = encode_dataset(resolve(CONFIG.value), Path(str(OUT.value)), NUM.value)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vapi_jax import xla_settings
+from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:
     from vapi_jax.evaluation.measure import Settings
@@ -257,12 +257,12 @@ def precompute(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
-    xla_settings.apply_here()
+    compiler.apply_here()
     # After the flags, so that --help needs no JAX.
+    from vapi_jax.common.npz import NpzError
     from vapi_jax.evaluation.features import FeaturesError
     from vapi_jax.evaluation.images import ImagesError
     from vapi_jax.evaluation.measure import MeasureError
-    from vapi_jax.evaluation.npz import NpzError
     from vapi_jax.evaluation.pairs import PairsError
     from vapi_jax.evaluation.receipt import ReceiptError
     from vapi_jax.evaluation.statistics import StatisticsError

@@ -1,6 +1,6 @@
 """Train what a recipe describes: `python -m vapi_jax.main --config=RECIPE --workdir=DIR`.
 
-Flags and devices only; the work begins in `vapi_jax.run`. Recipes are under configs/; a variant
+Flags and devices only; the work begins in `vapi_jax.training.run`. Recipes are under configs/; a variant
 follows a colon, and any option can be overridden:
 
   python -m vapi_jax.main --config=configs/c2i_demo.py:tiny --workdir=/tmp/tiny
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vapi_jax import recipe_flags, xla_settings
-from vapi_jax.recipe_flags import CONFIG, parse_flags
+from vapi_jax.common import recipe_flags
+from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:
-    from vapi_jax.config import TrainConfig
+    from vapi_jax.methods.config import TrainConfig
 
 flags.adopt_module_key_flags(recipe_flags)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; made if absent")
@@ -53,12 +54,13 @@ def main(argv: list[str]) -> int:
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
     # Orbax tells every rename, and the frames of a failed save that is reported in a sentence.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    xla_settings.apply_here()
+    compiler.apply_here()
 
-    from vapi_jax import distributed, plan  # after the flags, so that --help needs no JAX
-    from vapi_jax.config import ConfigError
-    from vapi_jax.place import DistributedError, find_place
-    from vapi_jax.readiness import require
+    from vapi_jax.methods.config import ConfigError
+    from vapi_jax.parallel import distributed
+    from vapi_jax.parallel.cluster import DistributedError, find_place
+    from vapi_jax.training import plan
+    from vapi_jax.training.readiness import require
 
     if _CHECK.value:
         return plan.check(CONFIG.value, _WORKDIR.value, as_json=_JSON.value)
@@ -82,12 +84,13 @@ def main(argv: list[str]) -> int:
 
 def execute(config: "TrainConfig", workdir: Path, resume_with_changes: bool = False) -> int:
     """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
-    from vapi_jax import distributed, run
-    from vapi_jax.files import disk_trouble
-    from vapi_jax.preemption import Stopped, StopRequest
+    from vapi_jax.common.files import disk_trouble
+    from vapi_jax.parallel import distributed
+    from vapi_jax.parallel.preemption import Stopped, StopRequest
+    from vapi_jax.training import run
 
     stop = StopRequest()
-    xla_settings.enable_compilation_cache(workdir / "compilation_cache")
+    compiler.enable_compilation_cache(workdir / "compilation_cache")
     try:
         with stop.listening(), distributed.telling():
             run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)

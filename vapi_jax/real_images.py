@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from vapi_jax import output_flags, recipe_flags
-from vapi_jax.output_flags import NUM, OUT
-from vapi_jax.recipe_flags import CONFIG, parse_flags
+from vapi_jax.common import output_flags, recipe_flags
+from vapi_jax.common.output_flags import NUM, OUT
+from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 
 if TYPE_CHECKING:
     from vapi_jax.data import DataConfig
@@ -44,9 +44,10 @@ def write_images(data: "DataConfig", split: str, num: int, seed: int, out: Path)
     """
     from PIL import Image
 
-    from vapi_jax.config import ConfigError
+    from vapi_jax.common.images import to_uint8
+    from vapi_jax.common.progress import Progress
     from vapi_jax.data import fixed_samples
-    from vapi_jax.metrics import Progress, to_uint8
+    from vapi_jax.methods.config import ConfigError
 
     if out.exists():
         raise ConfigError(f"--out: {out} exists; choose another place")
@@ -68,8 +69,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    from vapi_jax import run  # after the flags, so that --help needs no JAX
-    from vapi_jax.config import resolve
+    from vapi_jax.methods.resolve import resolve
+    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
 
     out = Path(str(OUT.value))
     try:

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vapi_jax import xla_settings
-from vapi_jax.metrics import Progress, format_duration, to_uint8
-from vapi_jax.sample_files import (
+from vapi_jax.common.images import to_uint8
+from vapi_jax.common.progress import Progress, format_duration
+from vapi_jax.generation.files import (
     FORMATS,
     RECIPE,
     SampleFiles,
@@ -40,10 +40,11 @@ from vapi_jax.sample_files import (
     settle_recipe,
     write_recipe,
 )
+from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:  # JAX takes a second to import, which --help does not have
-    from vapi_jax.conditions import Conditions
-    from vapi_jax.generator import Generator
+    from vapi_jax.generation.loading import Generator
+    from vapi_jax.generation.requests import Conditions
 
 SCHEDULES = ("constant", "interval", "cosine")
 UINT8_RULE = "truncate(clamp(127.5 x + 128, 0, 255))"
@@ -193,7 +194,7 @@ class Sampler:
     ):
         import jax
 
-        from vapi_jax.sharding import replicate
+        from vapi_jax.parallel.sharding import replicate
 
         self._generator, self._conditions, self._options = generator, conditions, dict(options)
         devices = generator.mesh.size
@@ -202,9 +203,9 @@ class Sampler:
 
     def draw(self, samples: range) -> Any:
         """Float32 images [rows, H, W, 3] of these samples, still on the devices; padding follows."""
-        from vapi_jax.evaluation.resize import bicubic_torch
-        from vapi_jax.sampling import generate
-        from vapi_jax.sharding import shard_whole
+        from vapi_jax.models.resize import bicubic_torch
+        from vapi_jax.models.sampling import generate
+        from vapi_jax.parallel.sharding import shard_whole
 
         generator = self._generator
         ids = np.arange(samples.start, samples.start + self._rows, dtype=np.uint32)
@@ -231,7 +232,7 @@ def write_samples(sampler: Sampler, files: SampleFiles) -> int:
 
     Images of one chunk are encoded and written while the devices draw the next.
     """
-    from vapi_jax.sharding import host_array
+    from vapi_jax.parallel.sharding import host_array
 
     todo = files.todo()
     missing = sum(len(files.ids(chunk)) for chunk in todo)
@@ -270,7 +271,7 @@ def write_samples(sampler: Sampler, files: SampleFiles) -> int:
 
 def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
     """A row of samples for each of the first classes (or captions), uint8 [h, w, 3]."""
-    from vapi_jax.pictures import overview
+    from vapi_jax.report.pictures import overview
 
     rows, first = np.unique(conditions.rows, return_index=True)
     shown = rows[np.argsort(first)][:GRID_ROWS]
@@ -321,7 +322,7 @@ def _environment() -> dict[str, Any]:
 def _mesh(cpu_devices: int) -> Any:
     import jax
 
-    from vapi_jax.sharding import make_mesh
+    from vapi_jax.parallel.sharding import make_mesh
 
     if cpu_devices > 1:
         try:
@@ -333,8 +334,8 @@ def _mesh(cpu_devices: int) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
-    from vapi_jax.conditions import make_conditions
-    from vapi_jax.generator import load_generator
+    from vapi_jax.generation.loading import load_generator
+    from vapi_jax.generation.requests import make_conditions
 
     generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
     conditions = make_conditions(generator, args.num, args.seed, args.labels, args.conditions)
@@ -370,9 +371,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
-    xla_settings.apply_here()
-    from vapi_jax.conditions import ConditionsError
-    from vapi_jax.weights import WeightsError
+    compiler.apply_here()
+    from vapi_jax.generation.requests import ConditionsError
+    from vapi_jax.weights.names import WeightsError
 
     try:
         run(args)

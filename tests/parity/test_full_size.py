@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage.data import astronaut
 
-from tests import release_files, torch_models
-from vapi_jax import weights
+from tests.helpers import release_files, torch_models
 from vapi_jax.models import vq
-from vapi_jax.policy import make_policy, text_condition
+from vapi_jax.models.policy import make_policy, text_condition
+from vapi_jax.weights import names as weights
 
 # About five times the largest difference measured between the two float32 computations, which was
 # about what each of them is away from float64. Only latents have more: by which kernel it happens
@@ -362,7 +362,7 @@ def test_buffers_are_added_and_left_out():
 
 def test_the_command_writes_a_release_with_its_buffers(tmp_path):
     out = tmp_path / "vq"
-    command = [sys.executable, str(ROOT / "tests/release_files.py"), "VQ-8", str(out)]
+    command = [sys.executable, str(ROOT / "tests/helpers/release_files.py"), "VQ-8", str(out)]
     options = ["--format", "sharded", "--shard-mb", "60", "--dtype", "bfloat16"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.run(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.parity.test_vq import build
-from vapi_jax import grpo, reward
+from vapi_jax.methods import grpo
+from vapi_jax.rewards import reconstruction as reward
 
 VARIANTS = ("base", "advclip", "tinyclip", "kl", "tokendrop")
 

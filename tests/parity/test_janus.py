@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax import weights
 from vapi_jax.models import janus
-from vapi_jax.policy import make_policy
+from vapi_jax.models.policy import make_policy
+from vapi_jax.weights import names as weights
 
 TOLERANCE = 1e-4
 

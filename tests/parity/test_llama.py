@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax import weights
 from vapi_jax.models import llama
+from vapi_jax.models.policy import make_policy, text_condition
 from vapi_jax.models.transformer import causal_mask
-from vapi_jax.policy import make_policy, text_condition
+from vapi_jax.weights import names as weights
 
 TOLERANCE = 1e-4
 KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax import weights
 from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.policy import make_policy, text_condition
-from vapi_jax.sampling import filter_logits, generate
+from vapi_jax.models.policy import make_policy, text_condition
+from vapi_jax.models.sampling import filter_logits, generate
+from vapi_jax.weights import names as weights
 
 
 def test_filters(golden):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import relative_l2
-from vapi_jax import tokenizer_loss
+from vapi_jax.methods import tokenizer_loss
 from vapi_jax.models import discriminator, lpips, vq
-from vapi_jax.weights import from_reference, to_reference
+from vapi_jax.weights.names import from_reference, to_reference
 
 
 def nhwc(array):

@@ -10,16 +10,17 @@ import pytest
 
 from tests.conftest import relative_l2
 from tests.parity.test_vq import build, nhwc
-from vapi_jax import grpo, vapi
-from vapi_jax.config import OptimizerConfig
+from vapi_jax.methods import grpo, vapi
+from vapi_jax.methods.config import OptimizerConfig
+from vapi_jax.models import categorical
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.lpips import load_lpips_params
-from vapi_jax.pixels import PixelSpace
-from vapi_jax.policy import make_policy
-from vapi_jax.reward import RewardWeights, reward
-from vapi_jax.sharding import make_mesh
-from vapi_jax.train import make_optimizer
-from vapi_jax.weights import from_reference, to_reference
+from vapi_jax.models.policy import make_policy
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.rewards.pixels import PixelSpace
+from vapi_jax.rewards.reconstruction import RewardWeights, reward
+from vapi_jax.training.train import make_optimizer
+from vapi_jax.weights.names import from_reference, to_reference
 
 SETS = {"vapi_step": 1e-3, "vapi_step_kl": 1e-3, "vapi_step_lr1e-4": 1e-4}
 
@@ -125,8 +126,8 @@ def make_update(step):
     def loss_of(params, old_logps):
         fed = step.rollout.context[:, :-1]
         logits = step.policy.logits(params, step.batch["condition"], fed)
-        logps = grpo.token_log_probs(logits, step.rollout.samples, config.temperature)
-        ce = grpo.cross_entropy(logits, step.rollout.tokens)
+        logps = categorical.token_log_probs(logits, step.rollout.samples, config.temperature)
+        ce = categorical.cross_entropy(logits, step.rollout.tokens)
         loss, aux = vapi.objective(
             logps, old_logps, ce, logits, step.rollout, step.batch, keys, step.policy, config,
             step.base,

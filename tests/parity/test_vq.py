@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import relative_l2
 from vapi_jax.models import quantize, vq
-from vapi_jax.weights import from_reference, to_reference
+from vapi_jax.weights.names import from_reference, to_reference
 
 
 def nhwc(array):

@@ -23,8 +23,9 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vapi_jax import recipe_flags, xla_settings
-from vapi_jax.recipe_flags import CONFIG, parse_flags
+from vapi_jax.common import recipe_flags
+from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.parallel import compiler
 
 flags.adopt_module_key_flags(recipe_flags)
 _MODE = flags.DEFINE_enum(
@@ -103,11 +104,12 @@ def main(argv: list[str]) -> int:
     """Measures and prints; an expected error is a sentence and exit status 1."""
     _check_flags(argv)
     absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every backend it lacks
-    xla_settings.apply_here()
-    from vapi_jax import run  # after the flags, so that --help needs no JAX
+    compiler.apply_here()
     from vapi_jax.bench.batches import problem
-    from vapi_jax.config import ConfigError, resolve
     from vapi_jax.evaluation.features import FeaturesError
+    from vapi_jax.methods.config import ConfigError
+    from vapi_jax.methods.resolve import resolve
+    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
 
     expected = (ConfigError, FeaturesError, OSError, *run.EXPECTED_ERRORS)
     try:
@@ -146,7 +148,7 @@ def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
 
 def _measure(config: Any, mesh: Any) -> dict[str, Any]:
     from vapi_jax.bench import measure, report, sweep
-    from vapi_jax.metrics import print_table
+    from vapi_jax.common.tables import print_table
 
     if _MODE.value != "step":
         return _measure_batches(config, mesh)

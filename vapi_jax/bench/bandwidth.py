@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vapi_jax.weights import flatten
+from vapi_jax.common.trees import flatten
 
 BANDWIDTHS: tuple[tuple[str, float], ...] = (
     (r"GH200", 4.0e12),

@@ -38,10 +38,12 @@ from vapi_jax.bench.batches import (
     seconds_text,
 )
 from vapi_jax.bench.devices import peak, peak_memory
+from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.report import quantity
 from vapi_jax.bench.rig import spread, timed
-from vapi_jax.config import TrainConfig
+from vapi_jax.common.tables import format_table
+from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.collect import Engine, collect
 from vapi_jax.evaluation.frechet import frechet_distance
@@ -49,11 +51,9 @@ from vapi_jax.evaluation.images import Batch, ImageSet
 from vapi_jax.evaluation.precision_recall import precision_recall
 from vapi_jax.evaluation.reference import Network
 from vapi_jax.evaluation.statistics import Moments, merge
-from vapi_jax.hlo_flops import matmul_flops
-from vapi_jax.metrics import format_table
+from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models import inception
-from vapi_jax.sharding import replicated, shard_whole
-from vapi_jax.weights import flatten, unflatten
+from vapi_jax.parallel.sharding import replicated, shard_whole
 
 BATCH = 64
 """Images at once, as `vapi_jax.evaluate` takes them."""

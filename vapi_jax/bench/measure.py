@@ -12,16 +12,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vapi_jax import __version__, hlo
+from vapi_jax import __version__
+from vapi_jax.bench import hlo
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
+from vapi_jax.bench.flops import step_flops
+from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.bench.phases import PhaseTimer, spreads
 from vapi_jax.bench.scaling import H100, count_parameters, predict
-from vapi_jax.config import TrainConfig
-from vapi_jax.flops import step_flops
-from vapi_jax.fsdp import AXIS
-from vapi_jax.hlo_flops import matmul_flops
-from vapi_jax.metrics import Progress
+from vapi_jax.common.progress import Progress
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.parallel.fsdp import AXIS
 
 WARM_UP = 2
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vapi_jax import train, vapi
 from vapi_jax.bench.rig import Rig, Spread, spread, timed
-from vapi_jax.head import Head, draw
+from vapi_jax.methods import vapi
+from vapi_jax.models.head import Head, draw
+from vapi_jax.training import train
 
 PHASES = ("encode", "forward", "sampling", "decode", "lpips", "backward", "optimizer")
 POLICY_PHASES = ("forward", "sampling", "backward")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vapi_jax.bench.scaling import H100
-from vapi_jax.metrics import format_table
-from vapi_jax.svg import Series, chart
+from vapi_jax.common.tables import format_table
+from vapi_jax.report.svg import Series, chart
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -13,15 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vapi_jax import train
-from vapi_jax.config import ConfigError, TrainConfig
 from vapi_jax.data import make_dataset, num_classes
-from vapi_jax.memory import frozen_shapes
-from vapi_jax.policy import ClassPolicy
-from vapi_jax.readiness import with_classes
-from vapi_jax.sharding import batch_sharding, shard_batch, tree_shardings
-from vapi_jax.tasks.generator import VAPiTask
-from vapi_jax.weights import WeightsError
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.generator import VAPiTask
+from vapi_jax.models.policy import ClassPolicy
+from vapi_jax.parallel.sharding import batch_sharding, shard_batch, tree_shardings
+from vapi_jax.training import train
+from vapi_jax.training.memory import frozen_shapes
+from vapi_jax.training.readiness import with_classes
+from vapi_jax.weights.names import WeightsError
 
 _ABSENT = (WeightsError, FileNotFoundError)
 _NO_DATA = (OSError, ImportError, ValueError)

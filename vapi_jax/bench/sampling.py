@@ -45,22 +45,23 @@ from vapi_jax.bench.devices import peak_memory, planned_memory
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.report import quantity
 from vapi_jax.bench.rig import spread, timed
-from vapi_jax.conditions import make_conditions
-from vapi_jax.config import ConfigError, TrainConfig
+from vapi_jax.common.progress import Progress
+from vapi_jax.common.tables import format_table
 from vapi_jax.data import num_classes
-from vapi_jax.generator import Generator
-from vapi_jax.metrics import Progress, format_table
+from vapi_jax.generation.loading import Generator
+from vapi_jax.generation.requests import make_conditions
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.task import tokenizer_source
+from vapi_jax.models.loading import Source, load_weights
+from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
-from vapi_jax.pixels import PixelSpace
-from vapi_jax.readiness import with_classes
+from vapi_jax.parallel.sharding import shard_whole, tree_shardings
+from vapi_jax.rewards.pixels import PixelSpace
 from vapi_jax.sample import Sampler, draw_options, parse
-from vapi_jax.sampling import generate
-from vapi_jax.sharding import shard_whole, tree_shardings
-from vapi_jax.tasks import make_task
-from vapi_jax.tasks.generator import GeneratorTask
-from vapi_jax.tasks.task import tokenizer_source
-from vapi_jax.weight_files import Source, load_weights
-from vapi_jax.weights import WeightsError
+from vapi_jax.training.readiness import with_classes
+from vapi_jax.weights.names import WeightsError
 
 SEED = 0
 _ABSENT = (WeightsError, FileNotFoundError)

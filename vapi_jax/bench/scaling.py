@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vapi_jax.fsdp import AXIS
-from vapi_jax.sharding import tree_shardings
-from vapi_jax.weights import flatten
+from vapi_jax.common.trees import flatten
+from vapi_jax.parallel.fsdp import AXIS
+from vapi_jax.parallel.sharding import tree_shardings
 
 _LAYERS = "layers/"
 

@@ -14,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vapi_jax import train
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import planned_memory
+from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
 from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
-from vapi_jax.config import ConfigError, TrainConfig, resolve
-from vapi_jax.flops import step_flops
-from vapi_jax.memory import frozen_shapes
-from vapi_jax.metrics import Progress
-from vapi_jax.sharding import shard_batch
-from vapi_jax.svg import Series
+from vapi_jax.common.progress import Progress
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.parallel.sharding import shard_batch
+from vapi_jax.report.svg import Series
+from vapi_jax.training import train
+from vapi_jax.training.memory import frozen_shapes
 
 AXES = ("batch", "group", "microbatch")
 HEADERS = ("varied", "batch", "G", "microbatch", "model FLOP", "seconds", "images/s", "memory")

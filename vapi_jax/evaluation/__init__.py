@@ -1,1 +1,1 @@
-"""Measures of generated images: feature extractors and the distance between sets of features."""
+"""What images are worth: features, metrics, receipts, and the comparison at equal entropy."""

@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from vapi_jax.common.digests import params_digest
+from vapi_jax.common.progress import Progress
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.images import Batch, ImageSet, PixelDigest
 from vapi_jax.evaluation.reference import Network
 from vapi_jax.evaluation.statistics import Gaussian, Moments
-from vapi_jax.metrics import Progress
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def load_engine(
     """
     extractor = F.find_extractor(name)
     weights = extractor.load(file, any_weights)
-    digest, label = F.params_digest(weights.params), extractor.label
+    digest, label = params_digest(weights.params), extractor.label
     if extractor.needs_file and not weights.published:
         label = f"{label}, weights {weights.file_sha256[:8]}"
     dims = F.feature_dims(extractor, weights.params, images.height, images.width)

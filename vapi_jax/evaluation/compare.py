@@ -11,22 +11,20 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from vapi_jax.config import TrainConfig
+from vapi_jax.common.progress import Progress
 from vapi_jax.data import fixed_batch, num_classes
 from vapi_jax.evaluation.features import FEATURES, extract_features
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
-from vapi_jax.metrics import Progress
-from vapi_jax.sampling import generate
-from vapi_jax.sharding import host_array, replicate, shard_whole
-from vapi_jax.tasks.generator import GeneratorTask
-
-if TYPE_CHECKING:
-    from vapi_jax.loop import HeldOut
+from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.models.sampling import generate
+from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 logger = logging.getLogger(__name__)
 

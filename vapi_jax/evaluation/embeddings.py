@@ -2,8 +2,8 @@
 
 Sets of features (real crops, samples of the base, of the post-trained policy) become points in a
 plane: by the two first principal components of the real ones, with a kernel density estimate of each
-set, and by t-SNE of all sets together. What comes out is data; `vapi_jax.svg.plane` and
-`vapi_jax.pictures.draw_plane` draw it.
+set, and by t-SNE of all sets together. What comes out is data; `vapi_jax.report.svg.plane` and
+`vapi_jax.report.pictures.draw_plane` draw it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cloud:
       regions: for each of `SHARES` the closed outlines of the densest region that holds so much of
         the set; empty where no density was estimated.
       color: index of the palette.
-      shape: of the markers, see `vapi_jax.svg.Series`.
+      shape: of the markers, see `vapi_jax.report.svg.Series`.
       css: how a region is drawn: "filled", "dashed" or "solid" outlines.
     """
 

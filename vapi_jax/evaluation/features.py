@@ -22,7 +22,6 @@ line as MODULE:ATTRIBUTE:
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
-from vapi_jax.sharding import host_array, replicated, shard_whole
-from vapi_jax.weights import flatten
+from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
 Params = Mapping[str, Any]
 
@@ -266,16 +264,6 @@ def find_extractor(name: str) -> Extractor:
     if not isinstance(found, Extractor):
         raise FeaturesError(f"{name!r} is a {type(found).__name__}, not an Extractor")
     return found
-
-
-def params_digest(params: Params) -> str:
-    """SHA-256 over names, types, shapes and values, whatever file the parameters came from."""
-    digest = hashlib.sha256()
-    for name, leaf in flatten(params).items():
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def feature_dims(extractor: Extractor, params: Params, height: int, width: int) -> dict[str, int]:

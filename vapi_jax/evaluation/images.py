@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vapi_jax.evaluation.npz import NpzError, array_names, open_array, open_npz
+from vapi_jax.common.npz import NpzError, array_names, open_array, open_npz
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 # Named, because Pillow knows formats whose readers start other programs.

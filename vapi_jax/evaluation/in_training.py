@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import num_classes
 from vapi_jax.evaluation.compare import SEEN, Sampler, even_batch, real_crops
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.kernel_distance import kernel_distance
-from vapi_jax.metrics import image_grid, to_uint8
-from vapi_jax.sharding import host_array, replicate, shard_whole
-from vapi_jax.tasks import Task
-from vapi_jax.tasks.generator import GeneratorTask
+from vapi_jax.methods import Task
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 SEED = 11
 """Of the samples; the final table draws from others."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vapi_jax.common.progress import Progress
 from vapi_jax.evaluation.collect import Collected, Engine, collect, load_engine, subset
 from vapi_jax.evaluation.frechet import frechet
 from vapi_jax.evaluation.images import ImageSet, check_pairs, open_images
@@ -22,8 +23,7 @@ from vapi_jax.evaluation.precision_recall import NEIGHBOUR, precision_recall
 from vapi_jax.evaluation.receipt import environment, find_recipe
 from vapi_jax.evaluation.reference import Network, Reference, open_reference
 from vapi_jax.evaluation.statistics import Gaussian, Statistics, save_statistics
-from vapi_jax.metrics import Progress
-from vapi_jax.sharding import make_mesh
+from vapi_jax.parallel.sharding import make_mesh
 
 FEATURE_METRICS = {
     "fid": "Fréchet distance",

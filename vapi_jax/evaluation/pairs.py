@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from vapi_jax.common.progress import Progress
 from vapi_jax.evaluation.collect import digested
 from vapi_jax.evaluation.fidelity import WINDOW, psnr, ssim
 from vapi_jax.evaluation.images import ImageSet, PixelDigest
-from vapi_jax.metrics import Progress
 from vapi_jax.models.lpips import load_lpips_params, lpips
-from vapi_jax.sharding import host_array, replicated, shard_whole
+from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
 PAIR_METRICS = {
     "psnr": "PSNR in dB",

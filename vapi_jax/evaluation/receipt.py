@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi_jax import __version__
-from vapi_jax.metrics import format_table
+from vapi_jax.common.tables import format_table
 
 FORMAT = "vapi_jax evaluation receipt"
 VERSION = 1

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vapi_jax.common.digests import sha256_file
 from vapi_jax.evaluation.images import ImageSet, holds_images, open_images
 from vapi_jax.evaluation.statistics import (
     Gaussian,
@@ -17,7 +18,6 @@ from vapi_jax.evaluation.statistics import (
     holds_statistics,
     load_statistics,
 )
-from vapi_jax.weights import sha256_file
 
 
 @dataclass(frozen=True)

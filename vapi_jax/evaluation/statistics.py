@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vapi_jax.evaluation.npz import array_names, open_npz, read_array
+from vapi_jax.common.npz import array_names, open_npz, read_array
 
 MAX_DIM = 16_384
 

@@ -1,1 +1,1 @@
-"""Flax linen models. Every module is applied to parameters that the caller passes in."""
+"""Pure functional networks with parity to their references, the contract of a generator, and sampling."""

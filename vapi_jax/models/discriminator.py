@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vapi_jax.weights import Rule
+from vapi_jax.weights.names import Rule
 
 
 def _scale_init(rng: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

@@ -28,17 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from vapi_jax.evaluation.resize import bilinear_tf1_legacy
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models.layers import conv2d
-from vapi_jax.weights import (
-    Rule,
-    WeightsError,
-    flatten,
-    from_reference,
-    load_safetensors,
-    sha256_file,
-    unflatten,
-)
+from vapi_jax.models.resize import bilinear_tf1_legacy
+from vapi_jax.weights.names import Rule, WeightsError, from_reference
+from vapi_jax.weights.store import load_safetensors
 
 Params = Mapping[str, Any]
 
@@ -247,7 +242,7 @@ def preprocess(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N 299 299 3"]:
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(
             "Inception wants uint8 images [N, H, W, 3] in 0..255, got "
-            f"{images.dtype} {images.shape}; convert images in [-1, 1] with metrics.to_uint8"
+            f"{images.dtype} {images.shape}; convert images in [-1, 1] with common.images.to_uint8"
         )
     return (bilinear_tf1_legacy(images, SIDE, SIDE) - 128) / 128
 
@@ -357,7 +352,7 @@ def fold_batch_norm(tree: Params) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return load_safetensors(path)
-    from vapi_jax.torch_file import open_torch_file
+    from vapi_jax.weights.torch_file import open_torch_file
 
     # The released file is in the format before PyTorch 1.6; its digest does for the lack of checksums.
     with open_torch_file(path, legacy=True) as file:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vapi_jax.fsdp import is_split
 from vapi_jax.models.transformer import (
     BlockConfig,
     KVCache,
@@ -30,7 +29,8 @@ from vapi_jax.models.transformer import (
     scan_blocks,
     step_blocks,
 )
-from vapi_jax.weights import Rule
+from vapi_jax.parallel.fsdp import is_split
+from vapi_jax.weights.names import Rule
 
 Params = dict[str, Any]
 Condition = Any  # Int[B], or the dict described above

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vapi_jax import safe_pickle
 from vapi_jax.models.layers import conv2d
-from vapi_jax.tensor_files import open_tensors
-from vapi_jax.weights import Rule, WeightsError, from_reference
+from vapi_jax.weights import safe_pickle
+from vapi_jax.weights.names import Rule, WeightsError, from_reference
+from vapi_jax.weights.tensors import open_tensors
 
 Params = Mapping[str, Any]
 Features = tuple[Float[Array, "... h w C"], ...]

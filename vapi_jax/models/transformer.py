@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from vapi_jax import fsdp
+from vapi_jax.parallel import fsdp
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vapi_jax.models.layers import Conv, GroupNorm
 from vapi_jax.models.quantize import entropy_loss, l2_normalize, nearest_codes, squared_distances
-from vapi_jax.weights import Rule
+from vapi_jax.weights.names import Rule
 
 
 @dataclasses.dataclass(frozen=True)

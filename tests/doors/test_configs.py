@@ -1,0 +1,214 @@
+"""Every recipe loads, is what it says it is, and runs from end to end in its tiny form."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from vapi_jax.common.recipe_flags import SECTIONS
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.methods.vapi import VAPiConfig
+from vapi_jax.models.llama import LLAMA_SIZES
+from vapi_jax.models.vq import VQ_PRESETS
+from vapi_jax.training.logging import read_history
+from vapi_jax.training.run import run
+from vapi_jax.weights.store import load_safetensors
+
+FOLDER = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
+VARIANTS = [(name, variant) for name in RECIPES for variant in ("", "tiny")]
+VARIANTS.append(("c2i_demo", "full"))
+
+
+def load(name, variant=""):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def test_the_recipes_are_these():
+    assert {"c2i_demo", "c2i_xl", "c2i_xxl", "demo_base", "demo_tokenizer"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_a_recipe_resolves(name, variant):
+    config = resolve(load(name, variant))
+    assert config.name == name
+
+
+def test_every_section_can_be_overridden_whether_or_not_a_recipe_names_it():
+    groups = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if dataclasses.is_dataclass(getattr(field, "default", None)) or field.name == "policy"
+    ]
+    assert sorted(groups) == sorted(SECTIONS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_docstring_holds_the_command(name):
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
+    assert f"python -m vapi_jax.main --config=configs/{name}.py --workdir=" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_unknown_variant_is_named(name):
+    with pytest.raises(ValueError, match=rf"{name}.py:huge: known variants are"):
+        load(name, "huge")
+
+
+# Table 7 of the paper, class-conditional column, and its sections 5.1 and B.
+def check_table_7(config):
+    assert config.task == "vapi"
+    assert config.preset == "paper"
+    assert (config.steps, config.batch_size) == (100, 128)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-6, 1e-4)
+    assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
+    assert optimizer.max_grad_norm == 1.0
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
+    assert config.vapi == VAPiConfig(
+        group_size=8,
+        noise_rate=0.0,
+        ce_weight=0.1,
+        clip_epsilon=0.2,
+        advantage_clip=5.0,
+        temperature=1.0,
+        ratio="token",
+        corruption="paper",
+        kl_weight=0.0,
+        fused=True,
+    )
+    assert (config.reward.mse, config.reward.lpips) == (1.0, 1.0)
+    assert config.reward.used() == ("mse", "lpips")
+    assert config.perceptual_net == "vgg"
+    assert (config.data.name, config.data.dataset) == ("tfds", "imagenet2012")
+    assert config.data.image_size == 384
+    assert config.data.image_size // config.tokenizer.downsample_factor == 24
+    assert config.policy["num_classes"] == 1000
+    assert config.policy["dtype"] == config.tokenizer.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("name", "size"), [("c2i_xl", "GPT-XL"), ("c2i_xxl", "GPT-XXL")])
+def test_the_paper_recipes_are_table_7(name, size):
+    config = resolve(load(name))
+    check_table_7(config)
+    assert config.policy["size"] == size
+    published = {"GPT-XL": (1280, 36, 20), "GPT-XXL": (1536, 48, 24)}[size]
+    sizes = LLAMA_SIZES[size]
+    assert (sizes["dim"], sizes["n_layer"], sizes["n_head"]) == published
+    vq16, ours = VQ_PRESETS["VQ-16"], config.tokenizer
+    assert (ours.codebook_size, ours.codebook_embed_dim) == (16384, 8)
+    assert ours.encoder_ch_mult == vq16.encoder_ch_mult
+    assert (ours.ch, ours.z_channels) == (128, 256)
+    assert config.init.vq
+    assert config.init.gpt
+
+
+def test_the_reference_preset_is_one_flag_away():
+    recipe = load("c2i_xxl")
+    recipe.preset = "reference"
+    method = resolve(recipe).vapi
+    assert (method.corruption, method.fused, method.update_dropout) == ("full", False, True)
+    assert (method.group_size, method.ce_weight) == (8, 0.1)
+
+
+def test_the_demo_and_its_ingredients_have_one_shape():
+    demo, base, tokenizer = (resolve(load(n)) for n in ("c2i_demo", "demo_base", "demo_tokenizer"))
+    assert demo.tokenizer == base.tokenizer == tokenizer.tokenizer
+    assert demo.policy == base.policy
+    assert demo.data == base.data == tokenizer.data
+    assert (demo.data.image_size // demo.tokenizer.downsample_factor) ** 2 == 64
+    assert demo.cpu_devices == demo.mesh.data * demo.mesh.fsdp == 8
+    # Settings are chosen on "val"; the table is of crops that nothing has been chosen on.
+    assert (demo.eval.split, base.eval.split, tokenizer.eval.split) == ("test", "val", "val")
+    assert demo.eval.compare
+    assert demo.eval.seeds >= 3
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+SUMMARY = {"task", "name", "config", "devices", "versions", "steps", "seconds", "held_out"}
+ESTIMATE = {"mean", "sd", "n"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """name -> (summary, workdir) of a finished tiny run, each run once."""
+    done = {}
+
+    def finish(name):
+        if name not in done:
+            workdir = tmp_path_factory.mktemp(name)
+            done[name] = (run(resolve(load(name, "tiny")), workdir), workdir)
+        return done[name]
+
+    return finish
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_tiny_form_runs_from_end_to_end(name, finished):
+    summary, workdir = finished(name)
+    written = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(summary))
+    assert written.keys() >= SUMMARY
+    assert written["name"] == name
+    assert written["config"]["steps"] == written["steps"] == resolve(load(name, "tiny")).steps
+    assert written["devices"]["count"] == 8
+    assert written["devices"]["mesh"]["data"] * written["devices"]["mesh"]["fsdp"] == 8
+    assert written["versions"].keys() >= {"vapi_jax", "python", "jax", "flax", "optax", "grain"}
+    assert 0.0 < written["seconds"]["train"] < written["seconds"]["total"]
+    rows = read_history(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(written["steps"] + 1))
+    assert list((workdir / "tensorboard").iterdir())
+    for file, digest in written["weights"].items():
+        assert len(digest) == 64
+        assert load_safetensors(workdir / "weights" / file)
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert name in page
+    assert "data:image/png;base64," in page
+    assert not any(link in page for link in ('src="http', "src='http", "<link"))  # self-contained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo"])
+def test_a_post_training_run_tells_what_changed(name, finished):
+    summary, _ = finished(name)
+    for metric in ("reward", "ce", "entropy"):
+        assert summary[metric].keys() >= {"first", "last"}
+        assert summary[metric]["first"] != summary[metric]["last"]
+    assert summary["reward"]["last"] < 0.0 < summary["ce"]["last"]
+
+
+@pytest.mark.slow
+def test_the_demo_compares(finished):
+    summary, workdir = finished("c2i_demo")
+    for key in ("frechet", "frechet_unseen"):
+        found = summary[key]
+        assert found["feature"]
+        for row in ("before", "after", "floor"):
+            assert found[row].keys() == ESTIMATE
+            assert found[row]["mean"] > 0.0
+            assert found[row]["sd"] >= 0.0
+            assert found[row]["n"] == 2
+    assert summary["frechet"]["feature"] != summary["frechet_unseen"]["feature"]
+    assert "FID" not in summary["frechet"]["feature"].replace("not FID", "")
+    kinds = [row["kind"] for row in summary["table"]]
+    assert {"base", "temperature", "matched", "vapi", "floor", "real"} == set(kinds)
+    for picture in ("samples_before", "samples_after", "reconstructions", "real"):
+        assert (workdir / f"{picture}.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_finished_run_asked_again_trains_no_further(finished):
+    """The same command on a finished workdir goes on from its last checkpoint: nothing is left."""
+    summary, workdir = finished("demo_base")
+    again = run(resolve(load("demo_base", "tiny")), workdir)
+    assert again["weights"] == summary["weights"]
+    assert again["ce"] == summary["ce"]

@@ -1,0 +1,160 @@
+"""The command line: what it says to a person, and when."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+XXL = "--config=configs/c2i_xxl.py:tiny"
+
+
+def command(*arguments, python=()):
+    """`python -m vapi_jax.main` as a user runs it, with one device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.run(
+        [sys.executable, *python, "-m", "vapi_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_help_comes_without_importing_jax():
+    done = command("--help", python=("-X", "importtime"))
+    assert "--workdir" in done.stdout
+    assert "--config" in done.stdout
+    assert "configs/c2i_demo.py:tiny" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "ml_collections" in imported
+    assert not {"jax", "flax", "vapi_jax.training.run"} & imported
+
+
+@pytest.mark.parametrize("arguments", [(), (XXL,), ("--workdir=/tmp/nowhere",)])
+def test_missing_flags_are_named(arguments):
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert "--config and --workdir are needed" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config=configs/absent.py",), "no recipe can be read from configs/absent.py"),
+        (("--config=configs/c2i_xxl.py:huge",), "known variants are '' and 'tiny'"),
+        ((XXL, "--config.steps=many"), "flag --config.steps=many"),
+        ((XXL, "--config.vappi.group_size=4"), "no section of the configuration: 'vappi'"),
+        ((XXL, "--worksdir=x"), "Did you mean: workdir"),
+        ((XXL, "and", "more"), "unexpected arguments: and more"),
+    ],
+)
+def test_flags_that_mean_nothing(arguments, message):
+    done = command(*arguments, "--check")
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr
+    assert "vapi_jax/training/run.py" not in done.stderr
+
+
+def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
+    done = command(
+        XXL,
+        "--workdir=/tmp/nowhere",
+        "--config.vapi.nonsense=1",
+        "--config.vapi.group_size=1",
+        "--config.optimizer.shedule=cosine",
+        "--config.policy.dimm=64",
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line.strip() for line in done.stderr.splitlines()]
+    assert lines[0] == "error: 4 error(s) in the configuration:"
+    assert {line.split(":")[0].split("=")[0] for line in lines[1:5]} == {
+        "- config.vapi.nonsense",
+        "- config.vapi.group_size",
+        "- config.optimizer.shedule",
+        "- config.policy.dimm",
+    }
+    assert "did you mean optimizer.schedule?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_does_not_fit_the_devices_is_said_without_a_stack(tmp_path):
+    done = command(XXL, f"--workdir={tmp_path}", "--config.mesh.data=3", "--config.cpu_devices=8")
+    assert done.returncode == 1
+    assert "  - config.mesh: mesh data=3, fsdp=4 does not fit 8 device(s)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_missing_here_is_said_before_anything_is_written(tmp_path):
+    done = command("--config=configs/c2i_xxl.py", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "error: 3 error(s) in the configuration:"
+    assert [line.split("=")[0] for line in lines[1:]] == [
+        "  - config.data.path",
+        "  - config.init.gpt",
+        "  - config.init.vq",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_prints_the_plan_and_all_that_is_in_its_way():
+    """Of a recipe whose weights and data are elsewhere, within seconds."""
+    start = time.monotonic()
+    done = command("--config=configs/c2i_xxl.py", "--check")
+    assert time.monotonic() - start < 30.0  # 4 on an idle machine
+    assert done.returncode == 1
+    assert done.stdout.startswith('c2i_xxl: VA-π post-training, preset "paper"\n')
+    assert "1,410,972,672" in done.stdout
+    assert done.stderr.startswith("error: 3 error(s) in the configuration:\n  - config.data.path=")
+    assert "Traceback" not in done.stderr
+
+
+def test_check_has_the_resolved_options_as_json_overrides_included():
+    done = command(
+        "--config=configs/demo_base.py:tiny",
+        "--check",
+        "--json",
+        "--config.steps=7",
+        "--config.cpu_devices=4",
+        "--config.data.flip=false",
+        "--config.mesh.fsdp=2",
+        "--config.eval.temperatures=(0.5, 0.25)",
+        "--config.label_dropout=0.2",
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    config = plan["config"]
+    assert config["name"] == "demo_base"
+    assert config["steps"] == plan["counts"]["steps"] == 7
+    assert config["data"]["flip"] is False
+    assert config["mesh"] == {"data": -1, "fsdp": 2}
+    assert plan["mesh"] == {"data": 2, "fsdp": 2}
+    assert config["eval"]["temperatures"] == [0.5, 0.25]
+    assert config["optimizer"]["schedule"] == "cosine"
+    assert plan["problems"] == []
+
+
+def test_json_without_check_is_refused():
+    done = command(XXL, "--workdir=/tmp/nowhere", "--json")
+    assert done.returncode == 1
+    assert "--json is a form of --check" in done.stdout + done.stderr
+
+
+def test_a_preset_can_be_switched_from_the_command_line():
+    done = command(XXL, "--check", "--json", "--config.preset=reference")
+    method = json.loads(done.stdout)["config"]["vapi"]
+    assert (method["corruption"], method["fused"], method["update_dropout"]) == (
+        "full",
+        False,
+        True,
+    )

@@ -1,0 +1,217 @@
+"""What a checkpoint turns into: the same generator by every road, and sentences where there is none."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vapi_jax.common.recipes import load_recipe
+from vapi_jax.common.trees import flatten
+from vapi_jax.generation import loading as module
+from vapi_jax.generation.loading import load_generator
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.models import llama, vq
+from vapi_jax.models.conversion import convert
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.weights.names import WeightsError, to_reference
+from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
+
+ROOT = Path(__file__).parents[2]
+RECIPE = load_recipe(str(ROOT / "configs" / "demo_base.py"), "demo_base")
+SHIPPED = json.loads(DIGESTS.read_text())
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def demo(mesh):
+    return load_generator("demo", mesh)
+
+
+def write_run(workdir, policy_weights=ASSETS["policy"], **changes):
+    """The workdir of a finished run of configs/demo_base.py, as `vapi_jax.training.run` leaves it."""
+    recipe = RECIPE.get_config()
+    recipe.policy.num_classes = 12
+    recipe.update(changes)
+    config = dataclasses.asdict(resolve(recipe))
+    (workdir / "weights").mkdir(parents=True)
+    digest = save_safetensors(
+        workdir / "weights" / "policy.safetensors", load_safetensors(policy_weights), {}
+    )
+    summary = {
+        "config": json.loads(json.dumps(config, default=str)),
+        "weights": {"policy.safetensors": digest},
+        "versions": {"vapi_jax": "0.1.0"},
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    return workdir
+
+
+def equal_trees(a, b):
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_the_demo_is_the_shipped_weights_in_float32(demo):
+    for kind, params in (("policy", demo.params), ("tokenizer", demo.frozen["tokenizer"])):
+        assert equal_trees(params, load_safetensors(ASSETS[kind], "float32"))
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert (demo.image_size, demo.num_classes, demo.policy.num_tokens) == (32, 12, 64)
+    assert demo.class_names[:3] == ("astronaut", "camera", "chelsea")
+    assert demo.facts["sha256"] == {
+        kind: {ASSETS[kind].name: SHIPPED[ASSETS[kind].name]} for kind in ("policy", "tokenizer")
+    }
+    assert demo.facts["trained"]["trained_by"] == "configs/demo_base.py"
+    assert json.loads(json.dumps(demo.facts))["policy"]["n_kv_head"] == 2
+
+
+def test_the_sizes_of_the_demo_are_those_of_its_recipes(demo):
+    """The package cannot import the recipes, which are no part of it, so it repeats their sizes."""
+    recipe = RECIPE.get_config()
+    recipe.policy.num_classes = 12
+    config = resolve(recipe)
+    assert dataclasses.asdict(demo.pixels.tokenizer.config) == dataclasses.asdict(config.tokenizer)
+    policy = {**config.policy, "vocab_size": config.tokenizer.codebook_size, "block_size": 64}
+    assert policy == module._DEMO_POLICY
+
+
+def test_the_weights_lie_split_over_the_mesh():
+    split = load_generator("demo", make_mesh(2, 4))
+    kernel = split.params["layers"]["feed_forward"]["w1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (4, 192 // 4, 512)
+    assert equal_trees(split.params, load_safetensors(ASSETS["policy"], "float32"))
+
+
+def test_a_run_is_read_by_its_summary(tmp_path, demo, mesh):
+    run = load_generator(str(write_run(tmp_path / "run", seed=5)), mesh)
+    assert equal_trees(run.params, demo.params)
+    assert equal_trees(run.frozen, demo.frozen)
+    assert run.policy == demo.policy
+    assert run.class_names == demo.class_names
+    trained = run.facts["trained"]
+    assert (trained["task"], trained["seed"], trained["steps"]) == ("base", 5, 4000)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert run.facts["sha256"]["policy"] == summary["weights"]
+    assert run.facts["sha256"]["tokenizer"] == demo.facts["sha256"]["tokenizer"]
+
+
+def test_converted_weights_give_the_same_generator(tmp_path, demo, mesh):
+    """The shipped weights under LlamaGen's names, converted back."""
+    for kind, rules in (("policy", llama.NAME_RULES), ("tokenizer", vq.NAME_RULES)):
+        params = load_safetensors(ASSETS[kind], "float32")
+        save_file(to_reference(params, rules), tmp_path / f"{kind}.safetensors")
+    args = {"n_head": 6, "n_kv_head": 2, "multiple_of": 64, "block_size": 64, "num_classes": 12}
+    files = {"gpt": tmp_path / "policy.safetensors", "vq": tmp_path / "tokenizer.safetensors"}
+    manifest = convert(tmp_path / "both", **files, gpt_args=args)
+    found = load_generator(str(tmp_path / "both"), mesh)
+    assert equal_trees(found.params, demo.params)
+    assert equal_trees(found.frozen, demo.frozen)
+    assert found.policy == demo.policy
+    assert (found.image_size, found.num_classes, found.class_names) == (32, 12, None)
+    digests = {name: facts["sha256"] for name, facts in manifest["outputs"].items()}
+    assert found.facts["sha256"] == {"policy": digests, "tokenizer": digests}
+    assert [source["file"] for source in found.facts["trained"]["sources"]] == [
+        "policy.safetensors", "tokenizer.safetensors",
+    ]  # fmt: skip
+
+    convert(tmp_path / "alone", gpt=files["gpt"], gpt_args=args)
+    with pytest.raises(WeightsError, match="holds no vq: .* with --gpt and --vq"):
+        load_generator(str(tmp_path / "alone"), mesh)
+    weights = tmp_path / "both" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(WeightsError, match=r"damaged: model.safetensors \(its SHA-256 differs\)"):
+        load_generator(str(tmp_path / "both"), mesh)
+
+
+def test_another_compute_dtype_leaves_the_weights_and_the_tokenizer_as_they_are(
+    tmp_path, mesh, demo
+):
+    for ckpt in ("demo", str(write_run(tmp_path / "run"))):
+        narrow = load_generator(ckpt, mesh, dtype="bfloat16")
+        assert narrow.policy == dataclasses.replace(
+            demo.policy, config=dataclasses.replace(demo.policy.config, dtype="bfloat16")
+        )
+        assert equal_trees(narrow.params, demo.params)
+        assert narrow.pixels.tokenizer == demo.pixels.tokenizer
+        assert narrow.facts["policy"]["dtype"] == "bfloat16"
+
+
+def test_class_names_are_left_out_where_the_data_is_gone(tmp_path, mesh):
+    data = {"name": "image_folder", "path": str(tmp_path / "gone"), "image_size": 32}
+    run = load_generator(str(write_run(tmp_path / "run", data=data)), mesh)
+    assert (run.class_names, run.num_classes) == (None, 12)
+
+
+def edit(path, change):
+    summary = json.loads(path.read_text())
+    change(summary)
+    path.write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "holds no generator. Looked there for: "),
+        (lambda run: (run / "summary.json").write_text("{"), "cannot be read as JSON"),
+        (lambda run: (run / "summary.json").write_text("[]"), "holds no configuration of a run"),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s["config"]["init"].update(new=1)),
+            "is of another version: .*config.init.new: nothing reads this option",
+        ),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s["config"].update(task="tokenizer")),
+            "a run of task 'tokenizer', which trains no generator",
+        ),
+        (
+            lambda run: edit(run / "summary.json", lambda s: s["config"]["init"].update(vq="")),
+            "names no weights of a tokenizer",
+        ),
+        (
+            lambda run: (run / "weights" / "policy.safetensors").unlink(),
+            "has a summary.json but no weights/policy.safetensors",
+        ),
+        (
+            lambda run: (run / "weights" / "policy.safetensors").write_bytes(b"other"),
+            "is not the file that the run wrote: its SHA-256 is d9298a10d1b0735837dc4bd85dac641b",
+        ),
+        (
+            lambda run: edit(
+                run / "summary.json",
+                lambda s: (s["config"]["policy"].update(n_layer=3), s["weights"].clear()),
+            ),
+            "do not fit the model",
+        ),
+    ],
+)
+def test_a_broken_run_is_refused_with_what_is_wrong(tmp_path, mesh, break_it, message):
+    run = write_run(tmp_path / "run")
+    break_it(run)
+    with pytest.raises(WeightsError, match=f"(?s){message}"):
+        load_generator(str(run), mesh)
+
+
+def test_what_was_looked_for_is_said(tmp_path, mesh):
+    with pytest.raises(WeightsError, match="'nowhere' does not exist. Give 'demo'"):
+        load_generator("nowhere", mesh)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match="is a file, not a directory"):
+        load_generator(str(tmp_path / "file"), mesh)
+    with pytest.raises(WeightsError) as caught:
+        load_generator(str(tmp_path), mesh)
+    for marker, (what, _) in module.DIRECTORIES.items():
+        assert f"{marker} of {what}" in str(caught.value)
+
+
+def test_generator_and_tokenizer_must_fit(monkeypatch, mesh):
+    monkeypatch.setitem(module._DEMO_POLICY, "block_size", 49)
+    with pytest.raises(WeightsError, match="49 tokens of 1024 codes, and a 8x8 grid of 1024 codes"):
+        load_generator("demo", mesh)

@@ -1,0 +1,534 @@
+"""Configurations: every mistake is named, all at once, and every option is read by something."""
+
+import dataclasses
+import typing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.methods import config_checks
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.resolve import device_errors, resolve
+from vapi_jax.methods.vapi import PRESETS, VAPiConfig
+from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.models.janus import JanusConfig
+from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.models.lpips import backbone_features, lpips_shapes
+
+MINIMAL = {"name": "x", "task": "vapi", "policy": {"kind": "class", "size": "GPT-B"}}
+DTYPES = "('float32', 'bfloat16')"
+SMALL = {"block_size": 4, "dim": 32, "n_head": 4, "n_layer": 1}  # 32 px under VQ-16
+
+
+def lines(**changes):
+    """The errors of a configuration, one a line, without the prefix."""
+    with pytest.raises(ConfigError) as error:
+        resolve({**MINIMAL, **changes})
+    count, *rest = str(error.value).splitlines()
+    assert count.startswith(f"{len(rest)} error(s)")
+    assert all(line.startswith("  - config.") for line in rest)
+    return [line.removeprefix("  - config.") for line in rest]
+
+
+def test_defaults_are_the_papers():
+    config = resolve(MINIMAL)
+    assert config.vapi == VAPiConfig()
+    assert (config.steps, config.batch_size) == (100, 128)
+    assert config.optimizer.learning_rate == 1e-6
+
+
+def test_config_dicts_and_mappings_resolve_alike():
+    changes = {**MINIMAL, "eval": {"temperatures": [0.5, 1]}, "optimizer": {"learning_rate": 1}}
+    config = resolve(ConfigDict(changes))
+    assert config == resolve(changes)
+    assert config.eval.temperatures == (0.5, 1.0)
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert resolve({**MINIMAL, "steps": 1e3}).steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"stepz": 3}, "stepz: nothing reads this option; did you mean steps?"),
+        (
+            {"vapi": {"groupsize": 3}},
+            "vapi.groupsize: nothing reads this option; did you mean vapi.group_size?",
+        ),
+        (
+            {"tokenizer_training": {"loss": {"perceptal": 3.0}}},
+            "tokenizer_training.loss.perceptal: nothing reads this option; did you mean "
+            "tokenizer_training.loss.perceptual?",
+        ),
+        (
+            {"policy": {"kind": "class", "n_layers": 3}},
+            "policy.n_layers: nothing reads this option; did you mean policy.n_layer?",
+        ),
+        ({"mesh": {"zzz": 1}}, "mesh.zzz: nothing reads this option; known: data, fsdp"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_known_one(changes, line):
+    assert lines(**changes) == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"steps": "many"}, "steps='many': wants int, not str"),
+        ({"steps": 2.5}, "steps=2.5: wants int, not float"),
+        ({"steps": True}, "steps=True: wants int, not bool"),
+        ({"vapi": {"fused": 1}}, "vapi.fused=1: wants bool, not int"),
+        ({"vapi": {"ratio": None}}, "vapi.ratio=None: wants str, not NoneType"),
+        ({"optimizer": {"b1": "0.9"}}, "optimizer.b1='0.9': wants float, not str"),
+        ({"data": "photos"}, "data='photos': wants options of its own, not a value"),
+        ({"vapi": 3}, "vapi=3: wants options of its own, not a value"),
+        ({"policy": "class"}, "policy='class': wants options of its own, not a value"),
+        ({"eval": {"temperatures": 0.9}}, "eval.temperatures=0.9: wants a tuple, not float"),
+        ({"eval": {"temperatures": ("a",)}}, "eval.temperatures='a': wants float, not str"),
+        ({"policy": {"kind": "class", "dim": "a"}}, "policy.dim='a': wants int, not str"),
+    ],
+)
+def test_wrong_types(changes, line):
+    assert line in lines(**changes)
+
+
+def changes_of(path, value):
+    """{"a": {"b": value}} of "a.b"; the generator is of a kind that has the option."""
+    *sections, name = path.split(".")
+    changes = {name: value}
+    for section in reversed(sections):
+        changes = {section: changes}
+    if sections == ["policy"]:
+        janus = {"hidden_dim", "text_vocab_size", "image_embed_dim", "num_tokens", "pad_id"}
+        changes["policy"] |= {"kind": "janus" if name in janus else "class"}
+    return changes
+
+
+# Option, a value on the wrong side of its limit, what it wants.
+OUTSIDE = [
+    ("seed", -1, "wants 0 to 4294967295"),
+    ("seed", 2**32, "wants 0 to 4294967295"),
+    ("steps", 0, "wants at least 1"),
+    ("batch_size", 0, "wants at least 1"),
+    ("microbatch_size", -8, "wants at least 0"),
+    ("cpu_devices", 0, "wants at least 1"),
+    ("decode_chunk", -1, "wants at least 0"),
+    ("log_every", 0, "wants at least 1"),
+    ("label_dropout", 1.5, "wants 0 to 1"),
+    ("mesh.data", 0, "wants at least 1, or -1 for what is left"),
+    ("mesh.fsdp", -2, "wants at least 1, or -1 for what is left"),
+    ("tokenizer.codebook_size", 1, "wants at least 2"),
+    ("tokenizer.codebook_embed_dim", 0, "wants at least 1"),
+    ("tokenizer.ch", 0, "wants at least 1"),
+    ("tokenizer.encoder_ch_mult", (1, 0), "wants at least 1"),
+    ("tokenizer.decoder_ch_mult", (-1, 1), "wants at least 1"),
+    ("tokenizer.num_res_blocks", 0, "wants at least 1"),
+    ("tokenizer.z_channels", 0, "wants at least 1"),
+    ("tokenizer.groupnorm_groups", 0, "wants at least 1"),
+    ("tokenizer.commit_loss_beta", -0.5, "wants at least 0"),
+    ("tokenizer.entropy_loss_ratio", -0.5, "wants at least 0"),
+    ("tokenizer.entropy_temperature", 0.0, "wants more than 0"),
+    ("tokenizer.dropout_p", 1.0, "wants [0, 1)"),
+    ("tokenizer_training.loss.reconstruction", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.perceptual", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.codebook", -1.0, "wants at least 0"),
+    ("tokenizer_training.loss.adversarial", -1.0, "wants at least 0"),
+    ("tokenizer_training.discriminator_start", -1, "wants at least 0"),
+    ("tokenizer_training.discriminator_ndf", 0, "wants at least 1"),
+    ("tokenizer_training.discriminator_layers", 0, "wants at least 1"),
+    ("tokenizer_training.restart_below", -0.1, "wants at least 0"),
+    ("tokenizer_training.restart_every", 0, "wants at least 1"),
+    ("tokenizer_training.restart_until", 1.1, "wants 0 to 1"),
+    ("policy.dim", 0, "wants at least 1"),
+    ("policy.n_layer", 0, "wants at least 1"),
+    ("policy.n_head", 0, "wants at least 1"),
+    ("policy.n_kv_head", 0, "wants at least 1"),
+    ("policy.multiple_of", 0, "wants at least 1"),
+    ("policy.ffn_dim_multiplier", 0.0, "wants more than 0"),
+    ("policy.rope_base", 0.0, "wants more than 0"),
+    ("policy.norm_eps", 0.0, "wants more than 0"),
+    ("policy.initializer_range", -0.1, "wants at least 0"),
+    ("policy.token_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.attn_dropout_p", -0.1, "wants [0, 1)"),
+    ("policy.resid_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.ffn_dropout_p", 1.0, "wants [0, 1)"),
+    ("policy.drop_path_rate", 1.0, "wants [0, 1)"),
+    ("policy.num_classes", 0, "wants at least 1"),
+    ("policy.caption_dim", 0, "wants at least 1"),
+    ("policy.class_dropout_prob", 2.0, "wants 0 to 1"),
+    ("policy.vocab_size", 1, "wants at least 2"),
+    ("policy.cls_token_num", 0, "wants at least 1"),
+    ("policy.block_size", 0, "wants at least 1"),
+    ("policy.hidden_dim", 0, "wants at least 1"),
+    ("policy.text_vocab_size", 0, "wants at least 1"),
+    ("policy.image_embed_dim", 0, "wants at least 1"),
+    ("policy.num_tokens", 0, "wants at least 1"),
+    ("policy.pad_id", -1, "wants at least 0"),
+    ("vapi.group_size", 1, "advantages need at least 2"),
+    ("vapi.noise_rate", 1.5, "wants 0 to 1"),
+    ("vapi.noise_rate", -0.1, "wants 0 to 1"),
+    ("vapi.temperature", 0.0, "wants more than 0"),
+    ("vapi.ce_weight", -0.1, "wants at least 0"),
+    ("vapi.clip_epsilon", 0.0, "wants more than 0"),
+    ("vapi.advantage_clip", 0.0, "wants more than 0"),
+    ("vapi.kl_weight", -0.1, "wants at least 0"),
+    ("vapi.token_dropout", 1.0, "wants [0, 1)"),
+    ("vapi.label_dropout", 1.1, "wants 0 to 1"),
+    ("reward.mse", -1.0, "wants at least 0"),
+    ("reward.lpips", -1.0, "wants at least 0"),
+    ("reward.l1", -1.0, "wants at least 0"),
+    ("reward.codebook_cosine", -1.0, "wants at least 0"),
+    ("reward.gan", -1.0, "wants at least 0"),
+    ("optimizer.learning_rate", -1.0, "wants at least 0"),
+    ("optimizer.weight_decay", -0.1, "wants at least 0"),
+    ("optimizer.b1", 1.0, "wants [0, 1)"),
+    ("optimizer.b2", -0.1, "wants [0, 1)"),
+    ("optimizer.eps", 0.0, "wants more than 0"),
+    ("optimizer.max_grad_norm", -1.0, "wants at least 0"),
+    ("optimizer.warmup_steps", -1, "wants at least 0"),
+    ("eval.every", 0, "wants at least 1"),
+    ("eval.images", 0, "wants at least 1"),
+    ("eval.samples", 0, "wants at least 1"),
+    ("eval.seeds", 0, "wants at least 1"),
+    ("eval.temperatures", (0.9, 0.0), "wants more than 0"),
+    ("eval.sampled", 2, "wants at least 3"),
+    ("eval.sampled_every", -1, "wants at least 0"),
+    ("eval.grid_per_class", 0, "wants at least 1"),
+    ("eval.grid_classes", 0, "wants at least 1"),
+    ("checkpoint.every", -1, "wants at least 0"),
+    ("checkpoint.keep_last", 0, "wants at least 1"),
+    ("checkpoint.keep_every", -1, "wants at least 0"),
+    ("max_skipped", -1, "wants at least 0"),
+]
+
+# And a value at the limit, where the limit itself is possible.
+INSIDE = [
+    ("seed", 2**32 - 1),
+    ("label_dropout", 1.0),
+    ("vapi.noise_rate", 0.0),
+    ("vapi.noise_rate", 1.0),
+    ("vapi.token_dropout", 0.0),
+    ("vapi.group_size", 2),
+    ("vapi.ce_weight", 0.0),
+    ("decode_chunk", 0),
+    ("tokenizer.codebook_size", 2),
+    ("optimizer.b1", 0.0),
+    ("optimizer.max_grad_norm", 0.0),
+    ("mesh.data", 1),
+    ("checkpoint.every", 0),
+    ("policy.n_kv_head", None),
+    ("eval.temperatures", ()),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "wants"), OUTSIDE)
+def test_a_number_outside_its_limits_is_named_with_them(path, value, wants):
+    assert lines(**changes_of(path, value)) == [f"{path}={value}: {wants}"]
+
+
+@pytest.mark.parametrize(("path", "value"), INSIDE)
+def test_a_number_at_its_limit_is_possible(path, value):
+    resolve({**MINIMAL, **changes_of(path, value)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "path", ["optimizer.learning_rate", "vapi.temperature", "policy.rope_base"]
+)
+def test_numbers_must_be_finite(path, value):
+    assert lines(**changes_of(path, value)) == [f"{path}={value}: wants a finite number"]
+
+
+def test_every_number_has_limits_and_every_limit_an_option_and_a_row_above():
+    """The data's own are checked by `DataConfig`; see tests/data/test_data.py."""
+    numbers = set()
+
+    def collect(kind, where):
+        for name, hint in typing.get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                collect(hint, f"{where}{name}.")
+            elif {int, float} & {hint, *typing.get_args(hint)}:
+                numbers.add(f"{where}{name}")
+
+    collect(TrainConfig, "")
+    for kind in (LlamaConfig, JanusConfig):
+        collect(kind, "policy.")
+    numbers = {name for name in numbers if not name.startswith("data.")}
+    limited = set(config_checks.LIMITS) | set(config_checks._OTHERS)
+    assert numbers == limited
+    assert {path for path, _, _ in OUTSIDE} == limited
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"task": "sing"}, "task='sing': choose one of ('vapi', 'tokenizer', 'base')"),
+        ({"preset": "papr"}, "preset='papr': choose one of ('paper', 'reference', 'equations')"),
+        ({"name": ""}, "name='': wants a name"),
+        ({"mesh": {"fsdp": -1}}, "mesh: only one of data and fsdp can be -1, what is left"),
+        (
+            {"microbatch_size": 48},
+            "microbatch_size=48: batch_size=128 is not a multiple of it",
+        ),
+        ({"eval": {"split": "dev"}}, "eval.split='dev': choose one of ('train', 'val', 'test')"),
+        ({"perceptual_net": "squeeze"}, "perceptual_net='squeeze': choose one of ('vgg', 'alex')"),
+        ({"on_nonfinite": "pray"}, "on_nonfinite='pray': choose one of ('stop', 'skip')"),
+        (
+            {"optimizer": {"schedule": "linear"}},
+            "optimizer.schedule='linear': choose one of ('constant', 'cosine')",
+        ),
+        (
+            {"data": {"image_size": 40}, "policy": {"kind": "class", **SMALL}},
+            "data.image_size=40: the tokenizer reduces by 16; take a multiple of it",
+        ),
+        (
+            {"tokenizer": {"encoder_ch_mult": (), "decoder_ch_mult": ()}},
+            "tokenizer.encoder_ch_mult=(): wants a width for at least one resolution",
+        ),
+        ({"tokenizer": {"dtype": "float16"}}, "tokenizer.dtype='float16': choose one of " + DTYPES),
+        (
+            {"policy": {"kind": "class", "block_size": 9}},
+            "policy.block_size=9: images of 32 px give 2x2 tokens, so 4",
+        ),
+        (
+            {"policy": {"kind": "class", "vocab_size": 99}},
+            "policy.vocab_size=99: the tokenizer has 16384 codes",
+        ),
+        (
+            {"policy": {"kind": "diffusion"}},
+            "policy.kind='diffusion': choose one of ('class', 'text', 'janus')",
+        ),
+        ({"policy": {}}, "policy.kind=None: choose one of ('class', 'text', 'janus')"),
+        (
+            {"policy": {"kind": "text", **SMALL}},
+            "policy.kind='text': data sources give class labels; choose 'class'",
+        ),
+        (
+            {"policy": {"kind": "class", "dim": 30, "n_head": 4}},
+            "policy: n_head must divide dim, and n_kv_head must divide n_head",
+        ),
+        (
+            {"policy": {"kind": "class", "size": "GPT-XS"}},
+            f"policy: unknown size 'GPT-XS', known are {', '.join(LLAMA_SIZES)}",
+        ),
+        (
+            {"policy": {"kind": "class", "dtype": "float16"}},
+            "policy.dtype='float16': choose one of " + DTYPES,
+        ),
+        (
+            {"policy": {"kind": "class", "remat": "some"}},
+            "policy.remat='some': choose one of ('none', 'full', 'dots')",
+        ),
+        (
+            {"policy": {"kind": "class", "attention": "flash"}},
+            "policy.attention='flash': choose one of ('auto', 'xla', 'cudnn')",
+        ),
+        (
+            {"task": "base", "policy": {"kind": "class", "class_dropout_prob": 0.0}},
+            "policy.class_dropout_prob=0.0: this generator has no embedding for dropped labels; set "
+            "label_dropout=0.0",
+        ),
+        (
+            {"preset": "reference", "policy": {"kind": "class", "class_dropout_prob": 0.0}},
+            "policy.class_dropout_prob=0.0: this generator has no embedding for dropped labels; set "
+            "vapi.label_dropout=0.0",
+        ),
+        (
+            {"task": "base", "policy": {"kind": "class", "attn_dropout_p": 0.1}},
+            "policy.attn_dropout_p=0.1: attention kernels have no dropout; set it to 0",
+        ),
+        (
+            {"vapi": {"corruption": "none"}},
+            "vapi.corruption='none': choose one of ('paper', 'full')",
+        ),
+        ({"vapi": {"ratio": "word"}}, "vapi.ratio='word': choose one of ('token', 'sequence')"),
+        (
+            {"vapi": {"mse_reduction": "max"}},
+            "vapi.mse_reduction='max': choose one of ('mean', 'sum')",
+        ),
+        (
+            {"vapi": {"update_dropout": True}},
+            "vapi.update_dropout: the fused step samples from its training forward; set "
+            "vapi.fused=False to run dropout in the update",
+        ),
+        (
+            {"reward": {"mse": 0.0, "lpips": 0.0}},
+            "reward: all weights are 0; the reward would be constant",
+        ),
+        (
+            {"reward": {"gan": 0.1}},
+            "reward.gan: name the discriminator's weights in init.discriminator",
+        ),
+        (
+            {"init": {"perceptual": ("vgg16.pth",)}},
+            "init.perceptual: wants two files, the backbone's and the heads' (or none), not 1",
+        ),
+        (
+            {"data": {"name": "flickr"}},
+            "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+        ),
+        (
+            {"data": {"image_size": 16}, "perceptual_net": "alex"},
+            "data.image_size=16: LPIPS (alex) wants at least 31 pixels",
+        ),
+        (
+            {"task": "tokenizer", "tokenizer_training": {"discriminator_kind": "wgan"}},
+            "tokenizer_training.discriminator_kind='wgan': choose one of ('hinge', 'vanilla', "
+            "'non-saturating', 'non-saturating-llamagen')",
+        ),
+        (
+            {"task": "tokenizer", "tokenizer_training": {"adversarial_kind": "wgan"}},
+            "tokenizer_training.adversarial_kind='wgan': choose one of ('hinge', 'non-saturating', "
+            "'non-saturating-llamagen')",
+        ),
+        (
+            {"task": "tokenizer", "tokenizer_training": {"discriminator_layers": 4}},
+            "tokenizer_training.discriminator_layers=4: nothing is left of 32 pixels; take fewer",
+        ),
+        (
+            {"tokenizer_training": {"loss": {"reconstruction_norm": "l3"}}},
+            "tokenizer_training.loss: reconstruction_norm 'l3' is not l1 or l2",
+        ),
+        (
+            {"task": "base", "eval": {"compare": True}},
+            "eval.compare: task 'base' has no table; set it to False",
+        ),
+        (
+            {"task": "tokenizer", "eval": {"sampled_every": 5}},
+            "eval.sampled_every: a tokenizer draws no samples; set it to 0",
+        ),
+        (
+            {"eval": {"controls": True}},
+            "eval.controls: they are rows of the table; set eval.compare=True as well",
+        ),
+        (
+            {"eval": {"compare": True, "samples": 512}},
+            "eval.samples=512: the table compares 512 features; wants at least 513",
+        ),
+    ],
+)
+def test_impossible_values_come_with_their_fix(changes, line):
+    assert lines(**changes) == [line]
+
+
+def test_what_is_said_of_networks_is_true():
+    """Limits that are written down in the checks, measured on the networks themselves."""
+    for net, side in config_checks.PERCEPTUAL_SIDE.items():
+        run, params = partial(backbone_features, net=net), lpips_shapes(net)
+        jax.eval_shape(run, params, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        smaller = jax.ShapeDtypeStruct((1, side - 1, side - 1, 3), jnp.float32)
+        with pytest.raises(ValueError, match="at least"):
+            jax.eval_shape(run, params, smaller)
+    for side, layers in ((32, 3), (31, 2), (24, 3), (64, 4)):
+        model = PatchGAN(ndf=4, n_layers=layers)
+        init = partial(model.init_with_output, train=False)
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        logits, _ = jax.eval_shape(init, jax.random.key(0), image)
+        assert logits.shape[1] == config_checks._patches(side, layers)
+    assert max(feature.dim for feature in FEATURES.values()) == config_checks.COMPARED_FEATURES
+
+
+def test_a_wrong_value_draws_no_further_complaints_of_what_follows_from_it():
+    assert lines(data={"image_size": 0}, policy={"kind": "class", "block_size": 9}) == [
+        "data: image_size must be at least 1, got 0"
+    ]
+    assert lines(batch_size=-1, microbatch_size=3) == ["batch_size=-1: wants at least 1"]
+    assert lines(tokenizer={"codebook_size": 0}, policy={"kind": "class", "vocab_size": 7}) == [
+        "tokenizer.codebook_size=0: wants at least 2"
+    ]
+
+
+def test_the_data_section_says_all_that_is_wrong_with_it():
+    assert lines(data={"image_size": 0, "crop": "middle", "name": "flickr"}) == [
+        "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+        "data: crop must be one of ('center', 'random'), got 'middle'",
+        "data: image_size must be at least 1, got 0",
+    ]
+
+
+def test_all_errors_come_at_once():
+    found = lines(
+        preset="papr",
+        stepz=1,
+        batch_size=-1,
+        log_every="often",
+        data={"name": "flickr"},
+        tokenizer={"ch": 33},
+        vapi={"group_size": 1, "noise_rte": 0.1},
+        policy={"kind": "class", "wings": 2, "n_layer": "two"},
+        optimizer={"schedule": "linear"},
+    )
+    assert len(found) == 11
+    assert sorted(line.split(":")[0].split("=")[0] for line in found) == [
+        "batch_size",
+        "data",
+        "log_every",
+        "optimizer.schedule",
+        "policy.n_layer",
+        "policy.wings",
+        "preset",
+        "stepz",
+        "tokenizer",
+        "vapi.group_size",
+        "vapi.noise_rte",
+    ]
+
+
+def test_name_and_task_must_be_there():
+    with pytest.raises(ConfigError, match=r"(?s)2 error.*config.name: missing.*config.task: miss"):
+        resolve({"policy": MINIMAL["policy"]})
+
+
+def test_a_preset_sets_what_the_recipe_does_not():
+    reference = resolve({**MINIMAL, "preset": "reference"}).vapi
+    assert reference == dataclasses.replace(VAPiConfig(), **PRESETS["reference"])
+    assert reference.corruption == "full"
+    mixed = resolve({**MINIMAL, "preset": "reference", "vapi": {"corruption": "paper"}}).vapi
+    assert mixed == dataclasses.replace(reference, corruption="paper")
+    explicit = resolve({**MINIMAL, "preset": "equations", "vapi": {"ratio": "token"}}).vapi
+    assert (explicit.ratio, explicit.mse_reduction) == ("token", "sum")
+
+
+def test_presets_only_name_options_that_exist():
+    known = {field.name for field in dataclasses.fields(VAPiConfig)}
+    assert all(set(preset) <= known for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "found"),
+    [
+        (
+            {"batch_size": 24, "microbatch_size": 12, "eval": {"images": 20}},
+            8,
+            [
+                "microbatch_size=12: not a multiple of the 8 devices; take 24",
+                "eval.images=20: not a multiple of the 8 devices; take 24",
+            ],
+        ),
+        (
+            {"batch_size": 20, "microbatch_size": 10, "eval": {"images": 64}},
+            8,
+            ["batch_size=20: not a multiple of the 8 devices; take 24"],
+        ),
+        (
+            {"batch_size": 96, "microbatch_size": 12},
+            8,
+            ["microbatch_size=12: not a multiple of the 8 devices; take 16"],
+        ),
+        ({"batch_size": 24, "microbatch_size": 12, "eval": {"images": 20}}, 4, []),
+        ({"batch_size": 7, "eval": {"images": 7}}, 1, []),
+    ],
+)
+def test_batches_must_split_over_the_devices(changes, devices, found):
+    assert device_errors(resolve({**MINIMAL, **changes}), devices) == found
+    # What an error tells to take is possible.
+    for line in found:
+        *sections, name = line.split("=")[0].split(".")
+        fix = {name: int(line.rsplit(" ", 1)[1])}
+        if name == "batch_size":
+            fix["microbatch_size"] = 0
+        changes = {**changes, **({sections[0]: fix} if sections else fix)}
+    assert device_errors(resolve({**MINIMAL, **changes}), devices) == []

@@ -1,0 +1,224 @@
+"""The fused step against the plain one, and what must not change it: microbatches, order, samples."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import relative_l2
+from vapi_jax.methods import vapi
+from vapi_jax.models.policy import make_policy
+from vapi_jax.rewards.reconstruction import RewardWeights
+
+B, G, GRID, V = 4, 5, 3, 11
+WEIGHTS = RewardWeights(mse=1.0, lpips=0.5)
+CONFIG = vapi.VAPiConfig(group_size=G, noise_rate=0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A small policy over images that ARE their tokens, so that the method stands alone."""
+
+    policy: object
+    params: dict
+    batch: dict
+
+    def encode(self, images):
+        return jnp.round((images.mean((-2, -1)).reshape(len(images), -1) + 1) * (V - 1) / 2).astype(
+            jnp.int32
+        )
+
+    def losses(self, samples, images):
+        decoded = samples.astype(jnp.float32) * 2 / (V - 1) - 1
+        target = images.mean((-2, -1)).reshape(len(images), 1, -1)
+        difference = decoded - target
+        return {"mse": jnp.square(difference).mean(-1), "lpips": jnp.abs(difference).mean(-1)}
+
+    def grad(self, method, config, rows=slice(None), params=None, base=None, rng=0, **kwargs):
+        """(loss, aux), gradients of `method` on some rows of the batch."""
+        batch = jax.tree.map(lambda x: x[rows], self.batch)
+        run = jax.value_and_grad(method, has_aux=True)
+        return run(
+            self.params if params is None else params,
+            batch,
+            jax.random.key(rng),
+            policy=self.policy,
+            encode=self.encode,
+            reward_losses=self.losses,
+            weights=WEIGHTS,
+            config=config,
+            base_params=base,
+            **kwargs,
+        )
+
+
+@pytest.fixture(scope="module", params=["class", "text"])
+def toy(request):
+    sizes = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 16, "vocab_size": V}
+    if request.param == "class":
+        policy = make_policy("class", num_classes=5, block_size=GRID**2, **sizes)
+        condition = jnp.arange(B, dtype=jnp.int32)
+    else:
+        policy = make_policy("text", block_size=GRID**2, cls_token_num=3, caption_dim=8, **sizes)
+        condition = policy.example_condition(B)
+        features = jax.random.normal(jax.random.key(9), condition["features"].shape)
+        condition = {**condition, "features": features}
+    params = policy.init(jax.random.key(0))
+    # LlamaGen's head starts at zero, under which all gradients but its own vanish.
+    head = jax.random.normal(jax.random.key(1), params["output"]["kernel"].shape)
+    params["output"]["kernel"] = 0.3 * head
+    tokens = jax.random.randint(jax.random.key(2), (B, GRID, GRID, 1, 1), 0, V)
+    images = jnp.broadcast_to(tokens * 2 / (V - 1) - 1.0, (B, GRID, GRID, 1, 3))
+    batch = {"image": images, "condition": condition, "index": jnp.arange(B)}
+    return Toy(policy, params, batch)
+
+
+def assert_same_gradients(got, want, limit=1e-5):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        other = got
+        for key in path:
+            other = other[key.key]
+        norm = float(jnp.linalg.norm(leaf))
+        assert norm > 0, f"{path}: the gradient is zero, so the comparison says nothing"
+        error = relative_l2(other, leaf)
+        assert error < limit, f"{jax.tree_util.keystr(path)}: {error}"
+
+
+def without_unused(grads, toy):
+    """The gradient of embeddings that a batch does not touch is zero in both."""
+    grads = dict(grads)
+    if "uncond_embedding" in grads["cls_embedding"]:
+        grads["cls_embedding"] = {
+            k: v for k, v in grads["cls_embedding"].items() if k != "uncond_embedding"
+        }
+    return grads
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"ratio": "sequence"},
+        {"temperature": 0.7, "corruption": "full"},
+        {"token_dropout": 0.4},
+        {"kl_weight": 0.05},
+        {"policy_gradient": False, "ce_weight": 1.0},
+    ],
+    ids=lambda change: "-".join(change) or "paper",
+)
+def test_fused_equals_plain(toy, change):
+    config = dataclasses.replace(CONFIG, **change)
+    base = jax.tree.map(lambda x: x * 1.1, toy.params)
+    (fused_loss, fused), fused_grads = toy.grad(vapi.vapi_loss, config, base=base)
+    (plain_loss, plain), plain_grads = toy.grad(vapi.plain_vapi_loss, config, base=base)
+    np.testing.assert_allclose(fused_loss, plain_loss, rtol=1e-5)
+    assert_same_gradients(without_unused(fused_grads, toy), without_unused(plain_grads, toy))
+    assert set(fused) == set(plain)
+    chex.assert_trees_all_close(fused["reward"], plain["reward"], rtol=1e-6)
+
+
+def test_microbatches_add_up(toy):
+    (_, whole), grads = toy.grad(vapi.vapi_loss, CONFIG)
+    halves = [toy.grad(vapi.vapi_loss, CONFIG, jnp.array(rows)) for rows in ([0, 2], [1, 3])]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, halves[0][1], halves[1][1])
+    assert_same_gradients(without_unused(mean, toy), without_unused(grads, toy))
+    for (_, aux), rows in zip([half[0] for half in halves], ([0, 2], [1, 3]), strict=True):
+        chex.assert_trees_all_close(aux["reward"], whole["reward"][jnp.array(rows)], rtol=1e-5)
+
+
+def test_order_of_the_batch_is_nothing(toy):
+    order = jnp.array([2, 0, 3, 1])
+    (loss, aux), grads = toy.grad(vapi.vapi_loss, CONFIG)
+    (moved_loss, moved), moved_grads = toy.grad(vapi.vapi_loss, CONFIG, order)
+    np.testing.assert_allclose(loss, moved_loss, rtol=1e-6)
+    chex.assert_trees_all_close(aux["advantage"][order], moved["advantage"], atol=1e-5)
+    assert_same_gradients(without_unused(moved_grads, toy), without_unused(grads, toy))
+
+
+def test_first_ratio_is_one_without_dropout(toy):
+    for method in (vapi.vapi_loss, vapi.plain_vapi_loss):
+        (_, aux), _ = toy.grad(method, CONFIG)
+        np.testing.assert_allclose(aux["ratio"], 1.0, atol=1e-5)
+
+
+def test_dropout_in_the_update_moves_the_first_ratio(toy):
+    config = dataclasses.replace(CONFIG, fused=False, update_dropout=True)
+    (_, aux), _ = toy.grad(vapi.plain_vapi_loss, config, dropout_rng=jax.random.key(5))
+    assert float(jnp.abs(aux["ratio"] - 1.0).max()) > 1e-3
+
+
+def test_policy_gradient_is_sparse_in_the_logits(toy):
+    """At ρ = 1 the softmax terms cancel: dJ/dlogits = Σ_g A_g onehot(x_g) / (B G T)."""
+    logits = jax.random.normal(jax.random.key(3), (B, GRID**2, V))
+    samples = jax.random.randint(jax.random.key(4), (B, G, GRID**2), 0, V)
+    advantages = jax.random.normal(jax.random.key(5), (B, G))
+    advantages -= advantages.mean(axis=1, keepdims=True)
+
+    def surrogate(x):
+        logps = vapi.categorical.token_log_probs(x, samples)
+        old = jax.lax.stop_gradient(logps)
+        return vapi.grpo.clipped_surrogate(logps, old, advantages).mean()
+
+    onehot = jax.nn.one_hot(samples, V)
+    want = -jnp.einsum("bg,bgtv->btv", advantages, onehot) / (B * G * GRID**2)
+    np.testing.assert_allclose(jax.grad(surrogate)(logits), want, atol=1e-7)
+
+
+def test_fused_step_runs_one_policy_forward(toy):
+    """[B, T] sequences only: no dot of the policy sees B·G rows."""
+
+    def widths(method):
+        text = str(jax.make_jaxpr(lambda p: toy.grad(method, CONFIG, params=p)[0][0])(toy.params))
+        return f"f32[{B * G}," in text
+
+    assert not widths(vapi.vapi_loss)
+    assert widths(vapi.plain_vapi_loss)
+
+
+def test_shuffled_advantages_are_the_same_numbers_elsewhere(toy):
+    config = dataclasses.replace(CONFIG, shuffle_advantages=True, group_size=8)
+    plain = dataclasses.replace(CONFIG, group_size=8)
+    (_, aux), _ = toy.grad(vapi.vapi_loss, plain)
+    (_, shuffled), _ = toy.grad(vapi.vapi_loss, config)
+    chex.assert_trees_all_close(aux["reward"], shuffled["reward"])
+    a, b = np.asarray(aux["advantage"]), np.asarray(shuffled["advantage"])
+    assert np.abs(a - b).max() > 0.1
+    np.testing.assert_allclose(np.sort(a, axis=1), np.sort(b, axis=1), atol=1e-6)
+
+
+def test_noise_reaches_the_context_only(toy):
+    keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(B))
+    tokens = toy.encode(toy.batch["image"])
+    clean = vapi.make_context(keys[0], tokens, V, dataclasses.replace(CONFIG, noise_rate=0.0))
+    noisy = vapi.make_context(keys[0], tokens, V, dataclasses.replace(CONFIG, noise_rate=1.0))
+    np.testing.assert_array_equal(clean, tokens)
+    assert np.all(np.asarray(noisy) != np.asarray(tokens))
+
+
+def test_reward_rises_under_its_own_gradient(toy):
+    """Fifty plain gradient steps on one batch find better tokens."""
+    params, rewards = toy.params, []
+    config = dataclasses.replace(CONFIG, group_size=16, noise_rate=0.0, ce_weight=0.0)
+
+    @jax.jit
+    def step(params, rng):
+        run = jax.value_and_grad(vapi.vapi_loss, has_aux=True)
+        (_, aux), grads = run(
+            params,
+            toy.batch,
+            rng,
+            policy=toy.policy,
+            encode=toy.encode,
+            reward_losses=toy.losses,
+            weights=WEIGHTS,
+            config=config,
+        )
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), aux["reward"].mean()
+
+    for i in range(50):
+        params, mean = step(params, jax.random.key(i))
+        rewards.append(float(mean))
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05

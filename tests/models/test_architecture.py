@@ -1,0 +1,169 @@
+"""What a file holds, told by names and shapes, and what is said where it cannot be told."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vapi_jax.common.trees import flatten
+from vapi_jax.models.architecture import (
+    Architecture,
+    architectural,
+    disagreements,
+    from_json,
+    gpt_differences,
+    gpt_facts,
+    infer_gpt,
+    infer_vq,
+    read_args,
+)
+from vapi_jax.models.conversion import model_shapes, name_rules
+from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.models.vq import VQ_PRESETS, VQConfig
+from vapi_jax.weights.names import WeightsError, origin_of
+
+
+def reference_shapes(config):
+    """LlamaGen's names and shapes of a model, from the tables that the converter uses."""
+    rules, _ = name_rules("vq" if isinstance(config, VQConfig) else "gpt")
+    shapes = {}
+    for path, leaf in flatten(model_shapes(config)).items():
+        origin = origin_of(path, leaf, rules)
+        shapes |= dict.fromkeys(origin.names, origin.their_shape(leaf.shape))
+    return shapes
+
+
+@pytest.mark.parametrize("size", LLAMA_SIZES)
+def test_every_released_size_is_recognised_by_its_shapes(size):
+    wanted = LlamaConfig(**LLAMA_SIZES[size], block_size=576)
+    found = infer_gpt(reference_shapes(wanted), file_name=f"c2i_{size}_384.pt")
+    assert found == Architecture(size, wanted)
+
+
+def test_a_text_model_is_recognised():
+    wanted = LlamaConfig(**LLAMA_SIZES["GPT-XL"], model_type="t2i", cls_token_num=120)
+    found = infer_gpt(reference_shapes(wanted), file_name="t2i_XL_stage1_256.pt", t2i=True)
+    assert found.name == "GPT-XL"
+    assert found.config == wanted
+    assert "120 text tokens of width 2048" in found.describe()
+
+
+@pytest.mark.parametrize("name", VQ_PRESETS)
+def test_both_released_tokenizers_are_recognised(name):
+    assert infer_vq(reference_shapes(VQ_PRESETS[name])) == Architecture(name, VQ_PRESETS[name])
+
+
+def test_a_lopsided_tokenizer_is_read_coarsest_level_first():
+    config = VQConfig(
+        codebook_size=32, ch=32, encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 1, 3),
+        num_res_blocks=1, z_channels=64,
+    )  # fmt: skip
+    assert infer_vq(reference_shapes(config)) == Architecture("", config)
+
+
+def test_grouped_queries_and_an_odd_width_are_told_from_shapes():
+    config = LlamaConfig(
+        dim=64, n_layer=2, n_head=4, n_kv_head=2, multiple_of=32, num_classes=7, vocab_size=48,
+        block_size=16,
+    )  # fmt: skip
+    found = infer_gpt(reference_shapes(config), {"n_head": 4, "block_size": 16})
+    assert found.config == dataclasses.replace(config, multiple_of=64)  # the same width
+    assert found.config.hidden_dim == config.hidden_dim == 192
+    assert disagreements(found.to_json(), config) == []
+    wider = dataclasses.replace(config, multiple_of=256)
+    assert disagreements(found.to_json(), wider) == [
+        "hidden_dim: it has 192, the configuration asks for 256"
+    ]
+
+
+TINY = LlamaConfig(dim=64, n_layer=2, n_head=4, num_classes=7, vocab_size=48, block_size=16)
+TINY_ARGS = {"n_head": 4, "block_size": 16}
+
+
+def test_old_files_tell_the_grid_by_their_rotations():
+    shapes = {**reference_shapes(TINY), "freqs_cis": (1 + 36, 8, 2)}
+    assert infer_gpt(shapes, {"n_head": 4}, file_name="c2i_256.pt").config.block_size == 36
+    with pytest.raises(WeightsError, match=r"grid 6 for 96 px, you asked for 64 \(grid 4\)"):
+        infer_gpt(shapes, TINY_ARGS)
+
+
+def test_what_is_given_decides_over_the_name_of_the_file():
+    config = LlamaConfig(**LLAMA_SIZES["GPT-B"], block_size=256)
+    shapes = reference_shapes(config)
+    assert infer_gpt(shapes, file_name="x_384.pt", image_size=256).config.block_size == 256
+    assert infer_gpt(shapes, file_name="x_384.pt").config.block_size == 576
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({}, "number of heads cannot be told from shapes.*--args"),
+        ({"n_head": 4}, "the grid cannot be told.*--image-size"),
+        ({"n_head": 4, "block_size": 15}, "not a square grid"),
+        ({**TINY_ARGS, "n_layer": 3}, "n_layer: the file has 2, you asked for 3"),
+        ({**TINY_ARGS, "num_classes": 10}, "class_rows: the file has 8, you asked for 11"),
+        ({**TINY_ARGS, "n_kv_head": 2}, "kv_dim: the file has 64, you asked for 32"),
+        ({**TINY_ARGS, "multiple_of": 64}, "hidden_dim: the file has 256, you asked for 192"),
+        ({**TINY_ARGS, "vocab_sise": 48}, "vocab_sise.*did you mean vocab_size"),
+        ({**TINY_ARGS, "model_type": "t2i"}, "this is a c2i file"),
+    ],
+)
+def test_contradictions_and_gaps_are_named(args, message):
+    with pytest.raises(WeightsError, match=f"(?s){message}"):
+        infer_gpt(reference_shapes(TINY), args)
+
+
+def test_a_text_file_given_for_a_class_file_is_named_as_such():
+    config = LlamaConfig(**{**vars(TINY), "model_type": "t2i", "cls_token_num": 3})
+    shapes = reference_shapes(config)
+    with pytest.raises(WeightsError, match="this is a t2i file: use --t2i"):
+        infer_gpt(shapes, {**TINY_ARGS, "model_type": "c2i"})
+    assert gpt_differences(gpt_facts(shapes), TINY) == [
+        "this is a t2i file: use --t2i, or policy.kind='text' in a configuration"
+    ]
+
+
+def test_files_of_the_other_part_are_named_as_such():
+    generator, tokenizer = reference_shapes(TINY), reference_shapes(VQ_PRESETS["VQ-8"])
+    with pytest.raises(WeightsError, match="weights of a VQ tokenizer: give them as --vq"):
+        infer_gpt(tokenizer)
+    with pytest.raises(WeightsError, match="weights of a generator: give them as --gpt"):
+        infer_vq(generator)
+    with pytest.raises(WeightsError, match="no LlamaGen generator.*It has a, b"):
+        infer_gpt({"a": (1,), "b": (2,)})
+
+
+def test_arguments_of_the_tokenizer_are_checked_against_the_file():
+    config = VQ_PRESETS["VQ-8"]
+    shapes = reference_shapes(config)
+    args = {"downsample_factor": 8, "groupnorm_eps": 1e-6, "codebook_show_usage": True}
+    assert infer_vq(shapes, {**args, "commit_loss_beta": 0.5}).config.commit_loss_beta == 0.5
+    with pytest.raises(
+        WeightsError, match="downsample_factor: 16 is asked for, these weights have 8"
+    ):
+        infer_vq(shapes, {"downsample_factor": 16})
+    with pytest.raises(WeightsError, match="codebook_size: the file has 16384, you asked for 99"):
+        infer_vq(shapes, {"codebook_size": 99})
+
+
+def test_what_is_kept_of_a_configuration_is_what_decides_the_meaning_of_weights():
+    kept = architectural(TINY)
+    assert kept.keys() >= {"dim", "n_head", "rope_base", "norm_eps", "class_dropout_prob"}
+    assert not kept.keys() & {"dtype", "remat", "resid_dropout_p"}
+    stored = json.loads(json.dumps(Architecture("", TINY).to_json()))
+    assert stored == {"name": "", **kept}
+    assert from_json(stored, LlamaConfig) == TINY
+    with pytest.raises(WeightsError, match="no LlamaConfig"):
+        from_json({**stored, "dim": 3}, LlamaConfig)
+
+
+def test_argument_files_are_json_objects(tmp_path):
+    path = tmp_path / "args.json"
+    for text, message in (("[1]", "no JSON object"), ("{", "cannot be read as JSON")):
+        path.write_text(text)
+        with pytest.raises(WeightsError, match=message):
+            read_args(path)
+    with pytest.raises(WeightsError, match="absent.json cannot be read"):
+        read_args(tmp_path / "absent.json")
+    path.write_text('{"dim": 64}')
+    assert read_args(path) == {"dim": 64}

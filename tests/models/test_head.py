@@ -1,0 +1,147 @@
+"""The output layer in blocks: the numbers of all logits at once, and never all logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from vapi_jax.models import categorical
+from vapi_jax.models.categorical import sample_group, uniforms_24
+from vapi_jax.models.head import Head, block_length, draw, project, token_log_probs
+
+B, T, D, V, K = 3, 6, 5, 11, 4
+LIMITS = [B * V, 2 * B * V, 2**26]
+"""One position to a block, two, and all in one."""
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    head = Head(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((D, V), (V,))))
+    tokens = jnp.asarray(rng.integers(0, V, (B, K, T)), jnp.int32)
+    tokens = tokens.at[:, 1].set(tokens[:, 0])  # a token drawn twice adds up
+    weights = jnp.asarray(rng.normal(size=(B, K, T)), jnp.float32)
+    return hidden, head, tokens, weights
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_blocks_give_the_values_and_gradients_of_all_logits(case, limit, temperature, with_bias):
+    hidden, head, tokens, weights = case
+    head = head if with_bias else Head(head.kernel)
+
+    def plain(hidden, head):
+        logps = categorical.token_log_probs(project(hidden, head), tokens, temperature)
+        return jnp.sum(logps * weights), logps
+
+    def blocks(hidden, head):
+        logps = token_log_probs(hidden, head, tokens, temperature, limit)
+        return jnp.sum(logps * weights), logps
+
+    args = (hidden, head)
+    (_, want), wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(*args)
+    (_, got), grads = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))(*args)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences(case):
+    hidden, head, tokens, _ = case
+
+    def logps(hidden, kernel, bias):
+        return token_log_probs(hidden, Head(kernel, bias), tokens, 0.8, LIMITS[0])
+
+    check_grads(logps, (hidden, *head), order=1, modes=["rev"], atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_draws_are_those_of_the_whole_logits(case, limit):
+    hidden, head, _, _ = case
+    key, temperature = jax.random.key(3), 0.7
+    uniforms = uniforms_24(key, (B, T, 40))
+    samples, entropy = jax.jit(lambda *a: draw(*a, temperature, limit))(hidden, head, uniforms)
+    logits = project(hidden, head)
+    np.testing.assert_array_equal(samples, sample_group(key, logits, 40, temperature))
+    np.testing.assert_allclose(entropy, categorical.entropy(logits, temperature), atol=2e-6)
+    assert len(np.unique(samples)) > V // 2
+
+
+def test_nothing_flows_back_through_a_draw(case):
+    hidden, head, _, _ = case
+    uniforms = uniforms_24(jax.random.key(0), (B, T, 2))
+    gradient = jax.grad(lambda h: draw(h, head, uniforms)[1].sum())(hidden)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def largest_intermediate(jaxpr):
+    """Elements of the largest array of a jaxpr, those inside loops included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    sizes.append(largest_intermediate(inner))
+    return max(sizes)
+
+
+def test_forward_and_backward_never_hold_all_logits():
+    batch, length, width, vocab = 4, 64, 8, 512
+    hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((width, vocab), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((batch, 3, length), jnp.int32)
+
+    def traced(limit):
+        def loss(hidden, kernel, tokens):
+            return token_log_probs(hidden, Head(kernel), tokens, 1.0, limit).sum()
+
+        return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel, tokens).jaxpr
+
+    assert largest_intermediate(traced(2**26)) == batch * length * vocab  # the measure measures
+    assert largest_intermediate(traced(batch * 4 * vocab)) == batch * 4 * vocab
+
+
+def test_matmuls_run_in_the_compute_dtype_and_accumulate_in_float32(case):
+    """All four of them: the draw's, the forward's and both of the backward."""
+    hidden, head, _, weights = case
+
+    def loss(hidden, kernel):
+        samples, _ = draw(hidden, Head(kernel), jnp.full((B, T, K), 0.5))
+        return jnp.sum(token_log_probs(hidden, Head(kernel), samples) * weights)
+
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+        hidden.astype(jnp.bfloat16), head.kernel
+    )
+    dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert len(dots) == 5  # draw, forward, forward again, towards hidden, towards the kernel
+    for line in dots:
+        operands, result = line.rsplit(" : ", 1)[1].split(" -> ")
+        assert operands.count("bf16") == 2, line
+        # Only the gradient handed on to the layers below leaves in bfloat16.
+        assert "f32" in result.replace("bf16", "") or f"{D}xbf16" in result, line
+
+
+def test_bfloat16_gradients_are_close_to_float32_ones(case):
+    hidden, head, tokens, weights = case
+
+    def loss(hidden, kernel):
+        return jnp.sum(token_log_probs(hidden, Head(kernel), tokens) * weights)
+
+    wanted = jax.grad(loss, argnums=1)(hidden, head.kernel)
+    got = jax.grad(loss, argnums=1)(hidden.astype(jnp.bfloat16), head.kernel)
+    assert got.dtype == jnp.float32
+    assert np.linalg.norm(got - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "batch, length, vocab, limit, want",
+    [(32, 576, 16384, 2**26, 96), (1, 576, 16384, 2**26, 576), (128, 256, 16384, 2**26, 32),
+     (10, 7, 10, 1, 1), (1, 12, 10, 50, 4)],
+)  # fmt: skip
+def test_blocks_divide_the_positions(batch, length, vocab, limit, want):
+    assert block_length(batch, length, vocab, limit) == want

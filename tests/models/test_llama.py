@@ -1,0 +1,241 @@
+"""LlamaGen's transformer: sizes, memory and precision choices, dropout."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig
+from vapi_jax.models.policy import make_policy
+from vapi_jax.models.transformer import (
+    attend,
+    attention_implementation,
+    causal_mask,
+    head_matmul,
+    pad_to_even,
+)
+
+TINY = {
+    "dim": 32, "n_head": 4, "n_kv_head": 2, "n_layer": 3, "vocab_size": 11, "block_size": 9,
+    "multiple_of": 16, "num_classes": 5,
+}  # fmt: skip
+LABELS = jnp.arange(4, dtype=jnp.int32)
+CONTEXT = jnp.arange(32, dtype=jnp.int32).reshape(4, 8) % 11
+
+
+def random_params(policy, scale=0.3):
+    """Weights of order one, the output layer's zeros included."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32),
+        jax.eval_shape(policy.init, jax.random.key(0)),
+    )
+
+
+def every_equation(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from every_equation(inner)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "tolerance"),
+    [
+        ("GPT-B", 111, 0.01),
+        ("GPT-L", 343, 0.01),
+        ("GPT-XL", 775, 0.01),
+        ("GPT-XXL", 1400, 0.02),
+        ("GPT-XXXL", 3900, 0.02),
+        ("GPT-3B", 3100, 0.02),
+    ],
+)
+def test_published_sizes(size, millions, tolerance):
+    """The class-conditional models have the parameter counts of LlamaGen's table 1."""
+    policy = make_policy("class", size=size)
+    leaves = jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))
+    assert sum(leaf.size for leaf in leaves) == pytest.approx(millions * 1e6, rel=tolerance)
+
+
+def test_every_size_is_a_valid_configuration():
+    for size, fields in LLAMA_SIZES.items():
+        config = LlamaConfig(**fields, block_size=576)
+        assert config.hidden_dim % 256 == 0, size
+        assert config.hidden_dim >= 8 * config.dim / 3 - 1, size
+
+
+def test_grouped_heads_shrink_the_fused_projection():
+    params = jax.eval_shape(make_policy("class", **TINY).init, jax.random.key(0))
+    kernel = params["layers"]["attention"]["wqkv"]["kernel"]
+    assert kernel.shape == (3, 32, (4 + 2 * 2) * 8)
+    assert params["cls_embedding"]["embedding"].shape == (6, 32)
+
+
+def test_grouped_heads_are_neighbours():
+    """Query head h reads key head h // (H / KV): repeating each key head gives plain attention."""
+    grouped, full = make_policy("class", **TINY), make_policy("class", **{**TINY, "n_kv_head": 4})
+    params = random_params(grouped)
+    attention = params["layers"]["attention"]
+    q, k, v = jnp.split(attention["wqkv"]["kernel"], [32, 48], axis=-1)
+    k, v = (jnp.repeat(x.reshape(3, 32, 2, 8), 2, axis=2).reshape(3, 32, 32) for x in (k, v))
+    wide = {**attention, "wqkv": {"kernel": jnp.concatenate([q, k, v], axis=-1)}}
+    wide = {**params, "layers": {**params["layers"], "attention": wide}}
+    want = jax.jit(full.logits)(wide, LABELS, CONTEXT)
+    got = jax.jit(grouped.logits)(params, LABELS, CONTEXT)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_untrained_model_is_uniform():
+    policy = make_policy("class", **TINY)
+    params = jax.jit(policy.init)(jax.random.key(0))
+    np.testing.assert_array_equal(jax.jit(policy.logits)(params, LABELS, CONTEXT), 0)
+    spread = np.std(params["layers"]["feed_forward"]["w1"]["kernel"])
+    assert spread == pytest.approx(0.02, rel=0.1)
+
+
+def test_rematerialisation_changes_no_gradient():
+    results, checkpoints = [], []
+    for remat in ("none", "full", "dots"):
+        policy = make_policy("class", **TINY, remat=remat)
+        params = random_params(policy)
+
+        def loss(params, policy=policy):
+            return jnp.mean(jnp.sin(policy.logits(params, LABELS, CONTEXT)))
+
+        gradient = jax.value_and_grad(loss)
+        jaxpr = jax.make_jaxpr(gradient)(params).jaxpr
+        names = {equation.primitive.name for equation in every_equation(jaxpr)}
+        checkpoints.append(any("remat" in name or "checkpoint" in name for name in names))
+        results.append(jax.jit(gradient)(params))
+    assert checkpoints == [False, True, True]
+    for other in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), results[0], other
+        )
+    with pytest.raises(ValueError, match="remat"):
+        jax.eval_shape(make_policy("class", **TINY, remat="some").init, jax.random.key(0))
+
+
+def test_class_conditioning_builds_no_mask(monkeypatch):
+    """The reference feeds [B, 1, S, S] masks; plainly causal attention needs none."""
+    calls = []
+    real = jax.nn.dot_product_attention
+
+    def spy(*args, **options):
+        calls.append((options["mask"], options["is_causal"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    text = make_policy("text", **TINY, cls_token_num=4, caption_dim=6)
+    for policy, condition in (
+        (make_policy("class", **TINY), LABELS),
+        (text, text.example_condition(4)),
+    ):
+        params = jax.eval_shape(policy.init, jax.random.key(0))
+        calls.clear()
+        jax.eval_shape(policy.logits, params, condition, CONTEXT)
+        assert calls
+        for mask, is_causal in calls:
+            assert (mask is None) == is_causal == (policy is not text)
+            assert mask is None or mask.shape == (4, 1, 12, 12)
+
+
+def test_head_accumulates_in_float32_and_multiplies_in_bfloat16():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 5, 16))
+    kernel = jax.random.normal(keys[1], (16, 7))
+    cotangent = jax.random.normal(keys[2], (3, 5, 7))
+
+    def gradients(function, x):
+        return jax.vjp(function, x, kernel)[1](cotangent)
+
+    for got, want in zip(gradients(head_matmul, x), gradients(jnp.matmul, x), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    coarse = x.astype(jnp.bfloat16)
+    assert head_matmul(coarse, kernel).dtype == jnp.float32
+    dx, dw = gradients(head_matmul, coarse)
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda x: gradients(head_matmul, x))(coarse).jaxpr
+    dots = [e for e in every_equation(jaxpr) if e.primitive.name == "dot_general"]
+    assert len(dots) == 3  # forward, and backward for either operand
+    assert all(operand.aval.dtype == jnp.bfloat16 for e in dots for operand in e.invars)
+
+
+def test_attention_implementation():
+    assert attention_implementation("auto", "float32", 64) == "xla"
+    assert attention_implementation("xla", "bfloat16", 64) == "xla"
+    with pytest.raises(ValueError, match="attention must be"):
+        attention_implementation("flash", "bfloat16", 64)
+    with pytest.raises(ValueError, match="multiple of 8"):  # 3200 / 32 heads
+        attention_implementation("cudnn", "bfloat16", 100)
+
+
+def test_padding_to_even_lengths_changes_no_output():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 8))
+    mask = causal_mask(jnp.array([[True, True, True], [False, False, True]]), 7)
+    want = attend(q, k, v, mask, "xla")
+    padded = pad_to_even(q, k, v, mask)
+    assert [x.shape[1] for x in padded[:3]] == [8, 8, 8]
+    assert padded[3].shape == (2, 1, 8, 8)
+    got = attend(*padded, "xla")
+    assert np.all(np.isfinite(got))
+    np.testing.assert_allclose(got[:, :7], want, atol=1e-6)
+    assert pad_to_even(*padded)[0].shape == padded[0].shape
+
+
+def test_dropout_is_drawn_per_key_and_off_without_one():
+    dropouts = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
+    for name in [*dropouts, "drop_path_rate"]:
+        policy = make_policy("class", **TINY, **{**dropouts, name: 0.5})
+        params = random_params(policy)
+        run = jax.jit(lambda params, key, policy=policy: policy.logits(
+            params, LABELS, CONTEXT, dropout_rng=key
+        ))  # fmt: skip
+        first, again, other = (run(params, jax.random.key(seed)) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert np.abs(first - other).max() > 1e-2, name
+        if name == "token_dropout_p":  # the others' programs without a key are the same one
+            plain = jax.jit(policy.logits)(params, LABELS, CONTEXT)
+            assert np.abs(first - plain).max() > 1e-2
+
+
+def test_stochastic_depth_keeps_the_mean_and_spares_the_first_layer():
+    """Rates rise linearly from 0; a surviving branch is divided by its survival probability."""
+    config = LlamaConfig(**{**TINY, "n_layer": 2, "drop_path_rate": 0.5}, ffn_dropout_p=0.0,
+                         token_dropout_p=0.0, resid_dropout_p=0.0)  # fmt: skip
+    policy = make_policy("class", **dataclasses.asdict(config))
+    params = random_params(policy)
+    labels, context = jnp.zeros(2000, jnp.int32), jnp.zeros((2000, 1), jnp.int32)
+
+    @jax.jit
+    def hidden(params, key):
+        _, state = Llama(config).apply(
+            {"params": params}, labels, context, False, rngs={"dropout": key},
+            mutable=["intermediates"],
+        )  # fmt: skip
+        return state["intermediates"]["layers"]["hidden"][0]
+
+    first, second = np.asarray(hidden(params, jax.random.key(0)))
+    np.testing.assert_array_equal(first, np.broadcast_to(first[:1], first.shape))
+    outcomes, counts = np.unique(second.round(4), axis=0, return_counts=True)
+    assert len(outcomes) == 4  # attention kept or not, feed-forward kept or not
+    np.testing.assert_allclose(counts / 2000, 0.25, atol=0.05)
+
+
+def test_attention_dropout_is_refused():
+    policy = make_policy("class", **TINY, attn_dropout_p=0.1)
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    assert jax.eval_shape(policy.logits, params, LABELS, CONTEXT).shape == (4, 9, 11)
+    with pytest.raises(NotImplementedError, match="attn_dropout_p"):
+        jax.eval_shape(
+            lambda params, key: policy.logits(params, LABELS, CONTEXT, dropout_rng=key),
+            params,
+            jax.random.key(0),
+        )

@@ -1,0 +1,198 @@
+"""resume.py, lock.py and preemption.py without a training: what may change, who may run, who stops."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vapi_jax.common import locks
+from vapi_jax.data import make_dataset
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.parallel.preemption import Stopped, StopRequest
+from vapi_jax.training import resume
+from vapi_jax.training.checkpoint import CheckpointError
+
+BASE = TrainConfig(name="run", task="base")
+
+
+def changed(config, **changes):
+    """A configuration with options changed by their dotted path."""
+    for path, value in changes.items():
+        head, _, rest = path.partition("__")
+        inner = changed(getattr(config, head), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{head: inner})
+    return config
+
+
+def lines(old, new):
+    return resume.config_changes(resume.config_facts(old), new)
+
+
+def test_the_same_configuration_has_no_changes():
+    assert lines(BASE, BASE) == []
+
+
+def test_changes_are_listed_by_path_with_both_values():
+    other = changed(
+        BASE,
+        seed=3,
+        optimizer__learning_rate=0.5,
+        policy={"dim": 8},
+        tokenizer__encoder_ch_mult=(1, 1, 2, 2, 8),
+    )
+    assert lines(BASE, other) == [
+        "optimizer.learning_rate: 1e-06 -> 0.5",
+        "policy.dim: nothing -> 8",
+        "seed: 0 -> 3",
+        "tokenizer.encoder_ch_mult: [1, 1, 2, 2, 4] -> [1, 1, 2, 2, 8]",
+    ]
+    assert "policy.dim: 8 -> nothing" in lines(other, BASE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mesh__fsdp": 4},
+        {"cpu_devices": 8},
+        {"microbatch_size": 16},
+        {"decode_chunk": 2},
+        {"checkpoint__every": 7},
+        {"checkpoint__keep_every": 7},
+        {"log_every": 5},
+        {"eval__every": 3},
+        {"eval__controls": True},
+        {"on_nonfinite": "skip"},
+        {"max_skipped": 3},
+        {"data__num_threads": 1},
+        {"steps": 200},
+    ],
+)
+def test_what_does_not_change_the_training_may_change(change):
+    assert lines(BASE, changed(BASE, **change)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 64},
+        {"eval__split": "test"},
+        {"eval__images": 8},
+        {"steps": 50},
+        {"name": "x"},
+    ],
+)
+def test_what_does_is_a_change(change):
+    assert len(lines(BASE, changed(BASE, **change))) == 1
+
+
+def test_more_steps_are_a_change_where_their_number_shapes_the_run():
+    cosine = changed(BASE, optimizer__schedule="cosine")
+    assert lines(cosine, changed(cosine, steps=200)) == ["steps: 100 -> 200"]
+    restarts = changed(BASE, task="tokenizer", tokenizer_training__restart_below=0.1)
+    assert lines(restarts, changed(restarts, steps=200)) == ["steps: 100 -> 200"]
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default():
+    facts = resume.config_facts(BASE)
+    del facts["on_nonfinite"], facts["label_dropout"]
+    assert resume.config_changes(facts, BASE) == []
+    assert resume.config_changes(facts, changed(BASE, label_dropout=0.2)) == [
+        "label_dropout: 0.1 -> 0.2"
+    ]
+
+
+def test_the_code_is_known_by_its_versions_and_its_source():
+    facts = resume.code_facts()
+    assert len(facts["source_sha256"]) == 64
+    assert facts.keys() >= {"vapi_jax", "jax", "jaxlib", "orbax-checkpoint", "python"}
+    assert facts == resume.code_facts()
+
+
+def test_replaced_weights_are_noticed():
+    frozen = {"tokenizer": {"kernel": jnp.ones(3)}}
+    began = resume.origin_facts(frozen, None)
+    assert began["start"] is None
+    resume.check_origin(began, resume.origin_facts(frozen, {"a": jnp.ones(1)}), False)
+    other = resume.origin_facts({"tokenizer": {"kernel": jnp.ones(3).at[1].set(2.0)}}, None)
+    with pytest.raises(CheckpointError, match="tokenizer and reward networks"):
+        resume.check_origin(began, other, False)
+    resume.check_origin(began, other, True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_data_go_on_where_they_were(processes):
+    """A count of images consumed by all means the same place under any number of processes."""
+    config = changed(BASE, batch_size=8, data__image_size=8, data__num_threads=0)
+
+    def batches(process=0):
+        size = config.batch_size // processes
+        return iter(make_dataset(config.data, "train", size, 0, process, processes))
+
+    for process in range(processes):
+        undisturbed, later = batches(process), batches(process)
+        wanted = [next(undisturbed)["image"] for _ in range(4)]
+        resume.seek(later, 3 * config.batch_size, config)
+        np.testing.assert_array_equal(next(later)["image"], wanted[3])
+        resume.seek(later, 0, config)
+        np.testing.assert_array_equal(next(later)["image"], wanted[0])
+
+
+# --- lock -----------------------------------------------------------------------------------------
+
+
+def test_a_lock_says_who_holds_it_and_opens_again(tmp_path):
+    folder = tmp_path / "run"
+    with locks.hold(folder):
+        with pytest.raises(locks.LockedError) as error, locks.hold(folder):
+            pass
+        assert f"{folder} is in use by process {os.getpid()} on " in str(error.value)
+    with locks.hold(folder):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}'])
+def test_a_lock_file_with_anything_in_it_locks_nobody_out(content, tmp_path):
+    (tmp_path / locks.LOCK).write_text(content)
+    with locks.hold(tmp_path):
+        (tmp_path / locks.LOCK).write_text(content)
+        with (
+            pytest.raises(locks.LockedError, match="in use by another process"),
+            locks.hold(tmp_path),
+        ):
+            pass
+
+
+# --- preemption -----------------------------------------------------------------------------------
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_signal_is_answered_at_the_next_question(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopRequest()
+
+    def train():
+        with stop.listening(), stop.unsaved():
+            assert not stop.asked(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: stop.asked(2))
+
+    with pytest.raises(Stopped, match="SIGINT: training is done and saved"):
+        train()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "finishing the step and saving" in capfd.readouterr().err
+
+
+def test_nobody_asks_who_does_not_listen():
+    stop = StopRequest()
+    with stop.unsaved():
+        assert not stop.asked(1)

@@ -1,0 +1,354 @@
+"""The optimizer by hand, the schedules, and one step that is the same on every mesh."""
+
+import dataclasses
+import functools
+import math
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vapi_jax.common.trees import flatten, unflatten
+from vapi_jax.methods import HealthError, make_task
+from vapi_jax.methods.config import OptimizerConfig
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.models.vq import VQConfig, VQModel
+from vapi_jax.parallel.sharding import make_mesh, put_sharded, shard_batch
+from vapi_jax.training import train
+from vapi_jax.weights.store import save_safetensors
+
+SIDE, BATCH = 8, 16
+TOKENIZER = {
+    "codebook_size": 16,
+    "codebook_embed_dim": 4,
+    "ch": 32,
+    "encoder_ch_mult": (1, 1),
+    "decoder_ch_mult": (1, 1),
+    "num_res_blocks": 1,
+    "z_channels": 8,
+}
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def tokenizer_file():
+    """Random weights of a tokenizer, drawn by numpy so that nothing is compiled for them."""
+    rng = np.random.default_rng(7)
+
+    def draw(name, shape):
+        if name.endswith("/scale"):
+            return np.ones(shape, np.float32)
+        fan_in = 1 if name.startswith("codebook/") else max(1, math.prod(shape[:-1]))
+        return (rng.normal(size=shape) * fan_in**-0.5).astype(np.float32)
+
+    model, image = VQModel(VQConfig(**TOKENIZER)), jnp.zeros((1, SIDE, SIDE, 3))
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    path = Path(_FOLDER.name) / "tokenizer.safetensors"
+    save_safetensors(path, unflatten({name: draw(name, s.shape) for name, s in shapes.items()}))
+    return str(path)
+
+
+def make_tiny_config(task, image_size=SIDE, **changes):
+    """The smallest run of a task: 16 codes, a grid of half the image's side, two layers."""
+    config = {
+        "name": f"tiny_{task}",
+        "task": task,
+        "steps": 2,
+        "batch_size": BATCH,
+        "data": {"image_size": image_size, "num_threads": 0},
+        "tokenizer": TOKENIZER,
+        "tokenizer_training": {
+            "discriminator_start": 1,
+            "discriminator_ndf": 4,
+            "discriminator_layers": 1,
+        },
+        "policy": {
+            "kind": "class", "dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 16,
+            "num_classes": 12,
+        },
+        "vapi": {"group_size": 3, "noise_rate": 0.3},
+        "reward": {"lpips": 0.0},  # no second network to compile
+        "init": {"vq": "" if task == "tokenizer" else tokenizer_file()},
+        # An eps this large keeps Adam's division from blowing rounding errors up to the size of lr.
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
+        "eval": {"every": 1, "images": 8},
+    }  # fmt: skip
+    for name, change in changes.items():
+        config[name] = {**config.get(name, {}), **change} if isinstance(change, dict) else change
+    return resolve(config)
+
+
+def make_tiny_task(task, mesh, **changes):
+    return make_task(make_tiny_config(task, **changes), mesh)
+
+
+def with_random_head(params, seed):
+    """The same parameters with an output layer that is not zero: an untrained head is uniform."""
+    shape = params["output"]["kernel"].shape
+    kernel = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return {**params, "output": {"kernel": kernel}}
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+PARAMS = {
+    "layer": {"kernel": np.array([[1.0, -2.0]]), "bias": np.array([0.5])},
+    "attention_norm": {"scale": np.array([3.0])},
+    "embed": {"embedding": np.array([[4.0]])},
+}
+GRADS = {
+    "layer": {"kernel": np.array([[0.3, -0.4]]), "bias": np.array([1.2])},
+    "attention_norm": {"scale": np.array([-0.5])},
+    "embed": {"embedding": np.array([[2.0]])},
+}
+DECAYED = {"layer/kernel", "embed/embedding"}
+
+
+def adamw_by_hand(config, steps, clip):
+    """Loshchilov and Hutter's algorithm 2 with a constant rate and the same gradient each step."""
+    norm = math.sqrt(sum(np.square(g).sum() for g in flatten(GRADS).values()))
+    scale = min(1.0, clip / norm) if clip else 1.0
+    out = {}
+    for name, p in flatten(PARAMS).items():
+        g, m, v = flatten(GRADS)[name] * scale, 0.0, 0.0
+        for t in range(1, steps + 1):
+            m = config.b1 * m + (1 - config.b1) * g
+            v = config.b2 * v + (1 - config.b2) * g**2
+            step = (m / (1 - config.b1**t)) / (np.sqrt(v / (1 - config.b2**t)) + config.eps)
+            decay = config.weight_decay * p if name in DECAYED else 0.0
+            p = p - config.learning_rate * (step + decay)
+        out[name] = p
+    return out
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 100.0])
+def test_adamw_decays_matrices_only_and_clips_the_whole_gradient(clip):
+    config = OptimizerConfig(
+        learning_rate=0.1, weight_decay=0.2, b1=0.8, b2=0.9, eps=0.5, max_grad_norm=clip
+    )
+    optimizer = train.make_optimizer(config, steps=3)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
+    grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), GRADS)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for _ in range(3):
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    for name, want in adamw_by_hand(config, 3, clip).items():
+        np.testing.assert_allclose(flatten(params)[name], want, rtol=2e-6, err_msg=name)
+
+
+def test_the_first_step_in_numbers():
+    """Norm 2.4372: clipped to 1, the kernel's gradients become 0.12309 and -0.16412."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, eps=0.5, max_grad_norm=1.0)
+    optimizer = train.make_optimizer(config, steps=1)
+    params, grads = (jax.tree.map(np.float32, tree) for tree in (PARAMS, GRADS))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    got = flatten(optax.apply_updates(params, updates))
+    # p - 0.1 (g / (|g| + 0.5) + 0.2 p), without the last term for norm and bias
+    np.testing.assert_allclose(got["layer/kernel"], [[0.960245, -1.935287]], atol=2e-6)
+    np.testing.assert_allclose(got["layer/bias"], [0.450385], atol=2e-6)
+    np.testing.assert_allclose(got["attention_norm/scale"], [3.029093], atol=2e-6)
+    np.testing.assert_allclose(got["embed/embedding"], [[3.857861]], atol=2e-6)
+
+
+def test_what_decays_in_a_real_generator():
+    task = make_tiny_task("base", make_mesh())
+    mask = flatten(train.decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
+    kept = {name for name, decays in mask.items() if not decays}
+    assert kept == {"layers/attention_norm/scale", "layers/ffn_norm/scale", "norm/scale"}
+
+
+def test_what_decays_in_a_tokenizer():
+    task = make_tiny_task("tokenizer", make_mesh(), image_size=16)
+    mask = flatten(train.decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
+    for name, decays in mask.items():
+        assert decays == name.endswith(("/kernel", "/embedding")), name
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "want"),
+    [
+        ({}, 4, [0.4, 0.4, 0.4, 0.4]),
+        ({"warmup_steps": 4}, 6, [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]),
+        ({"schedule": "cosine"}, 4, [0.4, 0.347279, 0.22, 0.092721, 0.04]),
+        ({"schedule": "cosine", "warmup_steps": 2}, 4, [0.0, 0.2, 0.4, 0.22, 0.04, 0.04]),
+    ],
+)
+def test_learning_rates(change, steps, want):
+    schedule = train.learning_rate(OptimizerConfig(learning_rate=0.4, **change), steps)
+    got = [float(schedule(step)) for step in range(len(want))]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Done:
+    """Two steps of one case: their metrics and the parameters after them."""
+
+    metrics: list
+    params: dict
+    donated: bool
+
+
+@dataclasses.dataclass
+class Machine:
+    """A compiled step on one mesh, which can be run from the start any number of times."""
+
+    data: int
+    fsdp: int
+    changes: dict
+
+    def __post_init__(self):
+        devices = jax.devices()[: self.data * self.fsdp]
+        self.mesh = make_mesh(self.data, self.fsdp, devices)
+        self.task = make_tiny_task("vapi", self.mesh, **self.changes)
+        self.optimizer = train.make_optimizer(self.task.config.optimizer, 2)
+        _, self.shardings = train.init_state(self.task, self.optimizer, 0)
+        self.frozen = train.load_frozen(self.task)
+        self.step = train.make_train_step(self.task, self.optimizer, self.shardings)
+        rng = np.random.default_rng(0)
+        self.batch = shard_batch(
+            {
+                "image": rng.uniform(-1, 1, (BATCH, SIDE, SIDE, 3)).astype(np.float32),
+                "condition": rng.integers(0, 12, BATCH).astype(np.int32),
+            },
+            self.mesh,
+        )
+
+    def state(self, seed=0, step=0):
+        state, _ = train.init_state(self.task, self.optimizer, seed)
+        host = flatten(with_random_head(jax.device_get(state.params), 3))
+        params = put_sharded(host, state.params, self.shardings.params)
+        at = jax.device_put(np.int32(step), self.shardings.step)
+        return dataclasses.replace(state, params=params, step=at)
+
+    def run(self, seed=0):
+        state, metrics, donated = self.state(seed), [], True
+        for _ in range(2):
+            before = jax.tree.leaves((state.params, state.opt_state))
+            state, found = self.step(state, self.frozen, self.batch)
+            donated &= all(leaf.is_deleted() for leaf in before)
+            metrics.append({name: float(value) for name, value in found.items()})
+        return Done(metrics, flatten(jax.device_get(state.params)), donated)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return Machine(1, 1, {})
+
+
+@pytest.fixture(scope="module")
+def one_device_run(one_device):
+    return one_device.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "fsdp", "changes"),
+    [
+        (1, 1, {"microbatch_size": 4}),
+        (2, 4, {}),
+        (2, 4, {"microbatch_size": 8, "vapi": {"fused": False}}),
+        (8, 1, {"microbatch_size": 8, "decode_chunk": 1}),
+    ],
+    ids=["1x1-microbatches", "2x4", "2x4-plain-microbatches", "8x1-microbatches-chunks"],
+)
+def test_any_mesh_and_any_cut_of_the_batch_take_the_same_steps(one_device_run, data, fsdp, changes):
+    done = Machine(data, fsdp, changes).run()
+    for number, (got, want) in enumerate(zip(done.metrics, one_device_run.metrics, strict=True)):
+        assert got.keys() == want.keys()
+        for name in want:
+            np.testing.assert_allclose(
+                got[name], want[name], rtol=2e-5, atol=2e-6, err_msg=f"step {number}: {name}"
+            )
+    for name, want in one_device_run.params.items():
+        np.testing.assert_allclose(done.params[name], want, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_steps_change_every_parameter_and_metrics_say_what_happened(one_device, one_device_run):
+    start = flatten(jax.device_get(one_device.state().params))
+    still = [name for name, p in one_device_run.params.items() if np.array_equal(p, start[name])]
+    assert not still
+    first = one_device_run.metrics[0]
+    assert first["ratio_max_deviation"] == 0.0
+    assert first["clip_fraction"] == 0.0
+    assert first["reward"] == first["reward_mse"] < 0.0
+    assert 0.0 < first["entropy"] < math.log(16)
+    assert first["advantages_nonzero"] > 0.9
+    assert first["learning_rate"] == pytest.approx(1e-2)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits(one_device, one_device_run):
+    again, other = one_device.run(), one_device.run(seed=1)
+    assert again.metrics == one_device_run.metrics
+    for name, want in one_device_run.params.items():
+        np.testing.assert_array_equal(again.params[name], want)
+    assert other.metrics[0]["reward"] != again.metrics[0]["reward"]
+
+
+@pytest.mark.slow
+def test_randomness_comes_from_the_step_number(one_device):
+    found = [
+        one_device.step(one_device.state(step=step), one_device.frozen, one_device.batch)[1]
+        for step in (0, 5, 5)
+    ]
+    rewards = [float(metrics["reward"]) for metrics in found]
+    assert rewards[1] == rewards[2] != rewards[0]
+
+
+@pytest.mark.slow
+def test_the_state_is_donated(one_device_run):
+    assert one_device_run.donated
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+HEALTHY = {"grad_norm": 0.1, "advantages_nonzero": 1.0, "ratio_max_deviation": 0.0}
+
+
+@pytest.fixture(scope="module")
+def vapi_task():
+    return make_tiny_task("vapi", make_mesh())
+
+
+def test_a_healthy_step_passes(vapi_task):
+    vapi_task.check(1, HEALTHY)
+    vapi_task.check(1, {**HEALTHY, "ratio_max_deviation": 0.01})  # bfloat16 rounding
+
+
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["vapi", "base"])
+def test_a_gradient_that_is_zero_or_not_finite_stops_the_run(kind, norm):
+    with pytest.raises(HealthError, match="step 7: gradient norm"):
+        make_tiny_task(kind, make_mesh()).check(7, {**HEALTHY, "grad_norm": norm})
+
+
+def test_equal_rewards_everywhere_stop_the_run(vapi_task):
+    with pytest.raises(HealthError, match="step 3: all samples of every group"):
+        vapi_task.check(3, {**HEALTHY, "advantages_nonzero": 0.0})
+    without = make_tiny_task("vapi", vapi_task.mesh, vapi={"policy_gradient": False})
+    without.check(3, {**HEALTHY, "advantages_nonzero": 0.0})  # nothing asks for advantages
+
+
+@pytest.mark.parametrize("deviation", [0.03, 5.0, math.nan])
+def test_a_first_ratio_off_one_stops_the_run(vapi_task, deviation):
+    with pytest.raises(HealthError, match="step 2: the first ratio"):
+        vapi_task.check(2, {**HEALTHY, "ratio_max_deviation": deviation})
+    dropout = make_tiny_task("vapi", vapi_task.mesh, preset="reference")
+    dropout.check(2, {**HEALTHY, "ratio_max_deviation": 0.5})  # dropout moves it rightly
+
+
+def test_messages_say_what_to_look_at(vapi_task):
+    with pytest.raises(HealthError, match="entropy"):
+        vapi_task.check(1, {**HEALTHY, "advantages_nonzero": 0.0})
+    with pytest.raises(HealthError, match="learning rate"):
+        vapi_task.check(1, {**HEALTHY, "grad_norm": math.nan})

@@ -1,0 +1,187 @@
+"""Named tensors in files of every layout, read one at a time; and files written piece by piece."""
+
+import argparse
+import json
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.tensors import Outgoing, open_tensors, write_safetensors, write_sharded
+
+ARRAYS = {
+    "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b.bias": np.array([1.5, -2.0], ml_dtypes.bfloat16),
+    "steps": np.array(7, np.int64),
+}
+
+
+def read_all(path):
+    with open_tensors(path) as file:
+        return {name: tensor.read() for name, tensor in file.tensors.items()}, file.ignored
+
+
+def assert_same(found, wanted=ARRAYS):
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def state_dict(prefix=""):
+    """The same tensors as PyTorch keeps them."""
+    return OrderedDict(
+        {
+            f"{prefix}a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+            f"{prefix}b.bias": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+            f"{prefix}steps": torch.tensor(7),
+        }
+    )
+
+
+LAYOUTS = {
+    "bare": (state_dict(), ()),
+    "model": ({"model": state_dict()}, ()),
+    "ddp": (
+        {"model": state_dict("module."), "optimizer": {"state": {}}, "steps": 3,
+         "args": argparse.Namespace(lr=1e-4, gpt_model="GPT-B")},
+        ("optimizer", "steps", "args"),
+    ),
+    "module": ({"module": state_dict(), "ema": state_dict()}, ("ema",)),
+    "state_dict": ({"state_dict": state_dict("_orig_mod."), "epoch": 1}, ("epoch",)),
+    "lightning": ({"state_dict": {"model": state_dict()}, "epoch": 1}, ("epoch",)),
+    "wrapped twice": ({"model": state_dict("_orig_mod.module.")}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_dicts_are_found_wherever_training_scripts_put_them(tmp_path, layout):
+    value, ignored = LAYOUTS[layout]
+    torch.save(value, tmp_path / "x.pt")
+    found, others = read_all(tmp_path / "x.pt")
+    assert_same(found)
+    assert others == ignored
+
+
+def test_a_part_of_a_tensor_can_be_read(tmp_path):
+    torch.save(state_dict(), tmp_path / "x.pt")
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        with open_tensors(tmp_path / name) as file:
+            tensor = file.tensors["a.weight"]
+            assert (tensor.shape, tensor.dtype, tensor.nbytes) == ((3, 4), np.float32, 48)
+            part = tensor.read((slice(1, 3), slice(0, 2)))
+            np.testing.assert_array_equal(part, [[4, 5], [8, 9]])
+
+
+def test_an_index_gathers_its_shards(tmp_path):
+    save_file({"a.weight": ARRAYS["a.weight"]}, tmp_path / "one.safetensors")
+    rest = {name: ARRAYS[name] for name in ("b.bias", "steps")}
+    save_file(rest, tmp_path / "two.safetensors")
+    where = {"a.weight": "one.safetensors", "b.bias": "two.safetensors", "steps": "two.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert_same(read_all(index)[0])
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ("[]", "no index of safetensors shards"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "which is no file beside it"),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', "which is no file beside it"),
+        ('{"weight_map": {"a": "x.pt"}}', "which is no file beside it"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors cannot be read"),
+        ('{"weight_map": {"zzz": "one.safetensors"}}', "promises zzz, absent from its shards"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, index, message):
+    save_file(ARRAYS, tmp_path / "one.safetensors")
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(index)
+    with pytest.raises(WeightsError, match=message):
+        read_all(path)
+
+
+def test_files_without_a_state_dict_say_what_they_have(tmp_path):
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="no state dict.*it has epoch, loss"):
+        read_all(tmp_path / "x.pt")
+    torch.save([torch.zeros(1)], tmp_path / "y.pt")
+    with pytest.raises(WeightsError, match="holds a list, not a state dict"):
+        read_all(tmp_path / "y.pt")
+
+
+def test_one_storage_cannot_pass_for_many_tensors(tmp_path):
+    storage = torch.zeros(1000)
+    torch.save({f"layers.{i}": storage.view(10, 100) for i in range(50)}, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="many of them share their storage"):
+        read_all(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"<html>404</html>", b"\xff" * 64])
+def test_what_is_no_weights_is_refused_by_name(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=name):
+        read_all(path)
+    with pytest.raises(WeightsError, match=r"absent\.pt does not exist"):
+        read_all(tmp_path / "absent.pt")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def outgoing(arrays=ARRAYS):
+    """Tensors to write, row by row where there are rows."""
+    return [
+        Outgoing(
+            name,
+            array.shape,
+            array.dtype,
+            lambda array=array: iter(array if array.ndim else [array]),
+        )
+        for name, array in arrays.items()
+    ]
+
+
+def test_a_file_written_in_pieces_is_read_by_the_library(tmp_path):
+    path, told = tmp_path / "x.safetensors", []
+    digest = write_safetensors(path, outgoing(), {"format": "pt"}, told.append)
+    assert digest == sha256_file(path)
+    assert sum(told) == sum(array.nbytes for array in ARRAYS.values())
+    assert_same(load_file(path))
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_tensor_that_is_not_what_was_announced_leaves_no_file(tmp_path):
+    wrong = Outgoing("a", (4,), np.dtype(np.float32), lambda: iter([np.zeros(3, np.float32)]))
+    with pytest.raises(ValueError, match="a: 12 bytes came, 16 announced"):
+        write_safetensors(tmp_path / "x.safetensors", [wrong])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_large_weights_go_into_shards_with_an_index(tmp_path):
+    arrays = {f"t{i}": np.full(5, i, np.float32) for i in range(5)}
+    digests = write_sharded(tmp_path, "model", outgoing(arrays), limit=45)
+    shards = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert list(digests) == [*shards, "model.safetensors.index.json"]
+    for name, digest in digests.items():
+        assert sha256_file(tmp_path / name) == digest
+    assert [len(load_file(tmp_path / name)) for name in shards] == [2, 2, 1]
+    assert_same(read_all(tmp_path / "model.safetensors.index.json")[0], arrays)
+
+
+def test_a_tensor_beyond_the_limit_gets_a_shard_of_its_own(tmp_path):
+    arrays = {"big": np.zeros(100, np.float32), "small": np.zeros(1, np.float32)}
+    assert len(write_sharded(tmp_path, "model", outgoing(arrays), limit=50)) == 3
+    assert list(write_sharded(tmp_path, "all", outgoing(arrays), limit=404)) == ["all.safetensors"]

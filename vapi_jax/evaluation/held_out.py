@@ -1,0 +1,33 @@
+"""The fixed held-out batch of a run, and what a method says of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vapi_jax.data import fixed_batch
+from vapi_jax.methods import Task
+from vapi_jax.parallel.sharding import replicate, shard_whole
+
+HELD_OUT = "held_out/"
+
+
+class HeldOut:
+    """The fixed held-out batch of a run and its metrics, the same images and keys at every call."""
+
+    def __init__(self, task: Task, frozen: Mapping[str, Any]):
+        config = task.config
+        batch = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
+        self._batch = shard_whole(batch, task.mesh)
+        self._frozen = frozen
+        self._rng = replicate(jax.random.key(config.seed), task.mesh)
+        self._metrics = jax.jit(task.held_out)
+        self._mesh, self._temperature = task.mesh, config.vapi.temperature
+
+    def __call__(self, params: Any, temperature: float | None = None) -> dict[str, float]:
+        """The metrics; samples are drawn at the configured temperature unless told otherwise."""
+        drawn_at = self._temperature if temperature is None else temperature
+        drawn_at = replicate(np.float32(drawn_at), self._mesh)
+        metrics = self._metrics(params, self._frozen, self._batch, self._rng, drawn_at)
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,0 +1,342 @@
+"""What a checkpoint turns into when it is to be sampled: a policy, a tokenizer, and who they are.
+
+A checkpoint is named as people name it: "demo" for the weights that ship with the package, the
+directory of a finished run, or a directory of converted weights. Facts about it (architecture,
+SHA-256 of the files) come along, so that whoever uses its images can say where they are from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.data import DataConfig, class_names
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.methods.task import tokenizer_source
+from vapi_jax.models import vq
+from vapi_jax.models.loading import MANIFEST, PARTS, Source, load_weights, read_manifest
+from vapi_jax.models.policy import ClassPolicy, Policy, make_policy
+from vapi_jax.models.vq import VQConfig, VQModel
+from vapi_jax.parallel.sharding import tree_shardings
+from vapi_jax.rewards.pixels import PixelSpace
+from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.store import load_metadata, resolve_shipped
+from vapi_jax.weights.tensors import open_tensors
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+SUMMARY = "summary.json"
+
+# Sizes of the shipped models: the files say how they were trained, and shapes do not tell heads.
+_DEMO_SIDE = 32
+_DEMO_TOKENIZER = VQConfig(
+    codebook_size=1024,
+    ch=32,
+    encoder_ch_mult=(1, 2, 3),
+    decoder_ch_mult=(1, 2, 3),
+    num_res_blocks=1,
+    z_channels=96,
+)
+_DEMO_POLICY: dict[str, Any] = {
+    "kind": "class",
+    "dim": 192,
+    "n_layer": 4,
+    "n_head": 6,
+    "n_kv_head": 2,
+    "multiple_of": 64,
+    "vocab_size": 1024,
+    "block_size": 64,
+    "num_classes": 12,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """Everything that sampling needs, its arrays on the mesh.
+
+    Attributes:
+      policy: the autoregressive model.
+      params: its parameters, laid out by `vapi_jax.parallel.sharding`.
+      mesh: the devices.
+      pixels: the tokenizer on them.
+      frozen: {"tokenizer": its parameters}.
+      image_size: side of the decoded square images, in pixels.
+      class_names: by label; None where they are unknown or there are no classes.
+      facts: JSON-able: which checkpoint, which architecture, SHA-256 of every file of weights.
+    """
+
+    policy: Policy
+    params: Any
+    mesh: Mesh
+    pixels: PixelSpace
+    frozen: Mapping[str, Any]
+    image_size: int
+    class_names: tuple[str, ...] | None
+    facts: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many labels there are; None for a generator of another condition."""
+        return self.policy.config.num_classes if isinstance(self.policy, ClassPolicy) else None
+
+    def decode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
+        """Images of tokens, unclamped; B is a multiple of the device count."""
+        return _decode(self.pixels, self.frozen, tokens)
+
+
+# The tokenizer is hashable, so that all generators with the same one share a compiled program.
+@partial(jax.jit, static_argnums=0)
+def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Array:
+    return pixels.decode(frozen, tokens)
+
+
+def load_generator(ckpt: str, mesh: Mesh, *, dtype: str | None = None) -> Generator:
+    """The generator that a checkpoint holds.
+
+    Args:
+      ckpt: "demo", or a directory of one of the kinds in `DIRECTORIES`.
+      mesh: devices for the weights and all that is computed with them.
+      dtype: compute dtype of the policy, "float32" or "bfloat16"; None is the checkpoint's own. The
+        tokenizer always keeps its own.
+
+    Raises:
+      WeightsError: if there is no such checkpoint, with what was looked for; if it is unfinished or
+        damaged; or if its parts do not fit.
+    """
+    if ckpt == DEMO:
+        return _assemble(_demo(dtype), mesh)
+    path = Path(ckpt).expanduser()
+    for marker, (_, reader) in DIRECTORIES.items():
+        if (path / marker).is_file():
+            return _assemble(reader(path, mesh, dtype), mesh)
+    if path.is_dir():
+        looked = "; ".join(f"{marker} of {what}" for marker, (what, _) in DIRECTORIES.items())
+        raise WeightsError(f"{path} holds no generator. Looked there for: {looked}")
+    what = "is a file, not a directory" if path.exists() else "does not exist"
+    kinds = ", ".join(what for what, _ in DIRECTORIES.values())
+    raise WeightsError(
+        f"checkpoint {ckpt!r} {what}. Give {DEMO!r} for the weights that ship with the package, or "
+        f"the directory of: {kinds}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A checkpoint before its weights are read."""
+
+    policy: Policy
+    tokenizer: VQConfig
+    weights: Source  # of the policy
+    tokenizer_weights: Source
+    image_size: int
+    class_names: tuple[str, ...] | None
+    facts: dict[str, Any]
+
+
+def _assemble(found: _Found, mesh: Mesh) -> Generator:
+    """Reads the weights, each device its own slices."""
+    policy, side = found.policy, found.image_size
+    grid = side // found.tokenizer.downsample_factor
+    if (policy.num_tokens, policy.vocab_size) != (grid * grid, found.tokenizer.codebook_size):
+        raise WeightsError(
+            f"generator and tokenizer do not fit: {policy.num_tokens} tokens of {policy.vocab_size} "
+            f"codes, and a {grid}x{grid} grid of {found.tokenizer.codebook_size} codes"
+        )
+    pixels = PixelSpace(tokenizer=VQModel(found.tokenizer), mesh=mesh, dtype=found.tokenizer.dtype)
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    image = jnp.zeros((1, side, side, 3))
+    frozen = jax.eval_shape(
+        lambda: {"tokenizer": pixels.tokenizer.init(jax.random.key(0), image)["params"]}
+    )
+    layout = tree_shardings(frozen, mesh)["tokenizer"]
+    return Generator(
+        policy=policy,
+        params=load_weights(found.weights, shapes, tree_shardings(shapes, mesh)),
+        mesh=mesh,
+        pixels=pixels,
+        frozen={"tokenizer": load_weights(found.tokenizer_weights, frozen["tokenizer"], layout)},
+        image_size=side,
+        class_names=found.class_names,
+        facts={
+            **found.facts,
+            "policy": _named(policy),
+            "tokenizer": dataclasses.asdict(found.tokenizer),
+            "image_size": side,
+            "sha256": {
+                PARTS[source.part]: _digests(source)
+                for source in (found.weights, found.tokenizer_weights)
+            },
+        },
+    )
+
+
+def _policy_source(path: str, policy: Policy, verify: bool = True) -> Source:
+    config = getattr(policy, "config", None)
+    return Source(path, "gpt", policy.name_rules, policy.ignored_names, config, verify)
+
+
+def _demo(dtype: str | None) -> _Found:
+    """The shipped generator of photographs, 32x32 pixels and 12 classes."""
+    policy = make_policy(**_DEMO_POLICY, **_dtype_option(dtype))
+    return _Found(
+        policy=policy,
+        tokenizer=_DEMO_TOKENIZER,
+        weights=_policy_source(DEMO, policy),
+        tokenizer_weights=Source(DEMO, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, _DEMO_TOKENIZER),
+        image_size=_DEMO_SIDE,
+        class_names=_class_names(DataConfig(), policy),
+        facts={"kind": "demo", "path": DEMO, "trained": load_metadata(resolve_shipped("policy"))},
+    )
+
+
+def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
+    """What a run of `vapi_jax.main` has trained."""
+    summary = _read_summary(directory / SUMMARY)
+    config = _run_config(directory, summary, dtype)
+    task = make_task(config, mesh)
+    if not isinstance(task, GeneratorTask):
+        raise WeightsError(
+            f"{directory} is a run of task {config.task!r}, which trains no generator; give a run "
+            "of task 'vapi' or 'base'"
+        )
+    weights = directory / "weights" / "policy.safetensors"
+    if not weights.is_file():
+        raise WeightsError(f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}")
+    found, noted = sha256_file(weights), summary.get("weights", {}).get(weights.name)
+    if noted is not None and found != noted:
+        raise WeightsError(
+            f"{weights} is not the file that the run wrote: its SHA-256 is {found}, {SUMMARY} says "
+            f"{noted}"
+        )
+    tokenizer = tokenizer_source(config)
+    if tokenizer is None:
+        raise WeightsError(f"{directory / SUMMARY} names no weights of a tokenizer in init.vq")
+    trained = {name: getattr(config, name) for name in ("name", "task", "preset", "steps", "seed")}
+    return _Found(
+        policy=task.policy,
+        tokenizer=config.tokenizer,
+        weights=_policy_source(str(weights), task.policy),
+        tokenizer_weights=tokenizer,
+        image_size=config.data.image_size,
+        class_names=_class_names(config.data, task.policy),
+        facts={
+            "kind": "run",
+            "path": str(directory),
+            "trained": {**trained, "versions": summary.get("versions", {})},
+        },
+    )
+
+
+def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
+    """Released weights that launch/convert_llamagen.py has converted, generator and tokenizer."""
+    del mesh
+    config, manifest = read_manifest(directory)
+    if missing := [part for part in PARTS if part not in config]:
+        raise WeightsError(
+            f"{directory} holds no {' and no '.join(missing)}: to draw images, convert generator and "
+            "tokenizer into one directory, with --gpt and --vq"
+        )
+    options = {part: {k: v for k, v in config[part].items() if k != "name"} for part in PARTS}
+    try:
+        tokenizer = VQConfig(**options["vq"])
+        kind = "class" if options["gpt"].get("model_type") == "c2i" else "text"
+        policy = make_policy(kind, **options["gpt"], **_dtype_option(dtype))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{directory} has a config.json that does not work: {error}") from error
+    names = vq.NAME_RULES, vq.IGNORED_NAMES
+    return _Found(
+        policy=policy,
+        tokenizer=tokenizer,
+        weights=_policy_source(str(directory), policy),
+        # Both parts are in the same files, whose digests are compared with the first.
+        tokenizer_weights=Source(str(directory), "vq", *names, tokenizer, verify=False),
+        image_size=math.isqrt(policy.num_tokens) * tokenizer.downsample_factor,
+        class_names=None,
+        facts={
+            "kind": "converted",
+            "path": str(directory),
+            "trained": {
+                "names": {part: config[part].get("name", "") for part in PARTS},
+                "sources": manifest.get("sources", []),
+            },
+        },
+    )
+
+
+DIRECTORIES: dict[str, tuple[str, Callable[[Path, Mesh, str | None], _Found]]] = {
+    SUMMARY: ("a finished run of vapi_jax.main", _trained),
+    MANIFEST: ("weights converted by launch/convert_llamagen.py", _converted),
+}
+"""The file by which a kind of checkpoint directory is known -> (what it is, its reader)."""
+
+
+def _dtype_option(dtype: str | None) -> dict[str, str]:
+    return {} if dtype is None else {"dtype": dtype}
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(summary, dict) or not isinstance(summary.get("config"), dict):
+        raise WeightsError(f"{path} holds no configuration of a run")
+    return summary
+
+
+def _run_config(directory: Path, summary: Mapping[str, Any], dtype: str | None) -> TrainConfig:
+    raw = dict(summary["config"])
+    raw["policy"] = {**(raw.get("policy") or {}), **_dtype_option(dtype)}
+    try:
+        return resolve(raw)
+    except ConfigError as error:
+        raise WeightsError(f"{directory / SUMMARY} is of another version: {error}") from error
+
+
+def _named(policy: Policy) -> dict[str, Any]:
+    """A policy's kind and hyper-parameters, compute dtype included."""
+    config: Any = getattr(policy, "config", None)
+    kind = type(policy).__name__.removesuffix("Policy").lower()
+    return {"kind": kind, **dataclasses.asdict(config)}
+
+
+def _digests(source: Source) -> dict[str, str]:
+    """SHA-256 of the files that a source means, by name."""
+    path = Path(source.path)
+    if source.path == DEMO:
+        path = resolve_shipped(PARTS[source.part])
+    elif (path / MANIFEST).is_file():
+        outputs = read_manifest(path)[1]["outputs"]  # compared with the files when they were read
+        return {name: facts["sha256"] for name, facts in sorted(outputs.items())}
+    elif path.is_dir():
+        path = path / "weights" / f"{PARTS[source.part]}.safetensors"
+    with open_tensors(path) as file:
+        return {part.name: sha256_file(part) for part in file.paths}
+
+
+def _class_names(config: DataConfig, policy: Policy) -> tuple[str, ...] | None:
+    """Names from the data that the generator was trained on, where it can still be found."""
+    if not isinstance(policy, ClassPolicy):
+        return None
+    try:
+        names = class_names(config)
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        logger.info("class names are unknown, so classes go by number: %s", error)
+        return None
+    return names if len(names) == policy.config.num_classes else None

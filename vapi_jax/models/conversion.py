@@ -1,0 +1,231 @@
+"""Released weights into a directory of ours: streamed, accounted for, atomic.
+
+A converted directory holds model.safetensors (or shards and their index), whose names are ours behind
+"gpt/" or "vq/"; config.json, what the models are; and manifest.json, written last, with the digests
+of sources and outputs. It is built under another name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vapi_jax import __version__
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.progress import ByteProgress
+from vapi_jax.common.trees import flatten
+from vapi_jax.models import llama, vq
+from vapi_jax.models.architecture import Architecture, infer_gpt, infer_vq
+from vapi_jax.models.llama import LlamaConfig
+from vapi_jax.models.loading import BUFFERS, CONFIG, MANIFEST, MODEL, read_origin
+from vapi_jax.models.policy import make_policy
+from vapi_jax.models.vq import VQConfig, VQModel
+from vapi_jax.weights.names import Origin, Rule, WeightsError, check_reference
+from vapi_jax.weights.tensors import LazyTensor, Outgoing, TensorFile, open_tensors, write_sharded
+
+SHARD_BYTES = 4 * 10**9
+"""Weights beyond this are cut into shards."""
+
+
+def model_shapes(config: LlamaConfig | VQConfig) -> dict[str, Any]:
+    """The parameters' shapes, nothing computed."""
+    if isinstance(config, VQConfig):
+        side = 2 * config.downsample_factor
+        image = jnp.zeros((1, side, side, 3))
+        return jax.eval_shape(lambda: VQModel(config).init(jax.random.key(0), image)["params"])
+    kind = "class" if config.model_type == "c2i" else "text"
+    return jax.eval_shape(make_policy(kind, **dataclasses.asdict(config)).init, jax.random.key(0))
+
+
+def name_rules(part: str) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
+    """The table of names of "gpt" or "vq", and the names that are no parameters."""
+    family = llama if part == "gpt" else vq
+    return family.NAME_RULES, family.IGNORED_NAMES
+
+
+# --- in -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One model on its way in."""
+
+    name: str  # "gpt" or "vq"
+    file: TensorFile
+    architecture: Architecture
+    target: dict[str, Any]
+    origins: dict[str, Origin]
+
+    @property
+    def buffers(self) -> list[str]:
+        """Tensors of the source that are no parameters; kept, so that an export has them again."""
+        used = {name for origin in self.origins.values() for name in origin.names}
+        return [name for name in self.file.tensors if name not in used]
+
+    def outgoing(self, dtype: Any) -> Iterator[Outgoing]:
+        """Our parameters, each made from the source when it is written."""
+        for path, leaf in flatten(self.target).items():
+            origin = self.origins[path]
+            kept = self.file.tensors[origin.names[0]].dtype if dtype is None else dtype
+            yield Outgoing(
+                f"{self.name}/{path}", leaf.shape, jnp.dtype(kept), self._pieces(path, origin)
+            )
+        for name in self.buffers:
+            tensor = self.file.tensors[name]
+            pieces = partial(whole, tensor)
+            yield Outgoing(f"{self.name}{BUFFERS}{name}", tensor.shape, tensor.dtype, pieces)
+
+    def _pieces(self, path: str, origin: Origin) -> Callable[[], Iterator[np.ndarray]]:
+        def pieces() -> Iterator[np.ndarray]:
+            for i in range(len(origin.names)):
+                index = (slice(i, i + 1),) if origin.stacked else ()
+                yield read_origin(self.file.tensors, origin, index)
+
+        return pieces
+
+
+def whole(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """A tensor as the one piece that it is written in."""
+    yield tensor.read()
+
+
+def convert(
+    out: Path,
+    *,
+    gpt: Path | None = None,
+    vq: Path | None = None,
+    gpt_args: Mapping[str, Any] | None = None,
+    vq_args: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    t2i: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Converts released LlamaGen files into the directory `out`.
+
+    Args:
+      out: must not exist, unless `overwrite`.
+      gpt, vq: the generator's and the tokenizer's file; one of them at least.
+      gpt_args, vq_args: LlamaGen's arguments, where a file is none of the released models.
+      image_size: of the images that the generator was trained on, where the file does not tell.
+      t2i: a text-conditional generator is expected.
+      dtype: "float32" | "bfloat16" | "float16"; None keeps what the file has, bit for bit.
+      overwrite: replace an existing directory once the new one is complete.
+      shard_bytes: see `SHARD_BYTES`.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      WeightsError: if a file is refused, or does not hold what is asked for.
+    """
+    if gpt is None and vq is None:
+        raise WeightsError("nothing to convert: give --gpt, --vq or both")
+    if out.exists() and not overwrite:
+        raise WeightsError(f"{out} exists: choose another place, or say --overwrite")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise WeightsError(f"{out} exists and was not made by a conversion: choose another place")
+    with ExitStack() as stack:
+        parts = []
+        if gpt is not None:
+            file = stack.enter_context(open_tensors(gpt))
+            found = infer_gpt(
+                _shapes(file), gpt_args, file_name=gpt.name, image_size=image_size, t2i=t2i
+            )
+            parts.append(_part("gpt", file, found))
+        if vq is not None:
+            file = stack.enter_context(open_tensors(vq))
+            parts.append(_part("vq", file, infer_vq(_shapes(file), vq_args)))
+        _check_pair(parts)
+        partial = out.with_name(out.name + ".partial")
+        if partial.exists():  # of a conversion that was interrupted
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            manifest = _write(partial, parts, dtype, shard_bytes)
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in file.tensors.items()}
+
+
+def _part(name: str, file: TensorFile, found: Architecture) -> _Part:
+    target = model_shapes(found.config)
+    try:
+        origins = check_reference(file.tensors, target, *name_rules(name))
+    except WeightsError as error:
+        raise WeightsError(f"{file.paths[0]}, taken for {found.describe()}: {error}") from error
+    return _Part(name, file, found, target, origins)
+
+
+def _check_pair(parts: Sequence[_Part]) -> None:
+    configs = {part.name: part.architecture.config for part in parts}
+    gpt, tokenizer = configs.get("gpt"), configs.get("vq")
+    if not (isinstance(gpt, LlamaConfig) and isinstance(tokenizer, VQConfig)):
+        return
+    if gpt.vocab_size != tokenizer.codebook_size:
+        raise WeightsError(
+            f"the generator predicts {gpt.vocab_size} codes and the tokenizer has "
+            f"{tokenizer.codebook_size}: they do not belong together"
+        )
+
+
+def _write(
+    directory: Path, parts: Sequence[_Part], dtype: str | None, shard_bytes: int
+) -> dict[str, Any]:
+    outgoing = [tensor for part in parts for tensor in part.outgoing(dtype)]
+    sources = [(part.name, path) for part in parts for path in part.file.paths]
+    total = sum(t.nbytes for t in outgoing) + sum(path.stat().st_size for _, path in sources)
+    with ByteProgress(total, "convert") as tick:
+        described = [
+            {
+                "part": name,
+                "file": path.name,
+                "size": path.stat().st_size,
+                "sha256": sha256_file(path, tick),
+            }
+            for name, path in sources
+        ]
+        digests = write_sharded(directory, MODEL, outgoing, shard_bytes, {"format": "pt"}, tick)
+    config = {part.name: part.architecture.to_json() for part in parts}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    digests[CONFIG] = sha256_file(directory / CONFIG)
+    manifest = {
+        "converter": f"vapi_jax {__version__}",
+        "sources": described,
+        "outputs": {
+            name: {"size": (directory / name).stat().st_size, "sha256": digest}
+            for name, digest in digests.items()
+        },
+        "parameters": {
+            part.name: sum(math.prod(leaf.shape) for leaf in flatten(part.target).values())
+            for part in parts
+        },
+        "dtype": dtype or "as in the sources",
+        "architecture": {part.name: part.architecture.describe() for part in parts},
+        "buffers": {part.name: part.buffers for part in parts},
+        "ignored": {part.name: list(part.file.ignored) for part in parts},
+    }
+    (directory / MANIFEST).write_text(
+        json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return manifest

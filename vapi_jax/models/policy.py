@@ -1,0 +1,391 @@
+"""What a generator must offer to be sampled from and trained: one contract, three kinds of it.
+
+A policy is a frozen dataclass of hyper-parameters and holds no arrays; parameters are passed to
+every call. A *condition* is whatever pytree the kind defines, with a leading batch axis on every
+leaf; callers pass it along, gather rows of it (`jax.tree.map(lambda x: x[rows], condition)`) and
+never look inside. A new kind needs this contract and an entry in `POLICIES`, nothing else:
+`tests/models/test_policy.py` runs over all of them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vapi_jax.models import janus, llama
+from vapi_jax.models.head import Head, project
+from vapi_jax.models.janus import JanusConfig
+from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.weights.names import Rule
+
+Params = dict[str, Any]
+Condition = Any
+Cache = Any
+
+
+class Policy(abc.ABC):
+    """π_θ(tokens | condition) over grids of `num_tokens` tokens out of `vocab_size`."""
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """V, how many image tokens there are."""
+
+    @property
+    @abc.abstractmethod
+    def num_tokens(self) -> int:
+        """T, the tokens of one image in raster order."""
+
+    @property
+    @abc.abstractmethod
+    def compute_dtype(self) -> str:
+        """What matrices are multiplied in."""
+
+    @property
+    def context_length(self) -> int:
+        """How many of the T tokens `logits` takes; T - 1, as the last one predicts nothing."""
+        return self.num_tokens - 1
+
+    @property
+    @abc.abstractmethod
+    def name_rules(self) -> tuple[Rule, ...]:
+        """The table between our parameter names and the released checkpoints'."""
+
+    @property
+    @abc.abstractmethod
+    def ignored_names(self) -> tuple[str, ...]:
+        """Regular expressions of checkpoint names that are no parameters of this policy."""
+
+    @abc.abstractmethod
+    def example_condition(self, batch: int) -> Condition:
+        """A valid condition of this batch size, for initialisation and shape inference."""
+
+    @abc.abstractmethod
+    def init(self, rng: PRNGKeyArray) -> Params:
+        """Fresh float32 parameters, a nested dict; the same for the same key."""
+
+    @abc.abstractmethod
+    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+        """The conditioning positions as the transformer gets them."""
+
+    @abc.abstractmethod
+    def hidden(
+        self,
+        params: Params,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        *,
+        dropout_rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the output layer sees: position t knows the condition and context[:t].
+
+        context has `context_length` tokens. Dropout is off without `dropout_rng`.
+        """
+
+    @abc.abstractmethod
+    def head(self, params: Params) -> Head:
+        """The output layer."""
+
+    def logits(
+        self,
+        params: Params,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        *,
+        dropout_rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Teacher-forced float32 logits of all tokens; see `hidden` for the arguments."""
+        hidden = self.hidden(params, condition, context, dropout_rng=dropout_rng)
+        return project(hidden, self.head(params))
+
+    @abc.abstractmethod
+    def unconditional(self, condition: Condition) -> Condition:
+        """The other half of classifier-free guidance: same structure, shapes and dtypes.
+
+        Raises ValueError where the model has no unconditional embedding.
+        """
+
+    @abc.abstractmethod
+    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+        """Float32 logits of token 0, and the cache to decode from (leading axis B or 1)."""
+
+    @abc.abstractmethod
+    def decode(
+        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Takes in token `index` (0 .. T-2, may be traced); returns the logits of index + 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _LlamaPolicy(Policy):
+    """What class and text conditioning share."""
+
+    config: LlamaConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.block_size
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def name_rules(self) -> tuple[Rule, ...]:
+        return llama.NAME_RULES
+
+    @property
+    def ignored_names(self) -> tuple[str, ...]:
+        return llama.IGNORED_NAMES
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        context = jnp.zeros((1, 1), dtype=jnp.int32)
+        variables = llama.Llama(self.config).init(rng, self.example_condition(1), context)
+        return variables["params"]
+
+    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+        return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
+
+    def hidden(
+        self,
+        params: Params,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        *,
+        dropout_rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        return llama.Llama(self.config).apply(
+            {"params": params},
+            condition,
+            context,
+            deterministic=dropout_rng is None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+            method="hidden",
+        )
+
+    def head(self, params: Params) -> Head:
+        return Head(params["output"]["kernel"])
+
+    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+        return llama.prefill(self.config, params, condition)
+
+    def decode(
+        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        return llama.decode(self.config, params, cache, token, index)
+
+    def _require_unconditional(self) -> None:
+        if self.config.class_dropout_prob <= 0:
+            raise ValueError(
+                "class_dropout_prob is 0: this model has no unconditional embedding, so neither "
+                "guidance nor dropping of conditions is possible"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassPolicy(_LlamaPolicy):
+    """Class-conditional LlamaGen. Condition: Int[B], labels 0 .. num_classes - 1."""
+
+    def __post_init__(self) -> None:
+        if self.config.model_type != "c2i":
+            raise ValueError(f"ClassPolicy wants model_type 'c2i', not {self.config.model_type!r}")
+
+    def example_condition(self, batch: int) -> Int[Array, " B"]:
+        return jnp.zeros((batch,), dtype=jnp.int32)
+
+    def unconditional(self, condition: Int[Array, " B"]) -> Int[Array, " B"]:
+        self._require_unconditional()
+        return jnp.full_like(condition, self.config.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPolicy(_LlamaPolicy):
+    """Text-conditional LlamaGen.
+
+    Condition: dict of features Float[B, P, W] (encoded caption, LEFT padded), mask Bool[B, P]
+    (False = padding) and dropped Bool[B] (True = the unconditional embedding replaces the
+    features, under the same mask). `text_condition` builds one.
+    """
+
+    def __post_init__(self) -> None:
+        if self.config.model_type != "t2i":
+            raise ValueError(f"TextPolicy wants model_type 't2i', not {self.config.model_type!r}")
+
+    def example_condition(self, batch: int) -> Condition:
+        c = self.config
+        return text_condition(
+            jnp.zeros((batch, c.cls_token_num, c.caption_dim), dtype=jnp.float32),
+            jnp.ones((batch, c.cls_token_num), dtype=bool),
+        )
+
+    def unconditional(self, condition: Condition) -> Condition:
+        self._require_unconditional()
+        return {**condition, "dropped": jnp.ones_like(condition["dropped"])}
+
+
+def text_condition(features: Float[Array, "B P W"], mask: Array) -> Condition:
+    """The condition of a `TextPolicy` from caption features and their mask [B, P] (bool or 0/1)."""
+    mask = jnp.asarray(mask).astype(bool)
+    dropped = jnp.zeros(mask.shape[:1], dtype=bool)
+    return {"features": jnp.asarray(features), "mask": mask, "dropped": dropped}
+
+
+@dataclasses.dataclass(frozen=True)
+class JanusPolicy(Policy):
+    """Janus-Pro. Condition: dict of tokens Int[B, P] (prompt) and mask Bool[B, P].
+
+    alignment: "shifted_by_one" reads token t's logits one position before it, as pretraining and
+      inference do. "same_position" reads them where x_t itself has been fed, as the reference
+      implementation of VA-π does: then the context has T tokens, and there is no sampling.
+    padding: "exact" counts positions over real prompt tokens and starts at the last of them, so
+      padding on either side changes nothing. "counted" counts through the padding, as the
+      reference does with its right-padded prompts: results depend on the batch's longest prompt.
+    """
+
+    config: JanusConfig
+    alignment: str = "shifted_by_one"
+    padding: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.alignment not in ("shifted_by_one", "same_position"):
+            raise ValueError(f"unknown alignment {self.alignment!r}")
+        if self.padding not in ("exact", "counted"):
+            raise ValueError(f"unknown padding {self.padding!r}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def context_length(self) -> int:
+        return self.num_tokens - (self.alignment == "shifted_by_one")
+
+    @property
+    def name_rules(self) -> tuple[Rule, ...]:
+        return janus.NAME_RULES
+
+    @property
+    def ignored_names(self) -> tuple[str, ...]:
+        return janus.IGNORED_NAMES
+
+    def example_condition(self, batch: int) -> Condition:
+        tokens = jnp.zeros((batch, 2), dtype=jnp.int32)
+        return {"tokens": tokens, "mask": jnp.ones_like(tokens, dtype=bool)}
+
+    def init(self, rng: PRNGKeyArray) -> Params:
+        context = jnp.zeros((1, 1), dtype=jnp.int32)
+        return janus.Janus(self.config).init(rng, self.example_condition(1), context)["params"]
+
+    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+        return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
+
+    def hidden(
+        self,
+        params: Params,
+        condition: Condition,
+        context: Int[Array, "B S"],
+        *,
+        dropout_rng: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        del dropout_rng  # Janus has no dropout: with an rng and without, it is the same function
+        return janus.Janus(self.config).apply(
+            {"params": params},
+            condition,
+            context,
+            same_position=self.alignment == "same_position",
+            count_padding=self.padding == "counted",
+            method="hidden",
+        )
+
+    def head(self, params: Params) -> Head:
+        last = params["gen_head"]["fc2"]
+        return Head(last["kernel"], last["bias"])
+
+    def unconditional(self, condition: Condition) -> Condition:
+        return janus.unconditional(self.config, condition)
+
+    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+        if self.alignment == "same_position":
+            raise ValueError("alignment 'same_position' has seen the token it scores: no sampling")
+        return janus.prefill(self.config, params, condition, self.padding == "counted")
+
+    def decode(
+        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        return janus.decode(self.config, params, cache, token, index)
+
+
+def drop_condition(
+    policy: Policy, keys: PRNGKeyArray, condition: Condition, rate: float
+) -> Condition:
+    """Makes each sample unconditional with probability `rate`, decided by its own key of `keys` [B]."""
+    if rate <= 0:
+        return condition
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+
+    def pick(without: Array, given: Array) -> Array:
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), without, given)
+
+    return jax.tree.map(pick, policy.unconditional(condition), condition)
+
+
+def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
+    fields = dict(config)
+    size = fields.pop("size", None)
+    if size is not None:
+        if size not in LLAMA_SIZES:
+            raise ValueError(f"unknown size {size!r}, known are {', '.join(LLAMA_SIZES)}")
+        fields = {**LLAMA_SIZES[size], **fields}
+    if fields.setdefault("model_type", model_type) != model_type:
+        raise ValueError(f"model_type {fields['model_type']!r} contradicts kind")
+    return LlamaConfig(**fields)
+
+
+def _make_class(**config: Any) -> Policy:
+    return ClassPolicy(_llama_config("c2i", config))
+
+
+def _make_text(**config: Any) -> Policy:
+    return TextPolicy(_llama_config("t2i", {"cls_token_num": 120, **config}))
+
+
+def _make_janus(alignment: str = "shifted_by_one", padding: str = "exact", **config: Any) -> Policy:
+    return JanusPolicy(JanusConfig(**config), alignment, padding)
+
+
+POLICIES = {"class": _make_class, "text": _make_text, "janus": _make_janus}
+
+
+def make_policy(kind: str, **config: Any) -> Policy:
+    """A policy by name, so that a trainer names no class.
+
+    Args:
+      kind: "class", "text" or "janus".
+      config: fields of `LlamaConfig` (and `size`, a key of `LLAMA_SIZES`) or of `JanusConfig`
+        (and `alignment`, `padding`).
+
+    Raises:
+      ValueError: for an unknown kind or size, or fields that contradict each other.
+      TypeError: for an unknown field.
+    """
+    if kind not in POLICIES:
+        raise ValueError(f"unknown policy {kind!r}, known are {', '.join(POLICIES)}")
+    return POLICIES[kind](**config)

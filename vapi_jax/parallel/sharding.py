@@ -1,0 +1,164 @@
+"""The mesh ("data", "fsdp"), and ONE ordered table from parameter names to their layout on it.
+
+The batch is split over both axes; parameters, their gradients and optimizer moments over "fsdp".
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vapi_jax.common.trees import flatten, unflatten
+
+AXES = ("data", "fsdp")
+BATCH_AXES = AXES
+
+# First match wins; searched in the "/"-joined path, so that optimizer moments follow their
+# parameters. Scanned layers carry a leading layer axis, which is never split.
+PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(^|/)(tokenizer|discriminator|perceptual)/", PartitionSpec()),
+    (r"norm\w*/", PartitionSpec()),
+    (r"/bias$", PartitionSpec()),
+    (r"layers/attention/(wqkv|wq|wk|wv)/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/attention/wo/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"layers/feed_forward/(w1|w3)/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/feed_forward/w2/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"embed\w*/embedding$", PartitionSpec(None, "fsdp")),
+    (r"uncond_embedding$", PartitionSpec()),
+    (r"/kernel$", PartitionSpec("fsdp", None)),
+    (r"(^|/)(count|step|rng)$", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
+    """A mesh of all devices; -1 for one of the two axes means "what is left".
+
+    Raises:
+      ValueError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp], len(devices)
+    if sizes.count(-1) == 1:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // known if known > 0 else 0
+    if min(sizes) < 1 or math.prod(sizes) != count:
+        raise ValueError(
+            f"mesh data={data}, fsdp={fsdp} does not fit {count} device(s): the two must multiply "
+            f"to {count}; -1 for one of them takes what is left"
+        )
+    # jax.make_mesh would give Explicit axes, under which sharded gathers and contractions raise.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The layout of a parameter by its name.
+
+    An axis that the mesh does not divide stays whole; scalars are replicated.
+
+    Raises:
+      ValueError: for a name that no row of the table matches, or a row of another rank.
+    """
+    if not shape:
+        return PartitionSpec()
+    for pattern, spec in PARTITION_RULES:
+        if re.search(pattern, path):
+            if len(spec) not in (0, len(shape)):
+                raise ValueError(f"{path} has shape {shape}, its rule {pattern} is {spec}")
+            axes = [
+                axis if axis is None or size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, shape, strict=False)
+            ]
+            return PartitionSpec(*axes)
+    raise ValueError(f"no partition rule for {path!r}: add a row to PARTITION_RULES")
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays or ShapeDtypeStructs, by the table above."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def put_sharded(
+    read: Mapping[str, np.ndarray] | Callable[[str, Any], np.ndarray],
+    target: Any,
+    shardings: Any,
+) -> Any:
+    """Arrays laid out as `shardings`, each device taking only its slices.
+
+    Args:
+      read: path -> numpy array, or a function (path, index) -> that slice of it.
+      target: nested dict of ShapeDtypeStructs.
+      shardings: nested dict of NamedShardings, like `target`.
+    """
+    wanted, layout = flatten(target), flatten(shardings)
+
+    def load(path: str) -> jax.Array:
+        leaf = wanted[path]
+
+        def piece(index: Any) -> np.ndarray:
+            part = read(path, index) if callable(read) else read[path][index]
+            return np.asarray(part, dtype=leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, layout[path], piece)
+
+    return unflatten({path: load(path) for path in wanted})
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A process's host arrays as global arrays, the leading axis over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def shard_whole(batch: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds whole as global arrays, the leading axis over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Numbers, arrays and keys that every process holds as global arrays, a copy on every device."""
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def host_array(leaf: Any) -> np.ndarray:
+    """The whole array on this host, whatever its sharding. A collective across processes."""
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not leaf.is_fully_addressable:
+            if leaf.is_fully_replicated:
+                leaf = leaf.addressable_data(0)
+            else:
+                leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)

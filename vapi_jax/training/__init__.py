@@ -1,0 +1,1 @@
+"""The one trainer: plan, state and step, loop, checkpoints and resume."""

@@ -1,0 +1,155 @@
+"""Trained or converted weights back to LlamaGen's names and layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.progress import ByteProgress
+from vapi_jax.common.trees import flatten
+from vapi_jax.models import vq
+from vapi_jax.models.conversion import name_rules, whole
+from vapi_jax.models.loading import MANIFEST, Source, Weights, open_weights, read_manifest
+from vapi_jax.models.policy import make_policy
+from vapi_jax.training.checkpoint import Checkpointer
+from vapi_jax.weights.names import Origin, Rule, WeightsError, origin_of
+from vapi_jax.weights.tensors import LazyTensor, Outgoing, write_safetensors
+from vapi_jax.weights.torch_file import write_torch_file
+
+
+def export(out: Path, weights: Weights, rules: Sequence[Rule], dtype: str | None = None) -> str:
+    """Writes our weights under LlamaGen's names and in its layout; returns the file's SHA-256.
+
+    Args:
+      out: `.safetensors`, or `.pt` for the release layout {"model": state dict}.
+      weights: ours.
+      rules: the model's table of names.
+      dtype: of the file; None keeps that of the weights, bit for bit.
+
+    Raises:
+      WeightsError: for another suffix, or weights that the table does not know.
+    """
+    if out.suffix not in (".safetensors", ".pt", ".pth"):
+        raise WeightsError(f"{out}: the name must end in .safetensors or .pt")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tensors = list(_reference_tensors(weights, rules, dtype))
+    with ByteProgress(sum(tensor.nbytes for tensor in tensors), "export") as tick:
+        if out.suffix == ".safetensors":
+            return write_safetensors(out, tensors, {"format": "pt"}, tick)
+
+        def counted(tensor: Outgoing) -> LazyTensor:
+            def fetch(index: Any) -> np.ndarray:
+                del index  # the writer asks for whole tensors
+                array = tensor.read()
+                tick(array.nbytes)
+                return array
+
+            return LazyTensor(tensor.shape, tensor.dtype, fetch)
+
+        write_torch_file(out, {"model": {tensor.name: counted(tensor) for tensor in tensors}})
+    return sha256_file(out)
+
+
+def _reference_tensors(
+    weights: Weights, rules: Sequence[Rule], dtype: str | None
+) -> Iterator[Outgoing]:
+    for name, buffer in weights.buffers.items():
+        yield Outgoing(name, buffer.shape, buffer.dtype, partial(whole, buffer))
+    for path, leaf in weights.leaves.items():
+        origin = origin_of(path, leaf, rules)
+        kept = jnp.dtype(leaf.dtype if dtype is None else dtype)
+        for i, name in enumerate(origin.names):
+            index = (slice(i, i + 1),) if origin.stacked else ()
+            pieces = partial(_piece, weights, path, index, origin, kept)
+            yield Outgoing(name, origin.their_shape(leaf.shape), kept, pieces)
+
+
+def _piece(
+    weights: Weights, path: str, index: tuple[slice, ...], origin: Origin, dtype: Any
+) -> Iterator[np.ndarray]:
+    """One of the reference's tensors, the only piece that it is written in."""
+    part = weights.read(path, index)
+    part = part[0] if origin.stacked else part
+    yield np.asarray(origin.to_theirs(part), dtype=dtype, order="C")
+
+
+@contextmanager
+def open_trained(
+    ckpt: Path, part: str | None = None, step: int | None = None
+) -> Iterator[tuple[Weights, tuple[Rule, ...]]]:
+    """Weights to export, and the table of names that belongs to them.
+
+    Args:
+      ckpt: a run's workdir, or a converted directory.
+      part: "gpt" or "vq"; None for what the run trained, or the generator of a converted directory.
+      step: of the run's checkpoints, -1 for the newest; None for its final weights.
+
+    Raises:
+      WeightsError: if there is nothing of that kind.
+      CheckpointError: if the checkpoint is damaged.
+    """
+    if (ckpt / MANIFEST).is_file():
+        if step is not None:
+            raise WeightsError(f"{ckpt} is a converted directory and has no steps")
+        part = part or next(iter(sorted(read_manifest(ckpt)[0])))
+        with open_weights(Source(str(ckpt), part, *name_rules(part))) as weights:
+            yield weights, name_rules(part)[0]
+        return
+    trained, rules = _trained_part(ckpt)
+    if part not in (None, trained):
+        raise WeightsError(f"{ckpt} trained the {trained}; its {part} is where it came from")
+    shapes = vq.BUFFER_SHAPES if trained == "vq" else {}
+    buffers = {name: _zeros(shape) for name, shape in shapes.items()}
+    if step is None:
+        with open_weights(Source(str(ckpt), trained, rules, ())) as weights:
+            yield dataclasses.replace(weights, buffers=buffers), rules
+    else:
+        weights = _checkpointed(ckpt / "checkpoints", trained, step)
+        yield dataclasses.replace(weights, buffers=buffers), rules
+
+
+def _zeros(shape: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(shape, np.dtype(np.float32), lambda index: np.zeros(shape, np.float32))
+
+
+def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...]]:
+    """Which part of a model a run trains, and its table of names."""
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        task, policy = config["task"], dict(config["policy"])
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{workdir} is neither the workdir of a run nor a converted directory: {error}"
+        ) from error
+    if task == "tokenizer":
+        return "vq", name_rules("vq")[0]
+    return "gpt", make_policy(**policy).name_rules
+
+
+def _checkpointed(directory: Path, part: str, step: int) -> Weights:
+    if not directory.is_dir():
+        raise WeightsError(f"{directory} does not exist: the run kept no checkpoints")
+    with Checkpointer(directory) as saver:
+        steps = saver.steps()
+        chosen = max(steps, default=None) if step == -1 else step
+        if chosen not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise WeightsError(f"{directory} has no step {step}; it has {have}")
+        abstract = {"params": saver.abstract_item(chosen, "params")}
+        found, items = saver.restore(chosen, abstract)
+    if found != chosen:
+        raise WeightsError(f"step {chosen} is damaged; the newest that verifies is {found}")
+    params: Any = items["params"]
+    flat = flatten(params["tokenizer"] if part == "vq" else params)
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
+    return Weights(leaves, lambda name, index: np.asarray(flat[name])[index])

@@ -1,0 +1,295 @@
+"""What a configuration will do, told before it is done: `python -m vapi_jax.main --config=... --check`.
+
+Sizes come from shapes, so nothing is allocated, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vapi_jax.common.tables import format_table
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.resolve import examine, raise_all
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training import memory, train
+from vapi_jax.training.readiness import (
+    LOOKED_AT,
+    DataFound,
+    WeightsFound,
+    look_at_data,
+    look_at_weights,
+    open_mesh,
+    with_classes,
+)
+
+_TITLES = {
+    "vapi": "VA-π post-training",
+    "tokenizer": "training of a tokenizer",
+    "base": "training of a base generator",
+}
+_FILES = (
+    "report.html, summary.json, metrics.jsonl, config.json, parameters.txt, *.png, tensorboard/"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network of a run."""
+
+    name: str
+    parameters: int
+    trained: bool
+    weights: WeightsFound
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before it is run.
+
+    Attributes:
+      config: the resolved options.
+      mesh: axis -> devices; None where it does not fit the devices.
+      device, processes: what it would run on, here.
+      data: what is there to train on.
+      networks: all that it loads or makes.
+      memory: parts of a device's memory in a training step; empty without a mesh.
+      counts: steps, images and so on, by name.
+      saved: steps of the checkpoints, and those that stay.
+      checkpoint_bytes: of each.
+      weight_bytes: file in WORKDIR/weights -> its size.
+      problems: all that is in the way of running it here.
+    """
+
+    config: TrainConfig
+    mesh: dict[str, int] | None
+    device: str
+    processes: int
+    data: DataFound
+    networks: list[Network]
+    memory: list[memory.Part]
+    counts: dict[str, int]
+    saved: list[int]
+    kept: list[int]
+    checkpoint_bytes: int
+    weight_bytes: dict[str, int]
+    problems: list[str]
+
+
+def check(raw: Any, workdir: str | None = None, as_json: bool = False) -> int:
+    """Prints the plan of a recipe, and on standard error all that is in its way.
+
+    Returns:
+      The exit status: 0 where it can run here, 1 where not. Of options that are wrong in themselves no
+      plan is made.
+    """
+    config, errors = examine(raw)
+    broken = len(errors)
+    mesh = open_mesh(config, errors)
+    data = look_at_data(config, errors, images=LOOKED_AT)
+    config = with_classes(config, lambda: data.classes)
+    weights = look_at_weights(config, mesh, errors)
+    if not broken:
+        plan = make_plan(config, mesh, data, weights, list(errors))
+        print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))
+    try:
+        raise_all(errors)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_plan(
+    config: TrainConfig,
+    mesh: Mesh | None,
+    data: DataFound,
+    weights: dict[str, WeightsFound],
+    problems: list[str],
+) -> Plan:
+    """The plan of a configuration whose options are possible in themselves."""
+    alone = make_mesh(1, 1, jax.devices()[:1])
+    task = make_task(config, mesh or alone)
+    state = train.abstract_state(
+        task, train.make_optimizer(config.optimizer, config.steps), config.seed
+    )
+    frozen = memory.frozen_shapes(config)
+    trained = task.weights_of(state.params, state.extra)
+    networks = [
+        Network(name, _count(tree), name in trained, weights.get(name, _UNKNOWN))
+        for name, tree in {**trained, **frozen}.items()
+    ]
+    saved = checkpoint_steps(config)
+    whole = (state.params, state.opt_state, state.extra, state.rng)
+    return Plan(
+        config=config,
+        mesh=None if mesh is None else dict(mesh.shape),
+        device=jax.devices()[0].device_kind,
+        processes=jax.process_count(),
+        data=data,
+        networks=networks,
+        memory=[] if mesh is None else memory.estimate(task, state, frozen),
+        counts=_counts(config, data),
+        saved=saved,
+        kept=kept_steps(config, saved),
+        checkpoint_bytes=memory.tree_bytes(whole),
+        weight_bytes={f"{name}.safetensors": memory.tree_bytes(trained[name]) for name in trained},
+        problems=problems,
+    )
+
+
+_UNKNOWN = WeightsFound("weights unknown", "")
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def checkpoint_steps(config: TrainConfig) -> list[int]:
+    """Steps after which the state is saved: every so often, and the last."""
+    every = config.checkpoint.every
+    return sorted({config.steps, *(range(every, config.steps + 1, every) if every else ())})
+
+
+def kept_steps(config: TrainConfig, saved: list[int]) -> list[int]:
+    """Those of them that are still there at the end."""
+    policy = config.checkpoint
+    stay = {step for step in saved if policy.keep_every and step % policy.keep_every == 0}
+    return sorted(stay | set(saved[-policy.keep_last :]))
+
+
+def _counts(config: TrainConfig, data: DataFound) -> dict[str, int]:
+    micro = config.microbatch_size or config.batch_size
+    counts = {
+        "steps": config.steps,
+        "images": config.steps * config.batch_size,
+        "microbatches": config.batch_size // micro,
+        "evaluations": _times(config.eval.every, config.steps),
+    }
+    if config.task != "tokenizer" and config.eval.sampled_every:
+        counts["sampled"] = _times(config.eval.sampled_every, config.steps)
+    if config.task == "vapi":
+        counts["samples"] = counts["images"] * config.vapi.group_size
+    if "train" in data.images:
+        counts["images_of_an_epoch"] = data.images["train"]
+    return counts
+
+
+def _times(every: int, steps: int) -> int:
+    """Of what is done at step 0, every so many steps, and at the last."""
+    return 1 + len({steps, *range(every, steps + 1, every)})
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def size(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} GiB"
+
+
+def render(plan: Plan, workdir: str | None = None) -> str:
+    """The plan as text for a terminal."""
+    config = plan.config
+    title = f"{config.name}: {_TITLES[config.task]}"
+    if config.task == "vapi":
+        title += f', preset "{config.preset}"'
+    parts = [title, "\n".join(f"{name:<12}{text}" for name, text in _facts(plan, workdir))]
+    rows = [
+        [
+            f"{n.name}, {'trained' if n.trained else 'frozen'}, {_weights(n.weights)}",
+            f"{n.parameters:,}",
+        ]
+        for n in plan.networks
+    ]
+    parts.append(format_table(rows, ["network", "parameters"]))
+    if plan.memory:
+        rows = [[f"{part.name}: {part.what}", size(part.bytes)] for part in plan.memory]
+        rows.append([f"in all, about ({_LEFT_OUT})", size(sum(p.bytes for p in plan.memory))])
+        parts.append(format_table(rows, ["memory of a device in a step", "estimate"]))
+    if plan.data.notes:
+        parts.append("\n".join(f"note: {note}" for note in plan.data.notes))
+    return "\n\n".join(parts)
+
+
+_LEFT_OUT = "not counted: communication, recomputation, the compiler's own room"
+
+
+def _weights(found: WeightsFound) -> str:
+    return f"from {found.origin} ({found.state})" if found.state else found.origin
+
+
+def _facts(plan: Plan, workdir: str | None) -> list[tuple[str, str]]:
+    config, counts = plan.config, plan.counts
+    micro = config.microbatch_size or config.batch_size
+    facts = [("devices", _devices(plan)), ("data", _data(plan))]
+    step = f"{config.batch_size} images"
+    if counts["microbatches"] > 1:
+        step += f" in {counts['microbatches']} microbatches of {micro}"
+    if config.task == "vapi":
+        step += f", {config.vapi.group_size} samples of each"
+    run = f"{config.steps:,} steps: {counts['images']:,} images"
+    if "images_of_an_epoch" in counts:
+        run += f" ({counts['images'] / counts['images_of_an_epoch']:.3g} epochs)"
+    if "samples" in counts:
+        run += f", {counts['samples']:,} samples decoded and rewarded"
+    facts += [("step", step), ("run", run), ("evaluation", _evaluation(config, counts))]
+    facts.append(
+        (
+            "checkpoints",
+            f"{len(plan.saved)} of {size(plan.checkpoint_bytes)} each, {len(plan.kept)} stay "
+            f"({size(len(plan.kept) * plan.checkpoint_bytes)})",
+        )
+    )
+    where = workdir or "WORKDIR"
+    weights = ", ".join(f"{name} ({size(count)})" for name, count in plan.weight_bytes.items())
+    facts.append(("outputs", f"{where}: {_FILES}"))
+    facts.append(("", f"{where}/weights: {weights}"))
+    return facts
+
+
+def _devices(plan: Plan) -> str:
+    if plan.mesh is None:
+        return f"{jax.device_count()} x {plan.device}; the mesh does not fit them"
+    axes = " x ".join(f"{name} {count}" for name, count in plan.mesh.items())
+    return f"mesh {axes} of {plan.device} in {plan.processes} process(es)"
+
+
+def _data(plan: Plan) -> str:
+    data, found = plan.config.data, plan.data
+    text = " ".join(filter(None, (data.name, data.dataset, data.path)))
+    text += f" at {data.image_size} px"
+    if found.classes is None:
+        return f"{text}; not found"
+    images = ", ".join(f"{split} {count:,}" for split, count in found.images.items())
+    return f"{text}; {found.classes:,} classes; images: {images or 'not found'}"
+
+
+def _evaluation(config: TrainConfig, counts: dict[str, int]) -> str:
+    judged = config.eval
+    text = f'{judged.images} images of "{judged.split}", {counts["evaluations"]} times'
+    if "sampled" in counts:
+        text += f"; {judged.sampled} samples, {counts['sampled']} times"
+    if config.task == "vapi" and judged.compare:
+        rows = "table of base, sharpened base and result"
+        rows += " and controls (each trained anew)" if judged.controls else ""
+        text += f"; at the end a {rows}, {judged.seeds} x {judged.samples} samples a row"
+    return text
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
+    """The options under "config", the rest of the plan beside them."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(plan), default=str))
+    found["memory_bytes"] = sum(part.bytes for part in plan.memory)
+    return found

@@ -1,0 +1,327 @@
+"""What a run needs of this machine, looked up before anything is allocated or written.
+
+Devices that fit the mesh and the batch, data that is there, weights that exist and fit. Nothing large is
+read: of weights the headers, of data the list of its images and, where asked for, a few of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vapi_jax.common.trees import unflatten
+from vapi_jax.data import DataError, class_names
+from vapi_jax.data.images import UnreadableImage
+from vapi_jax.data.pipeline import make_source
+from vapi_jax.data.skipping import Source as DataSource
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.config_checks import PERCEPTUAL_SIDE, Errors
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.resolve import device_errors, examine, raise_all
+from vapi_jax.methods.task import tokenizer_source
+from vapi_jax.models.architecture import disagreements
+from vapi_jax.models.conversion import model_shapes
+from vapi_jax.models.loading import MANIFEST, PARTS, Source, open_weights, read_manifest
+from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
+from vapi_jax.models.transformer import attention_implementation
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.weights.names import WeightsError, check_like
+from vapi_jax.weights.store import load_metadata, resolve_shipped
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 32
+"""Images that a thorough look decodes, spread evenly over the split."""
+
+_CONVERT = "name 'demo', a released file, a directory of launch/convert_llamagen.py or the workdir of a run"
+_REPORTED = 24  # real images in the report, from the held-out split
+
+
+def require(raw: Any) -> TrainConfig:
+    """The typed configuration of a recipe that can run here.
+
+    Raises:
+      ConfigError: listing all that is wrong with its values, and all that is missing here.
+    """
+    config, errors = examine(raw)
+    mesh = open_mesh(config, errors)
+    data = look_at_data(config, errors)
+    look_at_weights(with_classes(config, lambda: data.classes), mesh, errors)
+    raise_all(errors)
+    return config
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def open_mesh(config: TrainConfig, errors: Errors) -> Mesh | None:
+    """The mesh, with virtual devices where the platform is CPU; before any other use of JAX.
+
+    Adds what does not fit. None where the mesh itself does not fit the devices.
+    """
+    if errors.concern("mesh", "cpu_devices"):
+        return None
+    if config.cpu_devices not in (1, jax.config.values["jax_num_cpu_devices"]):
+        try:
+            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        except RuntimeError:  # the backend is up already: a test, a notebook
+            logger.info("devices are fixed already: %d", jax.device_count())
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    except ValueError as error:
+        errors.append(f"mesh: {error}")
+        mesh = None
+    if not errors.concern("batch_size", "microbatch_size", "eval.images"):
+        errors += device_errors(config, jax.device_count())
+    sizes = {"dtype": "float32", "dim": 1, "n_head": 1, **config.policy}
+    if sizes.get("attention") == "cudnn" and not errors.concern("policy"):
+        try:
+            attention_implementation("cudnn", sizes["dtype"], sizes["dim"] // sizes["n_head"])
+        except ValueError as error:
+            errors.append(f"policy.attention='cudnn': {error}; choose 'auto'")
+    return mesh
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class DataFound:
+    """What there is to train on.
+
+    Attributes:
+      classes: how many; None where the data cannot be opened.
+      images: split -> how many, of the splits that a run reads.
+      notes: what is worth knowing and no error.
+    """
+
+    classes: int | None = None
+    images: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFound:
+    """Opens the splits that a run reads and adds what is wrong with them.
+
+    Args:
+      config: the run.
+      errors: taken into account, and added to.
+      images: how many of each split to decode, to see whether they can be.
+    """
+    found = DataFound()
+    if errors.concern("data"):
+        return found
+    where = "data.name='photos'" if config.data.name == "photos" else _path(config)
+    opened: dict[str, DataSource] = {}
+    for split in dict.fromkeys(("train", config.eval.split)):
+        try:
+            if found.classes is None:
+                found.classes = len(class_names(config.data))
+            opened[split] = make_source(config.data, split)
+        except (DataError, FileNotFoundError, ModuleNotFoundError) as error:
+            line = f"{where}: {error}"
+            if line not in errors:  # a root that is missing is missing for all splits
+                errors.append(line)
+    found.images = {split: len(source) for split, source in opened.items()}
+    for split, source in opened.items():
+        _try_images(config, split, source, images, found, errors)
+    _check_counts(config, found, errors)
+    return found
+
+
+def _path(config: TrainConfig) -> str:
+    return f"data.path={config.data.path!r}"
+
+
+def _try_images(
+    config: TrainConfig,
+    split: str,
+    source: DataSource,
+    count: int,
+    found: DataFound,
+    errors: Errors,
+) -> None:
+    tried = np.unique(np.linspace(0, len(source) - 1, min(count, len(source)), dtype=int))
+    broken = []
+    for index in tried:
+        try:
+            source.sample(int(index), np.random.default_rng(0))
+        except UnreadableImage as error:
+            broken.append(f"{source.name(int(index))} ({error})")
+        except DataError as error:
+            errors.append(f"{_path(config)}: {error}")
+            return
+    if not broken:
+        return
+    line = f"{len(broken)} of {len(tried)} {split} images tried cannot be read: {broken[0]}"
+    if len(broken) > 1 and len(broken) > config.data.max_unreadable * len(tried):
+        errors.append(f"data.max_unreadable={config.data.max_unreadable}: {line}")
+    else:
+        found.notes.append(line)
+
+
+def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None:
+    asked = config.policy.get("num_classes")
+    if config.task != "tokenizer" and asked and found.classes and not errors.concern("policy"):
+        if found.classes > asked:
+            errors.append(
+                f"policy.num_classes={asked}: the data has {found.classes} classes, and labels from "
+                f"{asked} on have no embedding; take {found.classes}"
+            )
+        elif found.classes < asked:
+            found.notes.append(
+                f"the data has {found.classes} classes, the generator {asked}: labels 0 to "
+                f"{found.classes - 1} must mean the same to both"
+            )
+    judged = config.eval
+    wanted = {judged.split: ("eval.images", judged.images)}
+    if config.task == "vapi" and judged.compare:
+        wanted["train"] = max(wanted.get("train", ("", 0)), ("eval.samples", judged.samples))
+    for split, (name, count) in wanted.items():
+        there = found.images.get(split)
+        if there is not None and there < max(count, _REPORTED):
+            errors.append(
+                f"{name}={count}: split {split!r} has {there} images, and at least "
+                f"{max(count, _REPORTED)} are looked at"
+            )
+
+
+def with_classes(config: TrainConfig, count: Callable[[], int | None]) -> TrainConfig:
+    """The class count of the data, where a class-conditional generator does not name its own.
+
+    Args:
+      config: the run.
+      count: asked where it is needed; None for unknown.
+    """
+    policy = dict(config.policy)
+    if config.task == "tokenizer" or policy.get("kind") != "class" or "num_classes" in policy:
+        return config
+    classes = count()
+    if classes is None:
+        return config
+    return dataclasses.replace(config, policy={**policy, "num_classes": classes})
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFound:
+    """Where a network's weights come from.
+
+    Attributes:
+      origin: as in the configuration, or "from scratch".
+      state: whether they are there and what vouches for them.
+    """
+
+    origin: str
+    state: str
+
+
+def look_at_weights(
+    config: TrainConfig, mesh: Mesh | None, errors: Errors
+) -> dict[str, WeightsFound]:
+    """Finds the weights that a run starts from, by network, and adds what is wrong with them.
+
+    Headers and sizes are compared with the model, contents with their digests when they are loaded.
+    """
+    if errors.concern("task", "policy", "tokenizer", "init", "data.image_size"):
+        return {}
+    alone = make_mesh(1, 1, jax.devices()[:1])
+    task = make_task(config, mesh or alone)
+    found = {}
+    if isinstance(task, GeneratorTask):
+        shapes = partial(jax.eval_shape, task.policy.init, jax.random.key(0))
+        found["policy"] = _look(task.init_from, "init.gpt", shapes, errors)
+        if not config.init.vq:
+            errors.append(f"init.vq='': a generator needs the weights of its tokenizer; {_CONVERT}")
+    if not isinstance(task, GeneratorTask) or config.init.vq:
+        shapes = partial(model_shapes, config.tokenizer)
+        found["tokenizer"] = _look(tokenizer_source(config), "init.vq", shapes, errors)
+    if config.task == "vapi" and config.reward.gan != 0.0:
+        found["discriminator"] = _look_at_discriminator(config.init.discriminator, errors)
+    found |= _look_at_perceptual(config, errors)
+    return found
+
+
+def _look(
+    source: Source | None, option: str, shapes: Callable[[], Any], errors: Errors
+) -> WeightsFound:
+    if source is None:
+        return WeightsFound("from scratch", "")
+    path = Path(source.path)
+    try:
+        if source.path == "demo":
+            resolve_shipped(PARTS[source.part])
+            return WeightsFound("shipped demo", "digest verified")
+        if not path.exists():
+            errors.append(
+                f"{option}={source.path!r}: there is nothing at {path.absolute()}; {_CONVERT}"
+            )
+            return WeightsFound(source.path, "missing")
+        if (path / MANIFEST).is_file():
+            _check_converted(path, source)
+            return WeightsFound(source.path, "digests known")
+        target = shapes()
+        with open_weights(source, target) as weights:
+            check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
+        return WeightsFound(source.path, "no digest known")
+    except WeightsError as error:
+        errors.append(f"{option}={source.path!r}: {error}")
+        return WeightsFound(source.path, "unfit")
+
+
+def _check_converted(path: Path, source: Source) -> None:
+    """What can be told of a converted directory without reading its weights."""
+    config, manifest = read_manifest(path)
+    if source.part not in config:
+        raise WeightsError(f"it holds {', '.join(config)} and no {source.part}")
+    if different := disagreements(config[source.part], source.config):
+        raise WeightsError("; ".join(["it holds another model", *different]))
+    for name, facts in manifest.get("outputs", {}).items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts.get("size"):
+            raise WeightsError(f"{name} is missing or not of its size; convert the weights again")
+
+
+def _look_at_discriminator(path: str, errors: Errors) -> WeightsFound:
+    try:
+        load_metadata(path)
+    except WeightsError as error:
+        errors.append(f"init.discriminator={path!r}: {error}")
+        return WeightsFound(path, "unfit")
+    return WeightsFound(path, "no digest known")
+
+
+def _look_at_perceptual(config: TrainConfig, errors: Errors) -> dict[str, WeightsFound]:
+    found = {}
+    files = config.init.perceptual
+    if config.task == "tokenizer" or (config.task == "vapi" and config.reward.lpips != 0.0):
+        missing = [path for path in files if not Path(path).is_file()]
+        if missing:
+            errors.append(f"init.perceptual: there is no file {', '.join(missing)}")
+        elif not files:
+            _look_at_bundled(config.perceptual_net, errors)
+        state = "missing" if missing else "no digest known" if files else "digest verified"
+        origin = ", ".join(files) or f"bundled LPIPS ({config.perceptual_net})"
+        found["perceptual"] = WeightsFound(origin, state)
+    if config.task == "vapi" and config.eval.compare:
+        for net in PERCEPTUAL_SIDE.keys() - {config.perceptual_net if not files else ""}:
+            _look_at_bundled(net, errors)
+    return found
+
+
+def _look_at_bundled(net: str, errors: Errors) -> None:
+    try:
+        load_lpips_params(net)
+    except PerceptualWeightsError as error:
+        errors.append(f"perceptual_net={net!r}: {error}")

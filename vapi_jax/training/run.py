@@ -1,0 +1,299 @@
+"""One run from configuration to report: devices, task, training, evaluation, summary, report."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vapi_jax.common import locks
+from vapi_jax.common.files import write_atomically
+from vapi_jax.common.images import image_grid, to_uint8
+from vapi_jax.common.progress import format_duration
+from vapi_jax.common.tables import format_table
+from vapi_jax.data import DataError, class_names, fixed_batch, num_classes
+from vapi_jax.evaluation.compare import BASE, REAL, SEEN, TUNED, UNSEEN, Judge, compare
+from vapi_jax.evaluation.embeddings import Plane, planes_of
+from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.evaluation.held_out import HELD_OUT
+from vapi_jax.methods import HealthError, make_task
+from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.config_checks import Errors
+from vapi_jax.methods.generator import GeneratorTask, VAPiTask
+from vapi_jax.methods.resolve import raise_all
+from vapi_jax.methods.tokenizer import TokenizerTask
+from vapi_jax.models.lpips import PerceptualWeightsError
+from vapi_jax.parallel.preemption import StopRequest
+from vapi_jax.parallel.sharding import host_array
+from vapi_jax.report.page import write_report
+from vapi_jax.report.pictures import draw_plane, side_by_side
+from vapi_jax.report.verdict import show, show_distance
+from vapi_jax.training.checkpoint import CheckpointError
+from vapi_jax.training.logging import MetricsWriter, read_history
+from vapi_jax.training.loop import Run, fit
+from vapi_jax.training.readiness import open_mesh, with_classes
+from vapi_jax.training.resume import code_facts
+from vapi_jax.weights.names import WeightsError
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FileNotFoundError,
+    HealthError,
+    locks.LockedError,
+    ModuleNotFoundError,
+    PerceptualWeightsError,
+    WeightsError,
+)
+"""Errors whose message says what to do; shown without a stack of frames."""
+
+SHOWN = 24
+"""Held-out images in the report, at most."""
+
+
+def prepare_devices(config: TrainConfig) -> Any:
+    """The mesh, with virtual devices where the platform is CPU; before any other use of JAX.
+
+    Raises:
+      ConfigError: if the devices do not fit the mesh or the batch.
+    """
+    errors = Errors()
+    mesh = open_mesh(config, errors)
+    raise_all(errors)
+    return mesh
+
+
+def run(
+    config: TrainConfig,
+    workdir: Path,
+    *,
+    stop: StopRequest | None = None,
+    resume_with_changes: bool = False,
+) -> dict[str, Any]:
+    """Trains, evaluates and reports; returns what is written to `workdir`/summary.json.
+
+    The same call goes on from what an earlier one has saved, wherever that one ended.
+
+    Args:
+      config: the run.
+      workdir: made if absent; no other live run may use it.
+      stop: asked after every step whether to save and stop; the default never is.
+      resume_with_changes: go on also where the configuration is not that of the checkpoint.
+    """
+    mesh = prepare_devices(config)
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            held.enter_context(locks.hold(workdir))
+        fitting: dict[str, Any] = {"stop": stop, "resume_with_changes": resume_with_changes}
+        return _run(config, mesh, workdir, fitting)
+
+
+def _run(
+    config: TrainConfig, mesh: Any, workdir: Path, fitting: Mapping[str, Any]
+) -> dict[str, Any]:
+    task = make_task(with_classes(config, lambda: num_classes(config.data)), mesh)
+    print(
+        f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
+        f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}",
+        flush=True,
+    )
+    compared = config.task == "vapi" and config.eval.compare
+    done = fit(task, workdir, keep_start=compared, **fitting)
+    summary = _summary(task.config, done, mesh)
+    images: dict[str, np.ndarray] = {}
+    planes: list[Plane] = []
+    if isinstance(task, GeneratorTask):
+        with done.timer.phase("evaluation"):
+            images, planes = _evaluate(task, done, workdir, summary, fitting)
+    elif isinstance(task, TokenizerTask):
+        images = _reconstructions(task, done)
+    summary["seconds"] = _seconds(done)
+    if jax.process_index() == 0:
+        _finish(workdir, summary, images, planes)
+    return summary
+
+
+def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "task": config.task,
+        "name": config.name,
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+        },
+        "versions": code_facts(),
+        "steps": config.steps,
+        "skipped_steps": done.skipped,
+        "parameters": done.parameters,
+        "weights": done.weights,
+        "held_out": {"split": config.eval.split, "images": config.eval.images},
+    }
+    if config.eval.sampled_every:
+        feature = FEATURES[SEEN].description
+        summary["sampled"] = {"feature": feature, "samples": config.eval.sampled}
+    for name in done.last:
+        summary[name] = {"first": done.first.get(name), "last": done.last[name]}
+    return summary
+
+
+def _seconds(done: Run) -> dict[str, float]:
+    seconds = dict(done.timer.summary())
+    return {"total": seconds.pop("total"), "train": seconds.get("step", 0.0), **seconds}
+
+
+def _evaluate(
+    task: GeneratorTask,
+    done: Run,
+    workdir: Path,
+    summary: dict[str, Any],
+    fitting: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], list[Plane]]:
+    """The report's images and planes; for a compared run also the summary's table and distances."""
+    config = task.config
+    compared = config.task == "vapi" and config.eval.compare
+    names, per_class = class_names(config.data), config.eval.grid_per_class
+    shown = min(config.eval.grid_classes, len(names))
+    labels = np.repeat(np.arange(shown), per_class)
+    # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
+    batch = 0 if compared else -(-len(labels) // task.mesh.size) * task.mesh.size
+    judge = Judge(task, done.frozen, done.held_out, batch)
+    real = _shown(config)
+    images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
+    summary["sample_classes"] = [names[label] for label in labels]
+    samples = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
+    if not isinstance(task, VAPiTask) or not compared:
+        return {"samples": samples, **images}, []
+    images["samples_after"] = samples
+    images |= _real_of_classes(config, labels)
+    images["samples_before"] = to_uint8(judge.sample_labels(done.start_params, labels, seed=7)[0])
+    controls = _controls(task, workdir, fitting) if config.eval.controls else {}
+    rows, features = compare(judge, done.start_params, done.params, controls)
+    summary["table"] = rows
+    by_kind = {row["kind"]: row for row in rows}
+    for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
+        summary[key] = {
+            "feature": FEATURES[feature].description,
+            "samples": config.eval.samples,
+            "before": by_kind["base"][key],
+            "after": by_kind["vapi"][key],
+            "floor": by_kind["floor"][key],
+            "base_at_equal_entropy": by_kind["matched"][key],
+        }
+    summary["free_running_entropy"] = {
+        "first": by_kind["base"]["entropy"],
+        "last": by_kind["vapi"]["entropy"],
+    }
+    planes = [
+        plane
+        for name, sets in features.items()
+        for plane in planes_of(sets, name, FEATURES[name].description)
+    ]
+    return images, planes
+
+
+def _real_of_classes(config: TrainConfig, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A real training crop for each label, where a small batch has them all."""
+    batch = fixed_batch(config.data, "train", config.eval.images, config.seed)
+    places = {label: list(np.flatnonzero(batch["condition"] == label)) for label in set(labels)}
+    if any(len(places[label]) < np.sum(labels == label) for label in places):
+        return {}
+    return {"real_of_classes": to_uint8(batch["image"][[places[i].pop(0) for i in labels]])}
+
+
+def _controls(task: VAPiTask, workdir: Path, fitting: Mapping[str, Any]) -> dict[str, Any]:
+    """Other trainings from the same base for as many steps: what VA-π has to beat."""
+    changes: dict[str, dict[str, Any]] = {
+        "CE only": {"policy_gradient": False},
+        "shuffled advantages": {"shuffle_advantages": True},
+    }
+    found = {}
+    for name, change in changes.items():
+        vapi = dataclasses.replace(task.config.vapi, **change)
+        label = name.replace(" ", "_").lower()
+        config = dataclasses.replace(task.config, vapi=vapi, name=f"control {name}")
+        control = fit(VAPiTask(config, task.mesh), workdir / "controls" / label, **fitting)
+        found[name] = control.params
+    return found
+
+
+def _shown(config: TrainConfig) -> np.ndarray:
+    """The held-out images that the report shows beside their reconstructions."""
+    count = min(SHOWN, config.eval.images)
+    return np.asarray(fixed_batch(config.data, config.eval.split, count, config.seed)["image"])
+
+
+def _reconstructions(task: TokenizerTask, done: Run) -> dict[str, np.ndarray]:
+    real = _shown(task.config)
+    decode = jax.jit(lambda p, x: task.tokenizer.apply({"params": p}, x).reconstruction)
+    again = decode(done.params["tokenizer"], real)
+    return {"real": to_uint8(real), "reconstructions": to_uint8(host_array(again))}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False, default=str)
+    write_atomically(path, f"{text}\n")
+
+
+def _finish(
+    workdir: Path,
+    summary: dict[str, Any],
+    images: dict[str, np.ndarray],
+    planes: Sequence[Plane],
+) -> None:
+    """summary.json, report.html, pictures as PNG, and the table on the terminal."""
+    from PIL import Image
+
+    _write_json(workdir / "summary.json", summary)
+    grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
+    if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():
+        columns = {
+            REAL: images["real_of_classes"],
+            BASE: images["samples_before"],
+            TUNED: images["samples_after"],
+        }
+        grids["overview"] = side_by_side(columns, summary["sample_classes"])
+    grids |= {plane.name: draw_plane(plane) for plane in planes}
+    for name, grid in grids.items():
+        Image.fromarray(grid).save(workdir / f"{name}.png")
+    with MetricsWriter(workdir) as writer:
+        writer.write_images(summary["steps"], grids)
+    report = write_report(workdir, summary, read_history(workdir / "metrics.jsonl"), images, planes)
+    print_results(summary)
+    print(f"\n{format_duration(summary['seconds']['total'])} in all. Open {report.resolve()}")
+
+
+def print_results(summary: dict[str, Any]) -> None:
+    """The final table, or the held-out metrics of a run without one."""
+    if "table" in summary:
+        headers = ["", "T", "reward", "CE", "entropy"]
+        headers += [f"Fréchet {feature}" for feature in (SEEN, UNSEEN)]
+        rows = [
+            [
+                row["name"],
+                show(row["temperature"], 3),
+                *(show(row[key]) for key in ("reward", "ce", "entropy")),
+                *(show_distance(row[key]) for key in ("frechet", "frechet_unseen")),
+            ]
+            for row in summary["table"]
+        ]
+        print("\n" + format_table(rows, headers))
+        print(
+            f"\nFréchet distance of {summary['frechet']['samples']} free-running samples to real "
+            "crops in the named LPIPS features, mean ± sd over sampling seeds; not FID. Reward and "
+            f"CE: held-out images ({summary['held_out']['split']})."
+        )
+        return
+    names = [name for name, value in summary.items() if isinstance(value, dict) and "last" in value]
+    rows = [[HELD_OUT + n, show(summary[n]["first"]), show(summary[n]["last"])] for n in names]
+    print("\n" + format_table(rows, ["", "before", "after"]))

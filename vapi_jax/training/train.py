@@ -1,0 +1,305 @@
+"""The one trainer: state, a jitted step, the loop. What is trained is a `Task`.
+
+Order of a step in the loop: restore (once) > input > step > metrics of the step before > held-out
+evaluation > save, all before the next batch is asked for; so a checkpoint always holds the state of
+the data iterator that belongs to it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from vapi_jax.methods import Task
+from vapi_jax.methods.config import OptimizerConfig
+from vapi_jax.models.loading import load_weights
+from vapi_jax.parallel import fsdp
+from vapi_jax.parallel.sharding import BATCH_AXES, replicated, tree_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and the key it derives its randomness from."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    extra: Any
+    rng: PRNGKeyArray
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or cosine to a tenth of the peak at the last step."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=0.1)
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: not on norms, biases and the unconditional caption.
+
+    The released text models keep that caption as a constant.
+    """
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [str(getattr(key, "key", key)) for key in path]
+        constant = names[-1] in ("bias", "scale", "uncond_embedding")
+        return not (constant or any("norm" in name for name in names))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with decoupled decay."""
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.max_grad_norm <= 0.0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state's shapes and dtypes, nothing computed."""
+    return jax.eval_shape(functools.partial(_fresh_state, task, optimizer), jax.random.key(seed))
+
+
+def _fresh_state(
+    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray
+) -> TrainState:
+    init_rng, _ = jax.random.split(rng)
+    return _state_of(task, optimizer, rng, task.init(init_rng))
+
+
+def _state_of(
+    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray, params: Any
+) -> TrainState:
+    """Step 0 with these parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        extra=task.init_extra(params),
+        rng=jax.random.split(rng)[1],
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
+    """The layout of the whole state: parameters and moments by name, the rest replicated."""
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    return dataclasses.replace(
+        whole,
+        params=tree_shardings(state.params, mesh),
+        opt_state=tree_shardings(state.opt_state, mesh),
+    )
+
+
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, seed: int
+) -> tuple[TrainState, Any]:
+    """A fresh state, and its shardings (a `TrainState` of NamedShardings).
+
+    Parameters are born on the devices that keep them; where the task names weights to start from,
+    each device reads its own slices of the file. No device ever holds a full copy of a split array.
+
+    Raises:
+      WeightsError: if the weights to start from do not fit.
+    """
+    shapes, rng = abstract_state(task, optimizer, seed), jax.random.key(seed)
+    shardings = state_shardings(shapes, task.mesh)
+    if task.init_from is None:
+        make = functools.partial(_fresh_state, task, optimizer)
+        return jax.jit(make, out_shardings=shardings)(rng), shardings
+    loaded = load_weights(
+        task.init_from, task.start_like(shapes.params), task.start_like(shardings.params)
+    )
+    make = functools.partial(_state_of, task, optimizer)
+    params = task.with_start(loaded, functools.partial(_init_sharded, task, shardings, rng))
+    # Donated, or two copies would stand side by side for a moment.
+    made = jax.jit(make, out_shardings=shardings, donate_argnums=1)(rng, params)
+    return made, shardings
+
+
+def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
+    """Fresh parameters in their layout, where weights cover a part of them only."""
+    return jax.jit(task.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+def split_microbatches(batch: Any, count: int, mesh: Mesh | None) -> Any:
+    """[B, ...] -> [count, B/count, ...], every device keeping its own images.
+
+    Microbatch i takes images i, i + count, ...: with the batch axis split over devices in order, no
+    image moves. Without a mesh the batch is one device's own.
+    """
+
+    def split(x: Array) -> Array:
+        x = jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+        if mesh is None:
+            return x
+        spec = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+        return jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(split, batch)
+
+
+Gradients = Callable[..., tuple[Any, dict[str, Array], Any]]
+"""(state, frozen, rng, batch) -> gradients, microbatches' arrays for metrics, extra state."""
+
+
+def per_device_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+    """Every device differentiates the loss of its own images; collectives are those of `fsdp`.
+
+    For tasks whose loss is a mean over images that do not see each other.
+    """
+    mesh, local = task.mesh, dataclasses.replace(task, local=True)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
+    dtype = jnp.dtype(task.compute_dtype)
+
+    def on_device(
+        params: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
+    ) -> tuple[Any, Any]:
+        variables, shards = fsdp.open_view(params, specs, dtype)
+        if "base" in frozen:
+            frozen = {**frozen, "base": fsdp.join(*fsdp.open_view(frozen["base"], specs, dtype))}
+
+        def loss(variables: Any, part: Any) -> Any:
+            tree = fsdp.join(variables, shards)
+            value, (aux, _) = local.loss(tree, {}, frozen, part, rng, step)
+            return value, aux
+
+        def body(total: Any, part: Any) -> Any:
+            grads, aux = jax.grad(loss, has_aux=True)(variables, part)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), aux
+
+        micro = split_microbatches(batch, count, None)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), variables)
+        if count == 1:
+            total, aux = body(zeros, jax.tree.map(lambda x: x[0], micro))
+            aux = jax.tree.map(lambda x: x[None], aux)
+        else:
+            total, aux = jax.lax.scan(body, zeros, micro)
+        mean = jax.tree.map(lambda g: g / count, total)
+        return fsdp.reduce_gradients(mean, specs, mesh), aux
+
+    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
+        frozen_specs = jax.tree.map(lambda s: s.spec, tree_shardings(frozen, mesh))
+        grads, aux = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(
+                specs,
+                frozen_specs,
+                PartitionSpec(BATCH_AXES),
+                PartitionSpec(),
+                PartitionSpec(),
+            ),
+            out_specs=(specs, PartitionSpec(None, BATCH_AXES)),
+            check_vma=False,
+        )(state.params, frozen, batch, rng, state.step)
+        return grads, aux, state.extra
+
+    return gradients
+
+
+def whole_batch_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+    """The loss sees a whole microbatch over all devices, and the compiler places collectives.
+
+    For tasks whose images see each other: batch statistics, code usage.
+    """
+
+    def one(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any, extra: Any) -> Any:
+        loss = jax.grad(task.loss, has_aux=True)
+        grads, (aux, extra) = loss(state.params, extra, frozen, batch, rng, state.step)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), aux, extra
+
+    def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
+        micro = split_microbatches(batch, count, task.mesh)
+
+        def body(carry: Any, part: Any) -> Any:
+            total, extra = carry
+            grads, aux, extra = one(state, frozen, rng, part, extra)
+            return (jax.tree.map(jnp.add, total, grads), extra), aux
+
+        if count == 1:
+            first = jax.tree.map(lambda x: x[0], micro)
+            grads, aux, extra = one(state, frozen, rng, first, state.extra)
+            return grads, jax.tree.map(lambda x: x[None], aux), extra
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (grads, extra), aux = jax.lax.scan(body, (zeros, state.extra), micro)
+        return jax.tree.map(lambda g: g / count, grads), aux, extra
+
+    return gradients
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, shardings: Any
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted step (state, frozen weights, batch) -> (state, metrics); the state is donated.
+
+    A step whose gradient is not finite changes nothing but the step number, and its metric
+    `nonfinite` is 1.
+    """
+    config = task.config
+    count = config.batch_size // (config.microbatch_size or config.batch_size)
+    schedule = learning_rate(config.optimizer, config.steps)
+    way = per_device_gradients if task.independent_images else whole_batch_gradients
+    gradients = way(task, shardings, count)
+
+    def train_step(
+        state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        batch = {**batch, "index": jnp.arange(config.batch_size)}
+        grads, aux, extra = gradients(state, dict(frozen), rng, batch)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        params, extra = task.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
+        metrics = {
+            **task.summarize(aux),
+            "grad_norm": norm,
+            "nonfinite": 1.0 - jnp.isfinite(norm),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        updated = dataclasses.replace(state, params=params, opt_state=opt_state, extra=extra)
+        kept = jax.tree.map(
+            lambda new, old: jax.lax.select(jnp.isfinite(norm), new, old), updated, state
+        )
+        return dataclasses.replace(kept, step=state.step + 1), metrics
+
+    whole = replicated(task.mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def load_frozen(task: Task) -> dict[str, Any]:
+    """The task's frozen weights on the mesh."""
+    frozen = task.load_frozen()
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        frozen,
+        tree_shardings(frozen, task.mesh),
+    )

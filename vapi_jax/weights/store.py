@@ -1,0 +1,99 @@
+"""Parameters in safetensors files under our own names, and the ones that ship with the package."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.trees import Params, flatten, unflatten
+from vapi_jax.weights.names import WeightsError
+
+_ASSETS = Path(__file__).parent.parent / "assets"
+
+
+ASSETS = {kind: _ASSETS / f"demo_{kind}.safetensors" for kind in ("tokenizer", "policy")}
+"""The weights that ship with the package, trained by configs/demo_tokenizer.py and demo_base.py."""
+
+
+DIGESTS = _ASSETS / "digests.json"
+"""SHA-256 of each of them."""
+
+
+def save_safetensors(
+    path: str | Path,
+    params: Params,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+) -> str:
+    """Writes a parameter tree with our "/"-joined names, atomically; returns its SHA-256.
+
+    Args:
+      path: the file to write; a half-written one never carries this name.
+      params: nested dict of arrays (fetched from devices one by one).
+      metadata: JSON-able facts stored in the file's header under "vapi_jax".
+      dtype: storage dtype, for instance `np.float16`; None keeps each array's own.
+    """
+    path = Path(path)
+    arrays = {
+        name: np.asarray(jax.device_get(leaf), dtype=dtype, order="C")
+        for name, leaf in flatten(params).items()
+    }
+    header = {"vapi_jax": json.dumps(dict(metadata or {}), sort_keys=True)}
+    partial = path.with_name(path.name + ".partial")
+    save_file(arrays, partial, metadata=header)
+    partial.replace(path)
+    return sha256_file(path)
+
+
+def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
+    """Reads what `save_safetensors` wrote as a nested dict of numpy arrays.
+
+    Raises:
+      WeightsError: if the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    if dtype is not None:
+        flat = {name: array.astype(dtype) for name, array in flat.items()}
+    return unflatten(flat)
+
+
+def resolve_shipped(kind: str) -> Path:
+    """The file that ships with the package: "tokenizer" or "policy" of the demo.
+
+    Raises:
+      WeightsError: if the file is absent or is not the one that was shipped.
+    """
+    shipped = ASSETS[kind]
+    if not shipped.exists():
+        raise WeightsError(f"{shipped} is missing: reinstall the package")
+    wanted = json.loads(DIGESTS.read_text())[shipped.name]
+    found = sha256_file(shipped)
+    if found != wanted:
+        raise WeightsError(
+            f"{shipped} is damaged: its SHA-256 is {found}, {DIGESTS.name} says {wanted}. Reinstall "
+            "the package, or bring the file back from version control"
+        )
+    return shipped
+
+
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """The facts that `save_safetensors` stored in the file's header.
+
+    Raises:
+      WeightsError: if the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("vapi_jax", "{}"))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error

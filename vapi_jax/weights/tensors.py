@@ -1,0 +1,301 @@
+"""Named tensors in files, looked at without reading them and read one at a time.
+
+`open_tensors` takes a safetensors file, a sharded one by its index, or a PyTorch checkpoint in any
+of the nestings that LlamaGen's scripts leave behind; nothing in a file is ever executed. The writers
+stream as well: neither side holds more than a tensor in memory, however large the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.safe_pickle import PickleRefused
+from vapi_jax.weights.torch_file import TorchFileError, TorchTensor, open_torch_file
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_NESTS = ("model", "module", "state_dict")
+# What wrappers of PyTorch put before every name of a state dict.
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_ZIP = b"PK\x03\x04"
+
+# Names of dtypes in a safetensors header.
+_CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_DTYPES = {code: jnp.dtype(name) for name, code in _CODES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still in its file.
+
+    Attributes:
+      shape, dtype: of the array that reading gives.
+      fetch: reads it, or the part of it that a tuple of slices names.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[tuple[slice, ...] | None], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The array, or the named part of it."""
+        return self.fetch(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """What `open_tensors` found.
+
+    Attributes:
+      paths: the files that hold the tensors, the named one first.
+      tensors: name -> tensor.
+      ignored: other entries of the checkpoint (optimizer, steps, arguments ...), which are not read.
+    """
+
+    paths: tuple[Path, ...]
+    tensors: dict[str, LazyTensor]
+    ignored: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[TensorFile]:
+    """Opens a file of named tensors, whatever its kind; tensors can be read inside the context.
+
+    Args:
+      path: `.safetensors`; `*.safetensors.index.json` beside its shards; or a PyTorch checkpoint
+        (zip format), whose state dict may be bare or nested under "model", "module" or
+        "state_dict", with its names behind the prefixes of DDP, FSDP or torch.compile.
+
+    Raises:
+      WeightsError: if the file is missing, damaged, refused, or holds no state dict.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            kind = "is a directory" if path.is_dir() else "does not exist"
+            raise WeightsError(f"{path} {kind}: a file of weights is wanted")
+        if path.name.endswith(INDEX_SUFFIX):
+            yield _open_index(path)
+        elif _head(path) == _ZIP or path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            with open_torch_file(path) as file:
+                yield _open_checkpoint(path, file.value)
+        else:
+            yield TensorFile((path,), _open_safetensors(path))
+    except (TorchFileError, PickleRefused, OSError) as error:
+        raise WeightsError(f"{error}") from error
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP))
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    def lazy(name: str) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+        def fetch(index: tuple[slice, ...] | None) -> np.ndarray:
+            # Opened for every tensor: the library maps the file, and pages once touched would count
+            # as this process's memory until it is closed.
+            with safe_open(path, framework="numpy") as file:
+                return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+        return fetch
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            unknown = {part.get_dtype() for part in slices.values()} - _DTYPES.keys()
+            if unknown:
+                raise WeightsError(f"{path} holds tensors of unknown dtype {sorted(unknown)}")
+            return {
+                name: LazyTensor(tuple(part.get_shape()), _DTYPES[part.get_dtype()], lazy(name))
+                for name, part in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _open_index(path: Path) -> TensorFile:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(index.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is no index of safetensors shards: {error!r}") from error
+    tensors: dict[str, LazyTensor] = {}
+    for shard in shards:
+        # A name from a file must not lead out of its folder.
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise WeightsError(f"{path} names {shard!r}, which is no file beside it")
+        tensors |= {
+            name: tensor
+            for name, tensor in _open_safetensors(path.parent / shard).items()
+            if index.get(name) == shard
+        }
+    if missing := sorted(index.keys() - tensors.keys()):
+        raise WeightsError(f"{path} promises {', '.join(missing[:5])}, absent from its shards")
+    return TensorFile((path, *(path.parent / shard for shard in shards)), tensors)
+
+
+def _open_checkpoint(path: Path, value: Any) -> TensorFile:
+    ignored: list[str] = []
+    while isinstance(value, dict) and not any(isinstance(v, TorchTensor) for v in value.values()):
+        nest = next((key for key in _NESTS if isinstance(value.get(key), dict)), None)
+        if nest is None:
+            break
+        ignored += [str(key) for key in value if key != nest]
+        value = value[nest]
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds a {type(value).__name__}, not a state dict")
+    found = {k: v for k, v in value.items() if isinstance(v, TorchTensor) and isinstance(k, str)}
+    if not found:
+        raise WeightsError(
+            f"{path} holds no state dict: tensors were looked for at the top and under "
+            f"{', '.join(_NESTS)}; it has {', '.join(map(str, value)) or 'nothing'}"
+        )
+    ignored += [str(key) for key in value if key not in found]
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in found)), ""):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def lazy(tensor: TorchTensor) -> LazyTensor:
+        return LazyTensor(
+            tensor.shape,
+            tensor.dtype,
+            lambda index: tensor.read()[index] if index else tensor.read(),
+        )
+
+    tensors = {name: lazy(tensor) for name, tensor in found.items()}
+    total, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+    if total > size:
+        raise WeightsError(
+            f"{path} has {size} bytes, yet its tensors would take {total}: many of them share their "
+            "storage, as no release does"
+        )
+    return TensorFile((path,), tensors, tuple(ignored))
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written: its pieces, in order, are its bytes in C order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The whole array."""
+        parts = [np.ravel(part) for part in self.pieces()]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[Outgoing],
+    metadata: Mapping[str, str] | None = None,
+    tick: Callable[[int], None] = lambda count: None,
+) -> str:
+    """Writes one safetensors file piece by piece and returns its SHA-256.
+
+    Args:
+      path: the file; a half-written one carries ".partial" behind its name.
+      tensors: what to write.
+      metadata: of the file's header.
+      tick: told the bytes of every piece once it is written.
+    """
+    tensors = sorted(tensors, key=lambda t: t.name)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _CODES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+
+        def put(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            written = 0
+            for piece in tensor.pieces():
+                # Through bytes: numpy has no buffer of the narrow floats' own.
+                put(np.asarray(piece, dtype=tensor.dtype, order="C").reshape(-1).view(np.uint8))
+                written += piece.size * tensor.dtype.itemsize
+                tick(piece.size * tensor.dtype.itemsize)
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} announced")
+    partial.replace(path)
+    return digest.hexdigest()
+
+
+def write_sharded(
+    directory: Path,
+    stem: str,
+    tensors: Iterable[Outgoing],
+    limit: int,
+    metadata: Mapping[str, str] | None = None,
+    tick: Callable[[int], None] = lambda count: None,
+) -> dict[str, str]:
+    """`<stem>.safetensors`, or shards of at most `limit` bytes with their index.
+
+    A tensor larger than the limit gets a shard of its own.
+
+    Returns:
+      File name -> SHA-256.
+    """
+    groups: list[list[Outgoing]] = [[]]
+    for tensor in sorted(tensors, key=lambda t: t.name):
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > limit:
+            groups.append([])
+        groups[-1].append(tensor)
+    if len(groups) == 1:
+        name = f"{stem}.safetensors"
+        return {name: write_safetensors(directory / name, groups[0], metadata, tick)}
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    digests = {
+        name: write_safetensors(directory / name, group, metadata, tick)
+        for name, group in zip(names, groups, strict=True)
+    }
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for group in groups for t in group)},
+        "weight_map": {t.name: n for n, group in zip(names, groups, strict=True) for t in group},
+    }
+    name = f"{stem}{INDEX_SUFFIX}"
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / name).write_text(text, encoding="utf-8")
+    return {**digests, name: hashlib.sha256(text.encode()).hexdigest()}
