@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.progress import Progress, format_duration
 from vapi_jax.generation.files import (
@@ -52,7 +53,7 @@ RESIZE_RULE = "bicubic, a = -0.75, half-pixel centres, no antialias"
 GRID_ROWS, GRID_COLUMNS, GRID_LETTERS = 12, 8, 14
 
 
-class SampleError(ValueError):
+class SampleError(ExpectedError, ValueError):
     """A request that cannot be met; the message says why and what to do."""
 
 

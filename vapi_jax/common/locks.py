@@ -12,12 +12,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from vapi_jax.common.errors import ExpectedError
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
 
-class LockedError(RuntimeError):
+class LockedError(ExpectedError, RuntimeError):
     """Another live process works in the directory; says which."""
 
 

@@ -17,6 +17,8 @@ from typing import IO
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
+
 # What the zip and .npy readers of the standard library and NumPy raise on damaged input.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -34,7 +36,7 @@ _DAMAGE = (
 )
 
 
-class NpzError(ValueError):
+class NpzError(ExpectedError, ValueError):
     """A file that is no .npz, is damaged, or holds another array than expected."""
 
 

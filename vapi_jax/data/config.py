@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.data.images import PILLOW_PIXELS
 
 SOURCES = ("photos", "image_folder", "tfds", "encoded")
@@ -11,7 +12,7 @@ SPLITS = ("train", "val", "test")
 CROPS = ("center", "random")
 
 
-class DataError(ValueError):
+class DataError(ExpectedError, ValueError):
     """Data that cannot be used as configured; the message says what was found and what to do."""
 
 

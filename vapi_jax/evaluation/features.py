@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
 from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
@@ -145,7 +146,7 @@ def extract_features(
     return out
 
 
-class FeaturesError(ValueError):
+class FeaturesError(ExpectedError, ValueError):
     """A feature extractor that is unknown, cannot be loaded, or does not fit the images."""
 
 

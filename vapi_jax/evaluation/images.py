@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.npz import NpzError, array_names, open_array, open_npz
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
@@ -35,7 +36,7 @@ _WANTED = f"a folder of {', '.join(sorted(EXTENSIONS))} files, or an .npz with u
 Batch = UInt8[np.ndarray, "N H W 3"]
 
 
-class ImagesError(ValueError):
+class ImagesError(ExpectedError, ValueError):
     """A set of images that cannot be read, with the file that is to blame."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.progress import Progress
 from vapi_jax.evaluation.collect import Collected, Engine, collect, load_engine, subset
 from vapi_jax.evaluation.frechet import frechet
@@ -41,7 +42,7 @@ DEFAULT_METRICS = tuple(FEATURE_METRICS)
 DEFAULT_PAIRED = ("fid", "psnr", "ssim", "lpips_vgg")
 
 
-class MeasureError(ValueError):
+class MeasureError(ExpectedError, ValueError):
     """Settings that cannot be measured."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.progress import Progress
 from vapi_jax.evaluation.collect import digested
 from vapi_jax.evaluation.fidelity import WINDOW, psnr, ssim
@@ -27,7 +28,7 @@ PAIR_METRICS = {
 """Their names in print; each is a mean over pairs."""
 
 
-class PairsError(ValueError):
+class PairsError(ExpectedError, ValueError):
     """Pairs that a metric cannot take."""
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi_jax import __version__
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.tables import format_table
 
 FORMAT = "vapi_jax evaluation receipt"
@@ -38,7 +39,7 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "pillow")
 _SECTIONS = ("samples", "reference", "settings", "metrics", "not_computed", "environment")
 
 
-class ReceiptError(ValueError):
+class ReceiptError(ExpectedError, ValueError):
     """A receipt or recipe that cannot be read or written."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.npz import array_names, open_npz, read_array
 
 MAX_DIM = 16_384
@@ -28,7 +29,7 @@ _MAX_FACTS = 2**20
 _ASYMMETRY = 1e-5
 
 
-class StatisticsError(ValueError):
+class StatisticsError(ExpectedError, ValueError):
     """Features or a file of statistics that are not fit for use."""
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.npz import NpzError, open_array, open_npz
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ _NO_DIFFERENCE = ("checkpoint.path",)
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
-class SampleFilesError(ValueError):
+class SampleFilesError(ExpectedError, ValueError):
     """A directory that these samples cannot go to, or a file that is not what it should be."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.generation.files import map_npz_array
 from vapi_jax.generation.loading import Generator
 from vapi_jax.models.policy import Condition, TextPolicy
@@ -20,7 +21,7 @@ from vapi_jax.models.policy import Condition, TextPolicy
 _RANDOM_LABELS = 0xFFFF_FFFF  # no sample has this number, so labels share no key with tokens
 
 
-class ConditionsError(ValueError):
+class ConditionsError(ExpectedError, ValueError):
     """Conditions that this generator does not take, with those that it does."""
 
 

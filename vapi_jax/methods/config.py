@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.data import DataConfig
 from vapi_jax.methods.tokenizer_loss import GeneratorWeights
 from vapi_jax.methods.vapi import VAPiConfig
@@ -16,7 +17,7 @@ from vapi_jax.models.vq import VQConfig
 from vapi_jax.rewards.reconstruction import RewardWeights
 
 
-class ConfigError(ValueError):
+class ConfigError(ExpectedError, ValueError):
     """A configuration that cannot run; the message lists everything that is wrong with it."""
 
 

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models import vq
 from vapi_jax.models.loading import Source
@@ -22,7 +23,7 @@ Aux = dict[str, Array]
 Scalars = dict[str, Float[Array, ""]]
 
 
-class HealthError(RuntimeError):
+class HealthError(ExpectedError, RuntimeError):
     """A run that can no longer learn anything, stopped with the reason and what to look at."""
 
 

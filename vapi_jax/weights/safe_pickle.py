@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
 
-class PickleRefused(ValueError):
+
+class PickleRefused(ExpectedError, ValueError):
     """A pickle that is damaged or asks for more than plain data; says where, what and what to do."""
 
 

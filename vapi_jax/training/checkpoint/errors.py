@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vapi_jax.common.errors import ExpectedError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(ExpectedError, RuntimeError):
     """No usable checkpoint, or none could be written: says what is wrong and what to do."""
 
 

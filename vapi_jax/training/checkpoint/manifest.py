@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
+
 MANIFEST = "manifest"
 
 
-class ManifestError(ValueError):
+class ManifestError(ExpectedError, ValueError):
     """A manifest that is missing, damaged or incomplete; names the file."""
 
 

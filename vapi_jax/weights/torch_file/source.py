@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vapi_jax.common.errors import ExpectedError
 
-class TorchFileError(ValueError):
+
+class TorchFileError(ExpectedError, ValueError):
     """A file that is no sound PyTorch checkpoint, or a value that cannot be put into one."""
 
 

@@ -1,0 +1,34 @@
+"""Errors that a user can put right, and how commands say them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from vapi_jax.common.files import disk_trouble
+
+
+class ExpectedError(Exception):
+    """Something a user can put right: the message says what was wrong, where, and what to do.
+
+    Commands print it without a stack; whatever else is raised is a fault of the program and keeps its.
+    """
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Calls a command; prints what is expected to go wrong as one sentence on standard error.
+
+    Returns:
+      What the command returns (None is 0), or 1 after an `ExpectedError` or trouble with the disk.
+    """
+    try:
+        return command() or 0
+    except ExpectedError as error:
+        sentence = str(error)
+    except OSError as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        sentence = trouble
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return 1
