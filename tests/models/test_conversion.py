@@ -25,7 +25,7 @@ from vapi_jax.models import conversion
 from vapi_jax.models.architecture import from_json
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.loading import MANIFEST, Source, load_weights
+from vapi_jax.models.loading import MANIFEST, WeightsSource, load_weights
 from vapi_jax.models.policy import make_policy, text_condition
 from vapi_jax.models.vq import VQModel
 from vapi_jax.training.checkpoint import Checkpointer
@@ -77,7 +77,7 @@ def load_converted(directory, part):
     stored = json.loads((directory / "config.json").read_text())[part]
     kind = LlamaConfig if part == "gpt" else conversion.VQConfig
     config = from_json(stored, kind)
-    source = Source(str(directory), part, *name_rules(part), config)
+    source = WeightsSource(str(directory), part, *name_rules(part), config)
     return load_weights(source, model_shapes(config)), config
 
 
@@ -248,7 +248,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
     left = out.with_name("out.partial")
     assert left.is_dir()
     assert not out.exists()
-    source = Source(str(left), "gpt", *name_rules("gpt"))
+    source = WeightsSource(str(left), "gpt", *name_rules("gpt"))
     with pytest.raises(WeightsError, match=r"without manifest\.json.*interrupted conversion"):
         load_weights(source, {})
     started = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from vapi_jax.common.trees import flatten
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.loading import Source, load_weights, reference_weights
+from vapi_jax.models.loading import WeightsSource, load_weights, reference_weights
 from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 from vapi_jax.weights.names import WeightsError, from_reference, to_reference
@@ -38,7 +38,7 @@ def model(golden, tmp_path_factory):
 
 
 def source(path, config=None, **changes):
-    return Source(str(path), "gpt", *name_rules("gpt"), config, **changes)
+    return WeightsSource(str(path), "gpt", *name_rules("gpt"), config, **changes)
 
 
 FORMS = ("x.pt", "converted", "run", "run/weights/policy.safetensors")
@@ -166,7 +166,7 @@ def test_weights_of_another_grid_are_refused_although_every_shape_fits(model, tm
 
 def test_a_part_that_is_not_there_is_named(model, tmp_path):
     folder, _, target, _ = model
-    tokenizer = Source(str(folder / "converted"), "vq", *name_rules("vq"))
+    tokenizer = WeightsSource(str(folder / "converted"), "vq", *name_rules("vq"))
     with pytest.raises(WeightsError, match="holds gpt and no vq: it was converted without --vq"):
         load_weights(tokenizer, target)
     with pytest.raises(WeightsError, match="a directory without manifest.json"):

@@ -23,7 +23,7 @@ from tests.helpers.torch_files import (
     text,
     write_zip,
 )
-from vapi_jax.weights.torch_file import TorchFileError, archive, open_torch_file, source
+from vapi_jax.weights.torch_file import TorchFileError, archive, open_torch_file, storage_file
 
 PICKLE = b"\x80\x02}" + text("w") + tensor() + b"s."
 GOOD = [
@@ -100,7 +100,7 @@ def test_the_number_of_entries_and_the_directory_are_bounded(tmp_path, monkeypat
     monkeypatch.setattr(archive, "MAX_ENTRIES", 3)
     with pytest.raises(TorchFileError, match="4 entries, at most 3"):
         open_torch_file(path)
-    monkeypatch.setattr(source, "_MAX_DIRECTORY", 100)
+    monkeypatch.setattr(storage_file, "_MAX_DIRECTORY", 100)
     with pytest.raises(TorchFileError, match="it claims [0-9]+ bytes"):
         open_torch_file(path)
 

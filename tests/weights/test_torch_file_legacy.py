@@ -362,7 +362,7 @@ def test_a_small_view_of_a_large_storage_takes_little_memory(tmp_path):
 def test_opening_reads_the_pickles_and_counts_alone(tmp_path, monkeypatch):
     save_legacy([torch.zeros(1_000_000), torch.zeros(1_000_000)], tmp_path / "m.pt")
     total = 0
-    original = legacy.Source.fill
+    original = legacy.StorageFile.fill
 
     def counting(self, buffer, offset):
         nonlocal total
@@ -370,7 +370,7 @@ def test_opening_reads_the_pickles_and_counts_alone(tmp_path, monkeypatch):
         total += got
         return got
 
-    monkeypatch.setattr(legacy.Source, "fill", counting)
+    monkeypatch.setattr(legacy.StorageFile, "fill", counting)
     with open_legacy(tmp_path / "m.pt") as file:
         assert total <= legacy._FIRST_LOOK + 2 * 8 + 512
         file.value[1].read()

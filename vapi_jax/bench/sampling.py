@@ -54,7 +54,7 @@ from vapi_jax.methods import make_task
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import GeneratorTask
 from vapi_jax.methods.task import tokenizer_source
-from vapi_jax.models.loading import Source, load_weights
+from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel.sharding import shard_whole, tree_shardings
@@ -77,7 +77,7 @@ class _TokensAlone(Generator):
 
 
 def _weights(
-    source: Source | None, init: Callable[[Array], Any], layout_of: Callable[[Any], Any]
+    source: WeightsSource | None, init: Callable[[Array], Any], layout_of: Callable[[Any], Any]
 ) -> tuple[Any, str]:
     """Weights on the mesh from a file or, where there is none, from `init(key)`; and which."""
     shapes = jax.eval_shape(init, jax.random.key(0))

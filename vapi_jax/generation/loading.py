@@ -29,7 +29,7 @@ from vapi_jax.methods.generator import GeneratorTask
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.methods.task import tokenizer_source
 from vapi_jax.models import vq
-from vapi_jax.models.loading import MANIFEST, PARTS, Source, load_weights, read_manifest
+from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights, read_manifest
 from vapi_jax.models.policy import ClassPolicy, Policy, make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import tree_shardings
@@ -142,8 +142,8 @@ class _Found:
 
     policy: Policy
     tokenizer: VQConfig
-    weights: Source  # of the policy
-    tokenizer_weights: Source
+    weights: WeightsSource  # of the policy
+    tokenizer_weights: WeightsSource
     image_size: int
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
@@ -186,9 +186,9 @@ def _assemble(found: _Found, mesh: Mesh) -> Generator:
     )
 
 
-def _policy_source(path: str, policy: Policy, verify: bool = True) -> Source:
+def _policy_source(path: str, policy: Policy, verify: bool = True) -> WeightsSource:
     config = getattr(policy, "config", None)
-    return Source(path, "gpt", policy.name_rules, policy.ignored_names, config, verify)
+    return WeightsSource(path, "gpt", policy.name_rules, policy.ignored_names, config, verify)
 
 
 def _demo(dtype: str | None) -> _Found:
@@ -198,7 +198,9 @@ def _demo(dtype: str | None) -> _Found:
         policy=policy,
         tokenizer=_DEMO_TOKENIZER,
         weights=_policy_source(DEMO, policy),
-        tokenizer_weights=Source(DEMO, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, _DEMO_TOKENIZER),
+        tokenizer_weights=WeightsSource(
+            DEMO, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, _DEMO_TOKENIZER
+        ),
         image_size=_DEMO_SIDE,
         class_names=_class_names(DataConfig(), policy),
         facts={"kind": "demo", "path": DEMO, "trained": load_metadata(resolve_shipped("policy"))},
@@ -265,7 +267,7 @@ def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
         tokenizer=tokenizer,
         weights=_policy_source(str(directory), policy),
         # Both parts are in the same files, whose digests are compared with the first.
-        tokenizer_weights=Source(str(directory), "vq", *names, tokenizer, verify=False),
+        tokenizer_weights=WeightsSource(str(directory), "vq", *names, tokenizer, verify=False),
         image_size=math.isqrt(policy.num_tokens) * tokenizer.downsample_factor,
         class_names=None,
         facts={
@@ -316,7 +318,7 @@ def _named(policy: Policy) -> dict[str, Any]:
     return {"kind": kind, **dataclasses.asdict(config)}
 
 
-def _digests(source: Source) -> dict[str, str]:
+def _digests(source: WeightsSource) -> dict[str, str]:
     """SHA-256 of the files that a source means, by name."""
     path = Path(source.path)
     if source.path == DEMO:

@@ -16,7 +16,7 @@ from vapi_jax.methods import grpo, vapi
 from vapi_jax.methods.task import Aux, HealthError, Scalars, Task, mean_of, tokenizer_source
 from vapi_jax.models import categorical
 from vapi_jax.models.discriminator import PatchGAN
-from vapi_jax.models.loading import Source, load_weights
+from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.models.policy import Policy, drop_condition, make_policy
 from vapi_jax.models.vq import VQModel
@@ -73,12 +73,14 @@ class GeneratorTask(Task):
         return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
-    def init_from(self) -> Source | None:
+    def init_from(self) -> WeightsSource | None:
         init, policy = self.config.init, self.policy
         if not init.gpt:
             return None
         config = getattr(policy, "config", None)
-        return Source(init.gpt, "gpt", policy.name_rules, policy.ignored_names, config, init.verify)
+        return WeightsSource(
+            init.gpt, "gpt", policy.name_rules, policy.ignored_names, config, init.verify
+        )
 
     def init(self, rng: PRNGKeyArray) -> Any:
         return self.policy.init(rng)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models import vq
-from vapi_jax.models.loading import Source
+from vapi_jax.models.loading import WeightsSource
 
 Params = Any
 Aux = dict[str, Array]
@@ -57,7 +57,7 @@ class Task(abc.ABC):
         """Trainable parameters from scratch; traced, so that they are born sharded."""
 
     @property
-    def init_from(self) -> Source | None:
+    def init_from(self) -> WeightsSource | None:
         """The weights to start from instead, if any."""
         return None
 
@@ -141,9 +141,11 @@ def mean_of(aux: Aux, *names: str) -> Scalars:
     return {name: jax.numpy.mean(aux[name]) for name in names}
 
 
-def tokenizer_source(config: TrainConfig) -> Source | None:
+def tokenizer_source(config: TrainConfig) -> WeightsSource | None:
     """The tokenizer weights that a configuration names, if any."""
     init = config.init
     if not init.vq:
         return None
-    return Source(init.vq, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, config.tokenizer, init.verify)
+    return WeightsSource(
+        init.vq, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, config.tokenizer, init.verify
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax.methods.task import Aux, Scalars, Task, tokenizer_source
 from vapi_jax.methods.tokenizer_loss import discriminator_step_loss, generator_loss
 from vapi_jax.models.discriminator import PatchGAN, apply_train
-from vapi_jax.models.loading import Source
+from vapi_jax.models.loading import WeightsSource
 from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.models.quantize import codebook_usage, restart_dead_codes
 from vapi_jax.models.vq import VQModel, VQOutput
@@ -48,7 +48,7 @@ class TokenizerTask(Task):
         return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
 
     @property
-    def init_from(self) -> Source | None:
+    def init_from(self) -> WeightsSource | None:
         return tokenizer_source(self.config)
 
     def start_like(self, params: Any) -> Any:

@@ -51,7 +51,7 @@ Read = Callable[[str, Any], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Weights that a configuration names, and the model that they are for.
 
     Attributes:
@@ -85,7 +85,9 @@ class Weights:
     buffers: Mapping[str, LazyTensor] = dataclasses.field(default_factory=dict)
 
 
-def load_weights(source: Source, target: Any, shardings: Any = None, dtype: Any = None) -> Any:
+def load_weights(
+    source: WeightsSource, target: Any, shardings: Any = None, dtype: Any = None
+) -> Any:
     """The weights as a tree like `target`.
 
     Args:
@@ -112,7 +114,7 @@ def load_weights(source: Source, target: Any, shardings: Any = None, dtype: Any 
 
 
 @contextlib.contextmanager
-def open_weights(source: Source, target: Any = None) -> Iterator[Weights]:
+def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]:
     """The named weights under our names, to be read inside the context.
 
     Args:
@@ -130,7 +132,7 @@ def open_weights(source: Source, target: Any = None) -> Iterator[Weights]:
             yield _theirs(source, file, target)
 
 
-def _locate(source: Source) -> tuple[Path, str]:
+def _locate(source: WeightsSource) -> tuple[Path, str]:
     """The file of tensors that a source means, and what stands before our names in it."""
     if source.path == "demo":
         return resolve_shipped(PARTS[source.part]), ""
@@ -192,7 +194,7 @@ def verify_directory(directory: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _check_converted(directory: Path, source: Source) -> None:
+def _check_converted(directory: Path, source: WeightsSource) -> None:
     config, manifest = read_manifest(directory)
     if source.part not in config:
         raise WeightsError(
@@ -223,7 +225,7 @@ def _ours(path: Path, tensors: Mapping[str, LazyTensor], part: str, prefix: str)
     )
 
 
-def _theirs(source: Source, file: TensorFile, target: Any) -> Weights:
+def _theirs(source: WeightsSource, file: TensorFile, target: Any) -> Weights:
     path, shapes = file.paths[0], {name: tensor.shape for name, tensor in file.tensors.items()}
     differences: Sequence[str] = ()
     if isinstance(source.config, LlamaConfig):

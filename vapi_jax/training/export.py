@@ -19,7 +19,7 @@ from vapi_jax.common.progress import ByteProgress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import vq
 from vapi_jax.models.conversion import name_rules, whole
-from vapi_jax.models.loading import MANIFEST, Source, Weights, open_weights, read_manifest
+from vapi_jax.models.loading import MANIFEST, Weights, WeightsSource, open_weights, read_manifest
 from vapi_jax.models.policy import make_policy
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import Origin, Rule, WeightsError, origin_of
@@ -102,7 +102,7 @@ def open_trained(
         if step is not None:
             raise WeightsError(f"{ckpt} is a converted directory and has no steps")
         part = part or next(iter(sorted(read_manifest(ckpt)[0])))
-        with open_weights(Source(str(ckpt), part, *name_rules(part))) as weights:
+        with open_weights(WeightsSource(str(ckpt), part, *name_rules(part))) as weights:
             yield weights, name_rules(part)[0]
         return
     trained, rules = _trained_part(ckpt)
@@ -111,7 +111,7 @@ def open_trained(
     shapes = vq.BUFFER_SHAPES if trained == "vq" else {}
     buffers = {name: _zeros(shape) for name, shape in shapes.items()}
     if step is None:
-        with open_weights(Source(str(ckpt), trained, rules, ())) as weights:
+        with open_weights(WeightsSource(str(ckpt), trained, rules, ())) as weights:
             yield dataclasses.replace(weights, buffers=buffers), rules
     else:
         weights = _checkpointed(ckpt / "checkpoints", trained, step)

@@ -30,7 +30,7 @@ from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.methods.task import tokenizer_source
 from vapi_jax.models.architecture import disagreements
 from vapi_jax.models.conversion import model_shapes
-from vapi_jax.models.loading import MANIFEST, PARTS, Source, open_weights, read_manifest
+from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, open_weights, read_manifest
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
@@ -254,7 +254,7 @@ def look_at_weights(
 
 
 def _look(
-    source: Source | None, option: str, shapes: Callable[[], Any], errors: Errors
+    source: WeightsSource | None, option: str, shapes: Callable[[], Any], errors: Errors
 ) -> WeightsFound:
     if source is None:
         return WeightsFound("from scratch", "")
@@ -280,7 +280,7 @@ def _look(
         return WeightsFound(source.path, "unfit")
 
 
-def _check_converted(path: Path, source: Source) -> None:
+def _check_converted(path: Path, source: WeightsSource) -> None:
     """What can be told of a converted directory without reading its weights."""
     config, manifest = read_manifest(path)
     if source.part not in config:

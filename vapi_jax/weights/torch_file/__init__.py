@@ -17,7 +17,7 @@ with `mmap=True` as well.
 
 from vapi_jax.weights.safe_pickle import Record
 from vapi_jax.weights.torch_file.reading import TorchFile, open_torch_file
-from vapi_jax.weights.torch_file.source import TorchFileError
+from vapi_jax.weights.torch_file.storage_file import TorchFileError
 from vapi_jax.weights.torch_file.tensors import TorchTensor
 from vapi_jax.weights.torch_file.writing import write_torch_file
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vapi_jax.weights.safe_pickle import quoted
 from vapi_jax.weights.torch_file.legacy import is_legacy
-from vapi_jax.weights.torch_file.source import MAX_ENTRIES, Entry, File, Source
+from vapi_jax.weights.torch_file.storage_file import MAX_ENTRIES, Entry, File, StorageFile
 
 _BLOCK = 2**20
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -45,7 +45,7 @@ _OTHER_FORMATS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
 )
 
 
-class Archive(Source):
+class Archive(StorageFile):
     """A zip file whose whole directory is checked when it is opened."""
 
     def __init__(self, path: Path, file: File):
@@ -137,7 +137,7 @@ class Archive(Source):
         return buffer.tobytes()
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """As `Source` does; the first read of an entry checks its CRC-32.
+        """As `StorageFile` does; the first read of an entry checks its CRC-32.
 
         A part needs a pass over the whole entry for that.
         """

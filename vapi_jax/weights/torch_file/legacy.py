@@ -22,7 +22,13 @@ from typing import Any
 from vapi_jax.weights import safe_pickle
 from vapi_jax.weights.safe_pickle import Budget, Vocabulary
 from vapi_jax.weights.torch_file.names import find_storage, interpret
-from vapi_jax.weights.torch_file.source import MAX_ENTRIES, MAX_PICKLE, Entry, File, Source
+from vapi_jax.weights.torch_file.storage_file import (
+    MAX_ENTRIES,
+    MAX_PICKLE,
+    Entry,
+    File,
+    StorageFile,
+)
 from vapi_jax.weights.torch_file.tensors import Storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -47,7 +53,7 @@ def read_legacy(path: Path, file: File) -> Any:
         are not those of the object or do not fill the file.
       PickleRefused: an object in the file that is not on the list; nothing was executed.
     """
-    source = Source(path, file)
+    source = StorageFile(path, file)
     size = os.fstat(file.fileno()).st_size
     pickles, end = _split(source)
     magic, protocol, machine, keys = (
@@ -71,7 +77,7 @@ def read_legacy(path: Path, file: File) -> Any:
     return value
 
 
-def _split(source: Source) -> tuple[dict[str, bytes], int]:
+def _split(source: StorageFile) -> tuple[dict[str, bytes], int]:
     """The five pickles by name, and where the last one ends; they are decoded, not interpreted."""
     size = _FIRST_LOOK
     while True:
@@ -97,7 +103,7 @@ def _split(source: Source) -> tuple[dict[str, bytes], int]:
 
 
 def _find(
-    source: Source, found: dict[str, Storage], size: int, reference: Any, budget: Budget
+    source: StorageFile, found: dict[str, Storage], size: int, reference: Any, budget: Budget
 ) -> Storage:
     """`find_storage` of a reference with a sixth part, in a file of `size` bytes."""
     if type(reference) is not tuple or len(reference) != 6:
@@ -107,7 +113,7 @@ def _find(
     return find_storage(source, found, lambda name: size, reference[:5], budget)
 
 
-def _place(source: Source, found: dict[str, Storage], keys: Any, end: int, size: int) -> None:
+def _place(source: StorageFile, found: dict[str, Storage], keys: Any, end: int, size: int) -> None:
     """Finds where the storages lie, which have to fill the file from byte `end` to byte `size`."""
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise source.error("its list of storage keys is not a list of texts")

@@ -14,7 +14,7 @@ import numpy as np
 
 from vapi_jax.weights import safe_pickle
 from vapi_jax.weights.safe_pickle import Budget, GlobalName, NumpyDtype, Vocabulary
-from vapi_jax.weights.torch_file.source import MAX_DEPTH, Source
+from vapi_jax.weights.torch_file.storage_file import MAX_DEPTH, StorageFile
 from vapi_jax.weights.torch_file.tensors import (
     DTYPES,
     STORAGE_DTYPES,
@@ -122,7 +122,7 @@ def _make_scalar(arguments: tuple[Any, ...], budget: Budget) -> np.generic:
 
 
 def find_storage(
-    source: Source,
+    source: StorageFile,
     found: dict[str, Storage],
     room: Callable[[str], int],
     reference: Any,
@@ -195,7 +195,7 @@ _VOCABULARY = Vocabulary(
 
 
 def interpret(
-    data: bytes, source: Source, what: str, persistent: Callable[[Any, Budget], Any]
+    data: bytes, source: StorageFile, what: str, persistent: Callable[[Any, Budget], Any]
 ) -> Any:
     """The object that a pickle describes, a tree at most 100 levels deep.
 

@@ -12,7 +12,7 @@ from vapi_jax.weights.safe_pickle import quoted
 from vapi_jax.weights.torch_file.archive import Archive
 from vapi_jax.weights.torch_file.legacy import is_legacy, read_legacy
 from vapi_jax.weights.torch_file.names import find_storage, interpret
-from vapi_jax.weights.torch_file.source import MAX_PICKLE, File, Source, TorchFileError
+from vapi_jax.weights.torch_file.storage_file import MAX_PICKLE, File, StorageFile, TorchFileError
 
 
 class TorchFile:
@@ -30,7 +30,7 @@ class TorchFile:
     def __init__(self, path: Path, file: File, *, legacy: bool):
         self.path = path
         self._file = file
-        if legacy and is_legacy(Source(path, file).head()):
+        if legacy and is_legacy(StorageFile(path, file).head()):
             self.value = read_legacy(path, file)
         else:
             self.value = _read_archive(path, file)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from vapi_jax.weights.safe_pickle import GlobalName
-from vapi_jax.weights.torch_file.source import Source
+from vapi_jax.weights.torch_file.storage_file import StorageFile
 
 _MAX_AXES = 32
 
@@ -41,7 +41,7 @@ STORAGE_DTYPES = {
 class Storage:
     """What the pickle says of a storage; where its bytes lie is looked up when they are read."""
 
-    source: Source
+    source: StorageFile
     name: str
     dtype: np.dtype
     nbytes: int

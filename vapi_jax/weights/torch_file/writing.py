@@ -18,7 +18,12 @@ import numpy as np
 
 from vapi_jax.weights.safe_pickle import Record
 from vapi_jax.weights.torch_file.archive import LOCAL_HEADER
-from vapi_jax.weights.torch_file.source import MAX_DEPTH, MAX_ENTRIES, MAX_PICKLE, TorchFileError
+from vapi_jax.weights.torch_file.storage_file import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_PICKLE,
+    TorchFileError,
+)
 from vapi_jax.weights.torch_file.tensors import STORAGES
 
 

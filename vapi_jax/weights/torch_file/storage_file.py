@@ -47,7 +47,7 @@ class File(io.FileIO):
         return super().read(size)
 
 
-class Source:
+class StorageFile:
     """An open file; threads may read it at the same time.
 
     Attributes:
