@@ -30,9 +30,9 @@ READ_BY_NAME = {
     ("DataConfig", "train_split"): ("data/config.py", '_split")'),
     ("DataConfig", "val_split"): ("data/config.py", '_split")'),
     ("DataConfig", "test_split"): ("data/config.py", '_split")'),
-    ("RewardWeights", "mse"): ("reward.py", "getattr(weights, name)"),
-    ("RewardWeights", "l1"): ("reward.py", "getattr(weights, name)"),
-    ("RewardWeights", "codebook_cosine"): ("reward.py", "getattr(weights, name)"),
+    ("RewardWeights", "mse"): ("rewards/reconstruction.py", "getattr(weights, name)"),
+    ("RewardWeights", "l1"): ("rewards/reconstruction.py", "getattr(weights, name)"),
+    ("RewardWeights", "codebook_cosine"): ("rewards/reconstruction.py", "getattr(weights, name)"),
 }
 
 

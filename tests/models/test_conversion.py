@@ -223,7 +223,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
     slow = (
         "import json, sys, time\n"
         "from pathlib import Path\n"
-        "from vapi_jax import conversion\n"
+        "from vapi_jax.models import conversion\n"
         "read = conversion.read_origin\n"
         "def slowly(*args):\n"
         "    print('reading', flush=True)\n"

@@ -39,7 +39,7 @@ def run(*arguments):
 @pytest.mark.slow
 def test_the_smallest_release_goes_in_and_out_within_bounded_memory(tmp_path):
     """GPT-B as DDP saves it, and VQ-16, with everything that is no parameter beside them."""
-    make = ROOT / "tests" / "release_files.py"
+    make = ROOT / "tests" / "helpers" / "release_files.py"
     run(make, "GPT-B", tmp_path / "c2i_B_256.pt", "--layout", "ddp", "--freqs-cis")
     run(make, "VQ-16", tmp_path / "vq_ds16_c2i.pt", "--layout", "ddp")
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.pt")}

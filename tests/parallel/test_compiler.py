@@ -110,7 +110,7 @@ def test_the_installed_library_knows_every_flag_of_ours_for_gpus():
 
 def test_the_module_is_applied_before_jax_and_imports_none():
     code = (
-        "import sys; from vapi_jax import xla_settings; compiler.apply_here(); "
+        "import sys; from vapi_jax.parallel import compiler; compiler.apply_here(); "
         "print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -119,7 +119,7 @@ def test_the_module_is_applied_before_jax_and_imports_none():
 
 CACHED = """
 import sys, pathlib, jax, jax.numpy as jnp
-from vapi_jax.xla_settings import enable_compilation_cache
+from vapi_jax.parallel.compiler import enable_compilation_cache
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 print(enable_compilation_cache(pathlib.Path(sys.argv[1])))
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).block_until_ready()
@@ -223,7 +223,8 @@ runpy.run_module("vapi_jax.{module}", run_name="__main__")
 def test_a_run_keeps_what_it_compiles_in_its_workdir(tmp_path):
     code = """
 import pathlib, sys, jax
-from vapi_jax import main, run
+from vapi_jax import main
+from vapi_jax.training import run
 run.run = lambda *args, **kwargs: print(jax.config.jax_compilation_cache_dir)
 sys.exit(main.execute(None, pathlib.Path(sys.argv[1])))
 """

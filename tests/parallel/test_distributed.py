@@ -245,8 +245,8 @@ def test_a_port_in_use_is_named():
 
 WORK = """
 import sys, time
-from vapi_jax import distributed
-from vapi_jax.place import Place
+from vapi_jax.parallel import distributed
+from vapi_jax.parallel.cluster import Place
 
 number, count, address, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 

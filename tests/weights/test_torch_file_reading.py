@@ -287,7 +287,7 @@ def refuse(*_, **__):
 for module in (pickle, _pickle):
     for name in ("load", "loads", "Unpickler"):
         setattr(module, name, refuse)
-from vapi_jax.torch_file import open_torch_file, write_torch_file
+from vapi_jax.weights.torch_file import open_torch_file, write_torch_file
 with open_torch_file(sys.argv[1]) as file:
     write_torch_file(sys.argv[1] + "2", {"model": file.value["model"], "args": file.value["args"]})
 assert not {"torch", "jax"} & set(sys.modules), "imported"
@@ -298,7 +298,7 @@ print(len(file.value["model"]))
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(torch_file.__file__).parents[2],
+        cwd=Path(torch_file.__file__).parents[3],
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
