@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import toy_features as toy
 from vapi_jax import evaluate
+from vapi_jax.common.digests import params_digest
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.measure import Settings
 
@@ -100,7 +101,7 @@ def test_every_number_is_in_a_receipt_beside_the_samples(sets, capsys, tmp_path)
     assert str(tmp_path / "samples.receipt.json") in text
     assert receipt["settings"]["seed"] == 5 and receipt["settings"]["batch"] == 7
     assert receipt["samples"]["count"] == 30 and receipt["reference"]["count"] == 40
-    assert receipt["features"]["parameters_sha256"] == F.params_digest(toy.load(None, False).params)
+    assert receipt["features"]["parameters_sha256"] == params_digest(toy.load(None, False).params)
     assert receipt["sampling"] is None and receipt["environment"]["devices"]["count"] == 8
     assert compared(sets, "--features", "toy", "--metrics", "fid, fid") == 0
     again = json.loads((tmp_path / "samples.receipt-2.json").read_text())

@@ -118,21 +118,6 @@ def test_an_extractor_is_imported_by_module_and_attribute(tmp_path, monkeypatch)
             F.find_extractor(name)
 
 
-def test_the_digest_of_parameters_sees_names_types_shapes_and_values():
-    base = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.float32(1)}
-    same = {"c": jnp.float32(1), "a": {"b": jnp.arange(6, dtype=jnp.float32)}}
-    digest = F.params_digest(base)
-    assert digest == F.params_digest(same)
-    others = [
-        {**base, "c": np.float32(2)},
-        {**base, "c": np.int32(1)},
-        {"a": {"x": base["a"]["b"]}, "c": base["c"]},
-        {"a": {"b": base["a"]["b"].reshape(2, 3)}, "c": base["c"]},
-        {"a": {"b": base["a"]["b"].astype(np.float64)}, "c": base["c"]},
-    ]
-    assert len({digest, *map(F.params_digest, others)}) == 6
-
-
 def test_inception_asks_for_its_file_by_name_and_takes_no_other(tmp_path):
     load = F.EXTRACTORS["inception"].load
     with pytest.raises(FeaturesError, match=r"pt_inception-2015-12-05-6726825d\.pth .*6726825d"):

@@ -401,7 +401,7 @@ def test_a_save_that_fails_is_told_and_loses_nothing(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
-from vapi_jax.checkpoint import Checkpointer
+from vapi_jax.training.checkpoint import Checkpointer
 
 checkpointer = Checkpointer(sys.argv[1])
 checkpointer.save(1, {"params": {"a": jnp.ones(4)}})
@@ -496,7 +496,7 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
 
 def test_help_comes_without_importing_jax():
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "vapi_jax.training.checkpoint", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "vapi_jax.checkpoint", "--help"],
         check=False,
         capture_output=True,
         text=True,

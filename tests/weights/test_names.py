@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten, unflatten
-from vapi_jax.weights import names as weights
+from vapi_jax.weights import store
 from vapi_jax.weights.names import Rule, WeightsError, check_like, from_reference, to_reference
 from vapi_jax.weights.store import load_metadata, load_safetensors, save_safetensors
 
@@ -186,13 +186,13 @@ def test_an_interrupted_save_leaves_the_old_file_or_none(params, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", half_written)
+        patch.setattr(store, "save_file", half_written)
         with pytest.raises(KeyboardInterrupt):
             save_safetensors(path, params)
         assert not path.exists()
     digest = save_safetensors(path, params)
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", half_written)
+        patch.setattr(store, "save_file", half_written)
         with pytest.raises(KeyboardInterrupt):
             save_safetensors(path, {"a": np.zeros(1)})
     assert sha256_file(path) == digest
