@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
 
+from vapi_jax.common.errors import exit_status
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -56,29 +58,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def convert_files(args: argparse.Namespace) -> None:
     """Converts, and says what it found."""
-    args = parse()
     # After the command line, so that --help needs no JAX.
     from vapi_jax.models.architecture import read_args
     from vapi_jax.models.conversion import convert
-    from vapi_jax.weights.names import WeightsError
 
-    try:
-        manifest = convert(
-            args.out,
-            gpt=args.gpt,
-            vq=args.vq,
-            gpt_args=read_args(args.args) if args.args else None,
-            vq_args=read_args(args.vq_args) if args.vq_args else None,
-            image_size=args.image_size,
-            t2i=args.t2i,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-        )
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    manifest = convert(
+        args.out,
+        gpt=args.gpt,
+        vq=args.vq,
+        gpt_args=read_args(args.args) if args.args else None,
+        vq_args=read_args(args.vq_args) if args.vq_args else None,
+        image_size=args.image_size,
+        t2i=args.t2i,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
     for part, description in manifest["architecture"].items():
         print(f"{part}: {description}; {manifest['parameters'][part]:,} parameters")
         if ignored := manifest["ignored"][part]:
@@ -87,7 +83,12 @@ def main() -> int:
         print(f"{args.out / name}  {facts['size'] / 1e6:,.1f} MB  {facts['sha256'][:16]}...")
     options = " ".join(f"--config.init.{part}={args.out}" for part in manifest["architecture"])
     print(f"Use it with: {options}")
-    return 0
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    args = parse()
+    return exit_status(lambda: convert_files(args))
 
 
 if __name__ == "__main__":

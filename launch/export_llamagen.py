@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
 
+from vapi_jax.common.errors import exit_status
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
@@ -41,22 +43,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def export_weights(args: argparse.Namespace) -> None:
     """Exports, and says what was written."""
-    args = parse()
     # After the command line, so that --help needs no JAX.
-    from vapi_jax.training.checkpoint import CheckpointError
     from vapi_jax.training.export import export, open_trained
-    from vapi_jax.weights.names import WeightsError
 
-    try:
-        with open_trained(args.ckpt, args.part, args.step) as (weights, rules):
-            digest = export(args.out, weights, rules, args.dtype)
-    except (WeightsError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with open_trained(args.ckpt, args.part, args.step) as (weights, rules):
+        digest = export(args.out, weights, rules, args.dtype)
     print(f"{args.out}  {args.out.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
-    return 0
+
+
+def main() -> int:
+    """The command; returns its exit status."""
+    args = parse()
+    return exit_status(lambda: export_weights(args))
 
 
 if __name__ == "__main__":

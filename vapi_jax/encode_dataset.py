@@ -13,7 +13,6 @@ are encoded too.
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 
 from vapi_jax.common import output_flags, recipe_flags
+from vapi_jax.common.errors import exit_status
 from vapi_jax.common.output_flags import NUM, OUT
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.parallel import compiler
@@ -153,20 +153,18 @@ def main(argv: list[str]) -> int:
     if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
     compiler.apply_here()
-    from vapi_jax.methods.resolve import resolve
-    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
+    return exit_status(_encode)
 
-    try:
-        counts = encode_dataset(resolve(CONFIG.value), Path(str(OUT.value)), NUM.value)
-    except run.EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+def _encode() -> None:
+    from vapi_jax.methods.resolve import resolve  # after the flags, so that --help needs no JAX
+
+    counts = encode_dataset(resolve(CONFIG.value), Path(str(OUT.value)), NUM.value)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(
         f"{OUT.value}: {told} images. Use them with --config.data.name=encoded "
         f"--config.data.path={OUT.value} --config.data.shuffle=false"
     )
-    return 0
 
 
 if __name__ == "__main__":

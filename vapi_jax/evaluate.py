@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vapi_jax.common.errors import exit_status
 from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:
@@ -258,25 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
     compiler.apply_here()
-    # After the flags, so that --help needs no JAX.
-    from vapi_jax.common.npz import NpzError
-    from vapi_jax.evaluation.features import FeaturesError
-    from vapi_jax.evaluation.images import ImagesError
-    from vapi_jax.evaluation.measure import MeasureError
-    from vapi_jax.evaluation.pairs import PairsError
-    from vapi_jax.evaluation.receipt import ReceiptError
-    from vapi_jax.evaluation.statistics import StatisticsError
-    from vapi_jax.models.lpips import PerceptualWeightsError
-
-    expected = (
-        FeaturesError, ImagesError, MeasureError, NpzError, PairsError, PerceptualWeightsError,
-        ReceiptError, StatisticsError,
-    )  # fmt: skip
-    try:
-        return {"evaluate": evaluate, "precompute": precompute, "verify": verify}[args.mode](args)
-    except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    command = {"evaluate": evaluate, "precompute": precompute, "verify": verify}[args.mode]
+    return exit_status(lambda: command(args))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from the last checkpoint there; SIGTERM or Ctrl-C saves one first (twice: ends a
 """
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from vapi_jax.common import recipe_flags
+from vapi_jax.common.errors import exit_status
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.parallel import compiler
 
@@ -56,56 +56,44 @@ def main(argv: list[str]) -> int:
     absl_logging.set_verbosity(absl_logging.FATAL)
     compiler.apply_here()
 
-    from vapi_jax.methods.config import ConfigError
     from vapi_jax.parallel import distributed
-    from vapi_jax.parallel.cluster import DistributedError, find_place
+    from vapi_jax.parallel.cluster import find_place
     from vapi_jax.training import plan
     from vapi_jax.training.readiness import require
 
     if _CHECK.value:
-        return plan.check(CONFIG.value, _WORKDIR.value, as_json=_JSON.value)
+        return exit_status(lambda: plan.check(CONFIG.value, _WORKDIR.value, as_json=_JSON.value))
 
     def train() -> int:
-        try:
-            with distributed.telling():
-                config = require(CONFIG.value)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        with distributed.telling():
+            config = require(CONFIG.value)
         return execute(config, Path(str(_WORKDIR.value)), _RESUME_WITH_CHANGES.value)
 
-    try:
+    def meet() -> int:
         place = find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        return distributed.together(place, train, _MEETING.value)
-    except DistributedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return distributed.together(place, lambda: exit_status(train), _MEETING.value)
+
+    return exit_status(meet)
 
 
 def execute(config: "TrainConfig", workdir: Path, resume_with_changes: bool = False) -> int:
     """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
-    from vapi_jax.common.files import disk_trouble
     from vapi_jax.parallel import distributed
     from vapi_jax.parallel.preemption import Stopped, StopRequest
     from vapi_jax.training import run
 
     stop = StopRequest()
     compiler.enable_compilation_cache(workdir / "compilation_cache")
-    try:
+
+    def train() -> None:
         with stop.listening(), distributed.telling():
             run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)
+
+    try:
+        return exit_status(train)
     except Stopped as stopped:
         print(f"{stopped}. The same command goes on from there", flush=True)
-    except run.EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        sentence = disk_trouble(error)
-        if sentence is None:
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

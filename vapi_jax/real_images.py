@@ -8,13 +8,13 @@ size, drawn as for its evaluation in training and the same at every call.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from vapi_jax.common import output_flags, recipe_flags
+from vapi_jax.common.errors import exit_status
 from vapi_jax.common.output_flags import NUM, OUT
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 
@@ -69,19 +69,16 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if CONFIG.value is None or OUT.value is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    from vapi_jax.methods.resolve import resolve
-    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
+    return exit_status(_write)
 
-    out = Path(str(OUT.value))
-    try:
-        config = resolve(CONFIG.value)
-        split, num = _SPLIT.value or config.eval.split, NUM.value or config.eval.images
-        write_images(config.data, split, num, config.seed, out)
-    except run.EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+def _write() -> None:
+    from vapi_jax.methods.resolve import resolve  # after the flags, so that --help needs no JAX
+
+    out, config = Path(str(OUT.value)), resolve(CONFIG.value)
+    split, num = _SPLIT.value or config.eval.split, NUM.value or config.eval.images
+    write_images(config.data, split, num, config.seed, out)
     print(f"{out}: {num} images of {split} at {config.data.image_size} px")
-    return 0
 
 
 if __name__ == "__main__":

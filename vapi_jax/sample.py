@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.progress import Progress, format_duration
 from vapi_jax.generation.files import (
     FORMATS,
     RECIPE,
     SampleFiles,
-    SampleFilesError,
     settle_recipe,
     write_recipe,
 )
@@ -373,18 +372,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
     compiler.apply_here()
-    from vapi_jax.generation.requests import ConditionsError
-    from vapi_jax.weights.names import WeightsError
-
     try:
-        run(args)
-    except (ConditionsError, OSError, SampleError, SampleFilesError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: run(args))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

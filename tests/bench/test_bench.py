@@ -21,6 +21,7 @@ from tests.training.test_train import make_tiny_config
 from vapi_jax.bench import hlo, measure, phases, report, rig, scaling, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
 from vapi_jax.common.trees import flatten
+from vapi_jax.data import DataError
 from vapi_jax.methods import vapi
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.parallel.sharding import make_mesh
@@ -176,10 +177,19 @@ def test_what_a_step_waits_for_its_input(tiny_rig, monkeypatch):
 
 def test_without_data_no_wait_is_measured(tiny_rig, monkeypatch):
     def absent(task):
-        raise FileNotFoundError("no such folder")
+        raise DataError("no such folder")
 
     monkeypatch.setattr(rig, "host_batches", absent)
     assert rig.input_wait(tiny_rig, None, 3, lambda: None) is None
+
+
+def test_a_fault_in_the_data_is_not_timed_as_noise(tiny_rig, monkeypatch):
+    def broken(*_):
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr(rig, "make_dataset", broken)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        rig._first_batch(tiny_rig.task)
 
 
 # --- phases ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vapi_jax.data import DataConfig, class_names, fixed_batch, make_dataset, num_classes
+from vapi_jax.data import DataConfig, DataError, class_names, fixed_batch, make_dataset, num_classes
 from vapi_jax.data.photos import (
     PHOTOS,
     Photo,
@@ -177,9 +177,9 @@ def test_flip_off_and_on():
 
 
 def test_missing_photographs_are_explained():
-    with pytest.raises(ModuleNotFoundError, match="pip install no_such_package"):
+    with pytest.raises(DataError, match="pip install no_such_package"):
         load_photo(Photo("nobody", "no_such_package", "data/nobody.png"))
-    with pytest.raises(FileNotFoundError, match="'nobody' is not bundled in .* scikit-image"):
+    with pytest.raises(DataError, match="'nobody' is not bundled in .* scikit-image"):
         load_photo(Photo("nobody", "skimage", "data/nobody.png"))
 
 

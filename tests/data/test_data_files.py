@@ -138,7 +138,7 @@ def test_folder_with_splits(tmp_path):
     held_out = fixed_batch(config, "val", 2, seed=0)
     assert sorted(numbers(held_out)) == [100, 101]
     assert held_out["condition"].tolist() == [1, 1]
-    with pytest.raises(FileNotFoundError, match=r"no folder .*test.*`test_split`"):
+    with pytest.raises(DataError, match=r"no folder .*test.*`test_split`"):
         fixed_batch(config, "test", 1, seed=0)
     renamed = dataclasses.replace(config, test_split="val")
     assert sorted(numbers(fixed_batch(renamed, "test", 2, seed=0))) == [100, 101]
@@ -203,18 +203,16 @@ def test_folder_errors_name_the_place_and_the_layout(tmp_path):
     with pytest.raises(DataError, match="needs `path`.*PATH/CLASS/IMAGE"):
         num_classes(DataConfig(name="image_folder"))
     missing = tmp_path / "missing"
-    with pytest.raises(FileNotFoundError, match=r"no folder .*missing.*PATH/CLASS/IMAGE"):
+    with pytest.raises(DataError, match=r"no folder .*missing.*PATH/CLASS/IMAGE"):
         make_dataset(folder_config(missing), "train", 1, seed=0)
-    with pytest.raises(FileNotFoundError, match="no class folders, it holds nothing:.*PATH/CLASS/"):
+    with pytest.raises(DataError, match="no class folders, it holds nothing:.*PATH/CLASS/"):
         num_classes(folder_config(tmp_path))
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"it holds 1 file\(s\): 1 with .png: expected"):
+    with pytest.raises(DataError, match=r"it holds 1 file\(s\): 1 with .png: expected"):
         num_classes(folder_config(tmp_path))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    with pytest.raises(
-        FileNotFoundError, match="'train' in .* 1 class folder.* of which 1 hold no"
-    ):
+    with pytest.raises(DataError, match="'train' in .* 1 class folder.* of which 1 hold no"):
         make_dataset(folder_config(tmp_path), "train", 1, seed=0)
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "val" / "b", 2)
@@ -249,20 +247,18 @@ def test_a_held_out_split_need_not_have_every_class(tmp_path):
 def test_a_folder_of_splits_is_never_taken_for_a_folder_of_classes(tmp_path):
     write_images(tmp_path / "val" / "a", 2)
     write_images(tmp_path / "training" / "a", 2)
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(DataError) as error:
         class_names(folder_config(tmp_path))
     assert str(error.value) == (
         f"there is no folder {tmp_path / 'train'} for split 'train'; {tmp_path} holds 2 folder(s): "
         "training, val. Set `train_split` to the sub-folder to read"
     )
-    with pytest.raises(
-        FileNotFoundError, match=r"no folder .*trainig for split 'train'; .*training"
-    ):
+    with pytest.raises(DataError, match=r"no folder .*trainig for split 'train'; .*training"):
         class_names(folder_config(tmp_path, train_split="trainig"))
     assert class_names(folder_config(tmp_path, train_split="training")) == ("a",)
     write_images(tmp_path / "classes" / "a", 2)
     assert class_names(folder_config(tmp_path / "classes")) == ("a",)
-    with pytest.raises(FileNotFoundError, match="no folder .*classes/train for split 'train'"):
+    with pytest.raises(DataError, match="no folder .*classes/train for split 'train'"):
         class_names(folder_config(tmp_path / "classes", train_split="train"))
 
 
@@ -450,7 +446,7 @@ def test_tfds_finds_the_newest_prepared_version(tmp_path):
 
 
 def test_tfds_errors_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="'tiny' is not prepared.*tfds build tiny"):
+    with pytest.raises(DataError, match="'tiny' is not prepared.*tfds build tiny"):
         find_prepared(tfds_config(tmp_path))
     with pytest.raises(DataError, match="needs `dataset`"):
         find_prepared(dataclasses.replace(tfds_config(tmp_path), dataset=""))
@@ -459,5 +455,5 @@ def test_tfds_errors_say_what_to_do(tmp_path, monkeypatch):
     (folder / "dataset_info.json").write_text("{}")
     # None is how Python marks a module that must not be imported.
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapi_jax\[tfds\]'"):
+    with pytest.raises(DataError, match=r"pip install 'vapi_jax\[tfds\]'"):
         make_dataset(tfds_config(tmp_path), "train", 1, seed=0)

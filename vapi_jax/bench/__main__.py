@@ -16,7 +16,6 @@ holds is told in docs/performance.md, vapi_jax/bench/sampling.py and vapi_jax/be
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from vapi_jax.common import recipe_flags
+from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.parallel import compiler
 
@@ -105,30 +105,25 @@ def main(argv: list[str]) -> int:
     _check_flags(argv)
     absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every backend it lacks
     compiler.apply_here()
+    return exit_status(_run)
+
+
+def _run() -> None:
+    # After the flags, so that --help needs no JAX.
     from vapi_jax.bench.batches import problem
-    from vapi_jax.evaluation.features import FeaturesError
     from vapi_jax.methods.config import ConfigError
     from vapi_jax.methods.resolve import resolve
-    from vapi_jax.training import run  # after the flags, so that --help needs no JAX
+    from vapi_jax.training import run
 
-    expected = (ConfigError, FeaturesError, OSError, *run.EXPECTED_ERRORS)
-    try:
-        config = resolve(CONFIG.value)
-        if _PLAIN.value and not config.vapi.fused:
-            raise ConfigError(
-                "config.vapi.fused=False is the plain step already: leave --plain out"
-            )
-        result = _measure(config, run.prepare_devices(config))
-        if _JSON.value is not None:
-            text = json.dumps(result, indent=2, allow_nan=False, default=str)
-            Path(_JSON.value).write_text(f"{text}\n", encoding="utf-8")
-    except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = resolve(CONFIG.value)
+    if _PLAIN.value and not config.vapi.fused:
+        raise ConfigError("config.vapi.fused=False is the plain step already: leave --plain out")
+    result = _measure(config, run.prepare_devices(config))
+    if _JSON.value is not None:
+        text = json.dumps(result, indent=2, allow_nan=False, default=str)
+        Path(_JSON.value).write_text(f"{text}\n", encoding="utf-8")
     if wrong := problem(result):
-        print(f"error: {wrong}", file=sys.stderr)
-        return 1
-    return 0
+        raise ExpectedError(wrong)
 
 
 def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vapi_jax.data import make_dataset, num_classes
+from vapi_jax.data import DataError, make_dataset, num_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import VAPiTask
 from vapi_jax.models.policy import ClassPolicy
@@ -22,9 +22,6 @@ from vapi_jax.training import train
 from vapi_jax.training.memory import frozen_shapes
 from vapi_jax.training.readiness import with_classes
 from vapi_jax.weights.names import WeightsError
-
-_ABSENT = (WeightsError, FileNotFoundError)
-_NO_DATA = (OSError, ImportError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,7 @@ def _classes(config: TrainConfig) -> int:
     """Of the data, or ImageNet's where there are none."""
     try:
         return num_classes(config.data)
-    except _NO_DATA:
+    except DataError:
         return 1000
 
 
@@ -110,7 +107,7 @@ def host_batches(task: VAPiTask) -> Iterator[dict[str, Any]]:
     """The recipe's own input pipeline.
 
     Raises:
-      OSError, ImportError, ValueError: where its data are not to be had.
+      DataError: where its data are not to be had.
     """
     config, count = task.config, jax.process_count()
     return iter(
@@ -128,7 +125,7 @@ def host_batches(task: VAPiTask) -> Iterator[dict[str, Any]]:
 def _first_batch(task: VAPiTask) -> tuple[dict[str, Any], str]:
     try:
         return dict(next(host_batches(task))), f"the recipe's data ({task.config.data.name})"
-    except _NO_DATA as error:
+    except DataError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return random_batch(task, 0), f"random images and labels; the recipe's data: {reason}"
 
@@ -198,7 +195,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Rig:
     notes["generator"] = config.init.gpt or "random weights"
     try:
         state, shardings = train.init_state(task, optimizer, config.seed)
-    except _ABSENT as error:
+    except WeightsError as error:
         notes["generator"] = f"random weights; {str(error).splitlines()[0]}"
         init = dataclasses.replace(config.init, gpt="")
         task = VAPiTask(dataclasses.replace(config, init=init), mesh)
@@ -208,7 +205,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Rig:
     notes["tokenizer"] = config.init.vq or "random weights"
     try:
         frozen = train.load_frozen(task)
-    except _ABSENT as error:
+    except WeightsError as error:
         if config.init.vq:
             notes["tokenizer"] = f"random weights; {str(error).splitlines()[0]}"
         task = RandomTokenizerTask(task.config, mesh)
@@ -295,7 +292,7 @@ def input_wait(rig: Rig, step: Any, count: int, tick: Callable[[], None]) -> flo
     try:
         batches = host_batches(rig.task)
         first = next(batches)
-    except _NO_DATA:
+    except DataError:
         return None
     batch = shard_batch(dict(first), mesh)
     for _ in range(count):

@@ -47,7 +47,7 @@ from vapi_jax.bench.report import quantity
 from vapi_jax.bench.rig import spread, timed
 from vapi_jax.common.progress import Progress
 from vapi_jax.common.tables import format_table
-from vapi_jax.data import num_classes
+from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import make_conditions
 from vapi_jax.methods import make_task
@@ -64,8 +64,6 @@ from vapi_jax.training.readiness import with_classes
 from vapi_jax.weights.names import WeightsError
 
 SEED = 0
-_ABSENT = (WeightsError, FileNotFoundError)
-_NO_DATA = (OSError, ImportError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ def _weights(
     if source is not None:
         try:
             return load_weights(source, shapes, layout), source.path
-        except _ABSENT as error:
+        except WeightsError as error:
             note += f"; {str(error).splitlines()[0]}"
     return jax.jit(init, out_shardings=layout)(jax.random.key(SEED)), note
 
@@ -94,7 +92,7 @@ def _classes(config: TrainConfig) -> int:
     """Of the data, or ImageNet's where there are none."""
     try:
         return num_classes(config.data)
-    except _NO_DATA:
+    except DataError:
         return 1000
 
 

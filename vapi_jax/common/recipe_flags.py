@@ -8,6 +8,8 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from vapi_jax.common.errors import ExpectedError
+
 SECTIONS = (
     "mesh", "data", "tokenizer", "tokenizer_training", "policy", "vapi", "reward", "optimizer",
     "init", "eval", "checkpoint",
@@ -46,6 +48,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     """The flags, with a sentence instead of a stack where an override names no section."""
     try:
         return app.parse_flags_with_usage(argv)
+    except ExpectedError as error:  # a recipe that builds on one that is not there
+        sys.exit(f"error: {error}")
     except KeyError as error:
         sys.exit(
             f"error: an override names no section of the configuration: {error.args[0]}; known: "

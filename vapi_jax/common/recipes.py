@@ -4,16 +4,18 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+from vapi_jax.common.errors import ExpectedError
+
 
 def load_recipe(beside: str, name: str) -> ModuleType:
     """The recipe `name`.py in the folder of the file `beside` (a recipe's own `__file__`).
 
     Raises:
-      FileNotFoundError: if there is none.
+      ExpectedError: if there is none.
     """
     path = Path(beside).with_name(f"{name}.py")
     if not path.exists():
-        raise FileNotFoundError(f"{beside} builds on {path}, which does not exist")
+        raise ExpectedError(f"{beside} builds on {path}, which does not exist")
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)

@@ -25,7 +25,7 @@ def _root(config: DataConfig) -> pathlib.Path:
         raise DataError(f"image_folder needs `path`, the root folder: {_LAYOUT}")
     root = pathlib.Path(config.path).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}: {_LAYOUT}")
+        raise DataError(f"there is no folder {root}: {_LAYOUT}")
     return root
 
 
@@ -38,7 +38,7 @@ def _split_root(config: DataConfig, split: str) -> tuple[pathlib.Path, bool]:
         return folders[split], True
     existing = [name for name, folder in folders.items() if folder.is_dir()]
     if existing or getattr(config, f"{split}_split"):
-        raise FileNotFoundError(
+        raise DataError(
             f"there is no folder {folders[split]} for split {split!r}; {root} holds "
             f"{_contents(root)}. Set `{split}_split` to the sub-folder to read"
         )
@@ -69,9 +69,7 @@ def _class_folders(folder: pathlib.Path) -> list[pathlib.Path]:
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
     if not folders:
-        raise FileNotFoundError(
-            f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}"
-        )
+        raise DataError(f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}")
     return folders
 
 
@@ -114,9 +112,9 @@ class FolderSource:
     sample is wanted.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it; says what was found instead.
-        DataError: no path given, a folder that cannot be listed, a class without images in
-            training, or one that training does not know.
+        DataError: no path given, no such folder or no images in it (says what was found instead), a
+            folder that cannot be listed, a class without images in training, or one that training
+            does not know.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:
@@ -140,7 +138,7 @@ class FolderSource:
                 if whole or _in_split(index, config.folder_holdout, split)
             ]
         if not self._files:
-            raise FileNotFoundError(
+            raise DataError(
                 f"no images for split {split!r} in {folder} with {len(folders)} class folder(s), of "
                 f"which {len(empty)} hold no image at all: {_LAYOUT}"
             )

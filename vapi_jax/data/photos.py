@@ -39,7 +39,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.config import DataConfig, DataError, check_split
 from vapi_jax.data.transforms import random_flip, to_array
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
@@ -75,20 +75,20 @@ def load_photo(photo: Photo) -> Image.Image:
     """Reads a photograph as RGB.
 
     Raises:
-        ModuleNotFoundError: the package that bundles it is not installed.
-        FileNotFoundError: the installed version of the package does not bundle the file.
+        DataError: the package that bundles it is not installed, or its installed version does not
+            bundle the file.
     """
     # find_spec locates a package without importing it: importing scikit-learn takes seconds.
     spec = importlib.util.find_spec(photo.package)
     pip_name = _PIP_NAMES.get(photo.package, photo.package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
+        raise DataError(
             f"the photograph {photo.name!r} comes with {pip_name}, which is not installed: "
             f"pip install {pip_name}"
         )
     path = pathlib.Path(spec.submodule_search_locations[0]) / photo.file
     if not path.is_file():
-        raise FileNotFoundError(
+        raise DataError(
             f"the photograph {photo.name!r} is not bundled in the installed {pip_name} ({path}); "
             "scikit-image 0.26 and scikit-learn 1.9 have it"
         )

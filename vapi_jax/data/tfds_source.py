@@ -32,7 +32,7 @@ def _tfds() -> types.ModuleType:
     try:
         import tensorflow_datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise DataError(
             f"{error}. Data source 'tfds' needs the extra of that name: "
             "pip install 'vapi_jax[tfds]'"
         ) from error
@@ -47,8 +47,8 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
     """The version folder to read: `path` itself, or the newest one under path/dataset[/config].
 
     Raises:
-        DataError: no dataset named, or several configs to choose from.
-        FileNotFoundError: nothing prepared there; says how to prepare it.
+        DataError: no dataset named, several configs to choose from, or nothing prepared there; says
+            how to prepare it.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     data_dir = pathlib.Path(config.path or default).expanduser()
@@ -68,7 +68,7 @@ def find_prepared(config: DataConfig) -> pathlib.Path:
         choices = [parent.relative_to(data_dir).as_posix() for parent in parents]
         raise DataError(f"{name!r} is prepared in several configs, name one of {choices}")
     if not versions:
-        raise FileNotFoundError(
+        raise DataError(
             f"{config.dataset!r} is not prepared in {data_dir}. Set `path` to the data_dir, or "
             "prepare it once (this step needs TensorFlow): "
             f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
@@ -104,11 +104,10 @@ class TfdsSource:
     """Images and class labels of one split of a prepared dataset.
 
     Raises:
-        ModuleNotFoundError: tensorflow-datasets is not installed.
-        FileNotFoundError: the dataset is not prepared.
-        DataError: no dataset named, not in a random-access format, an unknown feature or split, a
-            split without records or without labels; and, when a sample is read, a label that no
-            class has or a damaged file of records.
+        DataError: tensorflow-datasets is not installed; no dataset named, not prepared, or not in a
+            random-access format, an unknown feature or split, a split without records or without
+            labels; and, when a sample is read, a label that no class has or a damaged file of
+            records.
     """
 
     def __init__(self, config: DataConfig, split: str) -> None:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from vapi_jax.common.errors import exit_status
 from vapi_jax.common.tables import format_table
 from vapi_jax.methods import make_task
-from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.resolve import examine, raise_all
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import memory, train
@@ -98,12 +98,7 @@ def check(raw: Any, workdir: str | None = None, as_json: bool = False) -> int:
     if not broken:
         plan = make_plan(config, mesh, data, weights, list(errors))
         print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))
-    try:
-        raise_all(errors)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: raise_all(errors))
 
 
 def make_plan(

@@ -127,7 +127,7 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
             if found.classes is None:
                 found.classes = len(class_names(config.data))
             opened[split] = make_source(config.data, split)
-        except (DataError, FileNotFoundError, ModuleNotFoundError) as error:
+        except DataError as error:
             line = f"{where}: {error}"
             if line not in errors:  # a root that is missing is missing for all splits
                 errors.append(line)

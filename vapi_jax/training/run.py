@@ -16,44 +16,28 @@ from vapi_jax.common.files import write_atomically
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.common.progress import format_duration
 from vapi_jax.common.tables import format_table
-from vapi_jax.data import DataError, class_names, fixed_batch, num_classes
+from vapi_jax.data import class_names, fixed_batch, num_classes
 from vapi_jax.evaluation.compare import BASE, REAL, SEEN, TUNED, UNSEEN, Judge, compare
 from vapi_jax.evaluation.embeddings import Plane, planes_of
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.held_out import HELD_OUT
-from vapi_jax.methods import HealthError, make_task
-from vapi_jax.methods.config import ConfigError, TrainConfig
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.config_checks import Errors
 from vapi_jax.methods.generator import GeneratorTask, VAPiTask
 from vapi_jax.methods.resolve import raise_all
 from vapi_jax.methods.tokenizer import TokenizerTask
-from vapi_jax.models.lpips import PerceptualWeightsError
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array
 from vapi_jax.report.page import write_report
 from vapi_jax.report.pictures import draw_plane, side_by_side
 from vapi_jax.report.verdict import show, show_distance
-from vapi_jax.training.checkpoint import CheckpointError
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
 from vapi_jax.training.readiness import open_mesh, with_classes
 from vapi_jax.training.resume import code_facts
-from vapi_jax.weights.names import WeightsError
 
 logger = logging.getLogger(__name__)
-
-EXPECTED_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    FileNotFoundError,
-    HealthError,
-    locks.LockedError,
-    ModuleNotFoundError,
-    PerceptualWeightsError,
-    WeightsError,
-)
-"""Errors whose message says what to do; shown without a stack of frames."""
 
 SHOWN = 24
 """Held-out images in the report, at most."""
