@@ -3,13 +3,9 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import relative_l2
+from tests.helpers import commands
 from tests.training.test_train import make_tiny_config
 from vapi_jax.bench import hlo, measure, phases, report, rig, scaling, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
@@ -25,8 +22,6 @@ from vapi_jax.data import DataError
 from vapi_jax.methods import vapi
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.parallel.sharding import make_mesh
-
-ROOT = Path(__file__).parents[2]
 
 
 def one_device():
@@ -507,20 +502,10 @@ def test_no_scaling_is_told_for_other_nodes_than_the_models():
 # --- the command ----------------------------------------------------------------------------------
 
 
-def command(*arguments, python=()):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, *python, "-m", "vapi_jax.bench", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 def test_help_comes_without_importing_jax():
-    done = command("--help", python=("-X", "importtime"))
+    text, imported = commands.show_help("bench")
     for flag in ("--config", "--steps", "--[no]plain", "--json", "--[no]sweep", "--docs"):
-        assert flag in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert flag in text
     assert "ml_collections" in imported
     assert not {"jax", "numpy", "vapi_jax.training.run"} & imported
 
@@ -549,7 +534,7 @@ CPU = "--config=configs/bench_cpu.py"
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message):
-    done = command(*arguments)
+    done = commands.module("bench", *arguments)
     assert done.returncode == 1
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -557,7 +542,7 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message):
 
 @pytest.mark.slow
 def test_compiling_alone_tells_what_eight_devices_would_send(tmp_path):
-    done = command(
+    done = commands.module("bench",
         "--config=configs/bench_cpu.py:tiny", "--compile_only", f"--json={tmp_path / 'x.json'}",
         "--config.policy.dtype=bfloat16", "--config.policy.remat=full", "--config.reward.lpips=0.0",
     )  # fmt: skip

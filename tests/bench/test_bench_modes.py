@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 from jax import monitoring
 
+from tests.helpers import commands
 from tests.training.test_train import make_tiny_config
 from vapi_jax.bench import bandwidth, batches, evaluation, sampling
 from vapi_jax.evaluation import features as F
@@ -23,7 +20,6 @@ from vapi_jax.models import inception
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.sample import Sampler, draw_options, parse
 
-ROOT = Path(__file__).parents[2]
 DEMO = "--config=configs/c2i_demo.py:tiny"
 ONE_DEVICE = ("--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.fsdp=1")
 
@@ -34,15 +30,6 @@ def one_device():
 
 def tiny(**changes):
     return make_tiny_config("vapi", **{"init": {"vq": "", "gpt": ""}, **changes})
-
-
-def command(*arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, "-m", "vapi_jax.bench", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 # --- what is compiled -----------------------------------------------------------------------------
@@ -335,7 +322,7 @@ def test_extractors_go_by_their_short_names_too():
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_for_is_said_in_a_sentence(arguments, message):
-    done = command(DEMO, *arguments)
+    done = commands.module("bench", DEMO, *arguments)
     assert done.returncode == 1
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -343,7 +330,7 @@ def test_what_cannot_be_asked_for_is_said_in_a_sentence(arguments, message):
 
 def test_help_shows_the_commands_of_all_modes():
     start = time.monotonic()
-    done = command("--help")
+    done = commands.module("bench", "--help")
     assert time.monotonic() - start < 10  # 2 on a machine with nothing else to do
     for words in (
         "--mode=sample",
@@ -366,7 +353,7 @@ def test_help_shows_the_commands_of_all_modes():
 )
 def test_the_command_measures_and_writes(tmp_path, arguments, words):
     path = tmp_path / "found.json"
-    done = command(DEMO, *ONE_DEVICE, "--steps=1", f"--json={path}", *arguments)
+    done = commands.module("bench", DEMO, *ONE_DEVICE, "--steps=1", f"--json={path}", *arguments)
     assert done.returncode == 0, done.stderr
     for word in words:
         assert word in done.stdout

@@ -4,10 +4,10 @@ import ast
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.resolve import resolve
@@ -18,14 +18,13 @@ from vapi_jax.training.logging import read_history
 from vapi_jax.training.run import run
 from vapi_jax.weights.store import load_safetensors
 
-FOLDER = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 VARIANTS = [(name, variant) for name in RECIPES for variant in ("", "tiny")]
 VARIANTS.append(("c2i_demo", "full"))
 
 
 def load(name, variant=""):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant)
@@ -52,7 +51,7 @@ def test_every_section_can_be_overridden_whether_or_not_a_recipe_names_it():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_docstring_holds_the_command(name):
-    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8")))
+    text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8")))
     assert f"python -m vapi_jax.main --config=configs/{name}.py --workdir=" in text
 
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from tests.helpers import commands
 from tests.training.test_train import BATCH, SIDE, make_tiny_config
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
@@ -20,8 +17,6 @@ from vapi_jax.methods.config import ConfigError
 from vapi_jax.parallel.sharding import make_mesh, shard_batch
 from vapi_jax.training import train
 from vapi_jax.weights.names import WeightsError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +118,9 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(made, tmp_pat
 
 def test_the_command_says_how_to_use_what_it_wrote(tmp_path):
     out = tmp_path / "encoded"
-    done = subprocess.run(
-        [sys.executable, "-m", "vapi_jax.encode_dataset", "--config=configs/c2i_demo.py:tiny",
-         f"--out={out}", "--num=12"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    done = commands.module(
+        "encode_dataset", "--config=configs/c2i_demo.py:tiny", f"--out={out}", "--num=12"
+    )
     assert done.returncode == 0, done.stderr
     assert f"--config.data.path={out}" in done.stdout
     assert np.load(out / "train" / "tokens.npy").shape == (12, 64)

@@ -1,46 +1,27 @@
 """The command line: what it says to a person, and when."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import commands
+
 XXL = "--config=configs/c2i_xxl.py:tiny"
 
 
-def command(*arguments, python=()):
-    """`python -m vapi_jax.main` as a user runs it, with one device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, *python, "-m", "vapi_jax.main", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_help_comes_without_importing_jax():
-    done = command("--help", python=("-X", "importtime"))
-    assert "--workdir" in done.stdout
-    assert "--config" in done.stdout
-    assert "configs/c2i_demo.py:tiny" in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    text, imported = commands.show_help("main")
+    assert "--workdir" in text
+    assert "--config" in text
+    assert "configs/c2i_demo.py:tiny" in text
     assert "ml_collections" in imported
     assert not {"jax", "flax", "vapi_jax.training.run"} & imported
 
 
 @pytest.mark.parametrize("arguments", [(), (XXL,), ("--workdir=/tmp/nowhere",)])
 def test_missing_flags_are_named(arguments):
-    done = command(*arguments)
+    done = commands.module("main", *arguments)
     assert done.returncode == 1
     assert "--config and --workdir are needed" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -58,14 +39,15 @@ def test_missing_flags_are_named(arguments):
     ],
 )
 def test_flags_that_mean_nothing(arguments, message):
-    done = command(*arguments, "--check")
+    done = commands.module("main", *arguments, "--check")
     assert done.returncode == 1
     assert message in done.stdout + done.stderr
     assert "vapi_jax/training/run.py" not in done.stderr
 
 
 def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
-    done = command(
+    done = commands.module(
+        "main",
         XXL,
         "--workdir=/tmp/nowhere",
         "--config.vapi.nonsense=1",
@@ -88,14 +70,16 @@ def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
 
 
 def test_what_does_not_fit_the_devices_is_said_without_a_stack(tmp_path):
-    done = command(XXL, f"--workdir={tmp_path}", "--config.mesh.data=3", "--config.cpu_devices=8")
+    done = commands.module(
+        "main", XXL, f"--workdir={tmp_path}", "--config.mesh.data=3", "--config.cpu_devices=8"
+    )
     assert done.returncode == 1
     assert "  - config.mesh: mesh data=3, fsdp=4 does not fit 8 device(s)" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_what_is_missing_here_is_said_before_anything_is_written(tmp_path):
-    done = command("--config=configs/c2i_xxl.py", f"--workdir={tmp_path / 'run'}")
+    done = commands.module("main", "--config=configs/c2i_xxl.py", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert lines[0] == "error: 3 error(s) in the configuration:"
@@ -110,7 +94,7 @@ def test_what_is_missing_here_is_said_before_anything_is_written(tmp_path):
 def test_check_prints_the_plan_and_all_that_is_in_its_way():
     """Of a recipe whose weights and data are elsewhere, within seconds."""
     start = time.monotonic()
-    done = command("--config=configs/c2i_xxl.py", "--check")
+    done = commands.module("main", "--config=configs/c2i_xxl.py", "--check")
     assert time.monotonic() - start < 30.0  # 4 on an idle machine
     assert done.returncode == 1
     assert done.stdout.startswith('c2i_xxl: VA-π post-training, preset "paper"\n')
@@ -120,7 +104,8 @@ def test_check_prints_the_plan_and_all_that_is_in_its_way():
 
 
 def test_check_has_the_resolved_options_as_json_overrides_included():
-    done = command(
+    done = commands.module(
+        "main",
         "--config=configs/demo_base.py:tiny",
         "--check",
         "--json",
@@ -145,13 +130,13 @@ def test_check_has_the_resolved_options_as_json_overrides_included():
 
 
 def test_json_without_check_is_refused():
-    done = command(XXL, "--workdir=/tmp/nowhere", "--json")
+    done = commands.module("main", XXL, "--workdir=/tmp/nowhere", "--json")
     assert done.returncode == 1
     assert "--json is a form of --check" in done.stdout + done.stderr
 
 
 def test_a_preset_can_be_switched_from_the_command_line():
-    done = command(XXL, "--check", "--json", "--config.preset=reference")
+    done = commands.module("main", XXL, "--check", "--json", "--config.preset=reference")
     method = json.loads(done.stdout)["config"]["vapi"]
     assert (method["corruption"], method["fused"], method["update_dropout"]) == (
         "full",

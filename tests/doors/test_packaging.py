@@ -3,10 +3,8 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -14,8 +12,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import vapi_jax
+from tests.helpers import commands
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Where the name to import is not the name to install (both in canonical form).
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -197,6 +196,6 @@ for name in names:
         importlib.import_module(name)
 print(len(names))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    run = commands.python("-c", code)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 20

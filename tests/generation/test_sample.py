@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import commands
+from tests.helpers.paths import ROOT
 from vapi_jax import sample
 from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.files import SampleFiles
@@ -28,7 +29,6 @@ from vapi_jax.models.resize import bicubic_torch
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole
 from vapi_jax.weights.store import save_safetensors
 
-ROOT = Path(__file__).parents[2]
 LABELS = np.array([2, 4, 2, 4, 2, 4, 2, 4, 2, 4, 2], np.int64)
 ASKED = ["--ckpt=demo", "--num=11", "--batch=8", "--seed=3", "--labels=chelsea,coffee"]
 
@@ -298,12 +298,9 @@ def shell(out, *more, cache):
         [sys.executable, "-m", "vapi_jax.sample", "--ckpt=demo", "--num=90", "--batch=10",
          "--labels=random", "--format=both", f"--out={out}", *more],
         cwd=ROOT,
-        env={
-            **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        env=commands.environment(
+            JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -385,12 +382,8 @@ def test_captions_are_sampled_in_turn(tmp_path, monkeypatch, captioned):
 
 def test_help_needs_no_jax_and_has_examples():
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "vapi_jax.sample", "--help"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert "--ckpt demo --num 96 --grid" in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    text, imported = commands.show_help("sample")
+    assert "--ckpt demo --num 96 --grid" in text
     assert "numpy" in imported
     assert not {"jax", "flax", "torch", "PIL.Image", "vapi_jax.models.sampling"} & imported
     assert time.monotonic() - start < 10  # 0.3 s on an idle machine

@@ -20,6 +20,7 @@ import jax
 import tensorboardX  # noqa: F401  (imports torch where it is installed; once for all lives)
 from absl import logging as absl_logging
 
+from tests.helpers.paths import ROOT
 from vapi_jax import main
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
@@ -28,7 +29,6 @@ from vapi_jax.training import events, loop, run
 from vapi_jax.training import logging as metrics
 from vapi_jax.training.checkpoint import checkpointer
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "JAX_PLATFORMS": "cpu",

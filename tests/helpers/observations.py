@@ -7,9 +7,10 @@ sentence that is no longer true fails.
 
 import os
 import re
-from pathlib import Path
 
-DOC = Path(__file__).parents[2] / "docs" / "reliability.md"
+from tests.helpers.paths import ROOT
+
+DOC = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- rows: written by the tests -->", "<!-- end of rows -->"
 HEADER = "| fault | what happened |\n|---|---|"
 

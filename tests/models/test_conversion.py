@@ -3,12 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from tests.helpers import commands
 from tests.training.test_train import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
@@ -33,7 +32,7 @@ from vapi_jax.training.export import export, open_trained
 from vapi_jax.weights.names import WeightsError, to_reference
 from vapi_jax.weights.store import save_safetensors
 
-ROOT = Path(__file__).parents[2]
+CONVERT, EXPORT = "launch/convert_llamagen.py", "launch/export_llamagen.py"
 KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}
 
 
@@ -48,15 +47,6 @@ def released(golden, tmp_path):
         return path
 
     return save
-
-
-def command(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "launch" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
 
 
 def assert_same_tensors(path, wanted):
@@ -117,8 +107,8 @@ def test_the_commands_bring_every_bit_there_and_back(golden, released, tmp_path,
     for name in ("gpt_c2i", "vq"):
         (tmp_path / f"{name}.json").write_text(json.dumps(golden.args(name)))
     out = tmp_path / "converted"
-    done = command(
-        "convert_llamagen.py", "--gpt", released("gpt_c2i", nest=""), "--args",
+    done = commands.python(
+        CONVERT, "--gpt", released("gpt_c2i", nest=""), "--args",
         tmp_path / "gpt_c2i.json", "--vq", released("vq", "state_dict"), "--vq-args",
         tmp_path / "vq.json", "--out", out,
     )  # fmt: skip
@@ -129,7 +119,7 @@ def test_the_commands_bring_every_bit_there_and_back(golden, released, tmp_path,
     ]  # fmt: skip
     for part, name in (("gpt", "gpt_c2i"), ("vq", "vq")):
         again = tmp_path / f"again_{part}{suffix}"
-        done = command("export_llamagen.py", "--ckpt", out, "--part", part, "--out", again)
+        done = commands.python(EXPORT, "--ckpt", out, "--part", part, "--out", again)
         assert done.returncode == 0, done.stderr
         # Buffers come back too: the reference refuses a tokenizer file without codebook_used.
         assert_same_tensors(again, golden.tensors(name))
@@ -137,7 +127,7 @@ def test_the_commands_bring_every_bit_there_and_back(golden, released, tmp_path,
 
 def test_bad_input_is_a_sentence_and_leaves_nothing(golden, released, tmp_path):
     file, out = released("gpt_c2i"), tmp_path / "converted"
-    done = command("convert_llamagen.py", "--gpt", file, "--out", out)
+    done = commands.python(CONVERT, "--gpt", file, "--out", out)
     assert done.returncode == 1
     assert done.stderr.startswith("error: 2 layers of width 64 are none of the released sizes")
     assert "Traceback" not in done.stderr
@@ -238,7 +228,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=commands.environment(),
     )
     assert process.stdout is not None
     for _ in range(3):
@@ -292,7 +282,7 @@ def test_runs_and_their_checkpoints_are_exported(trained, tmp_path, step, meant)
 
 def test_an_export_that_is_impossible_is_a_sentence(trained, tmp_path):
     workdir, _ = trained
-    done = command("export_llamagen.py", "--ckpt", workdir, "--out", tmp_path / "x.bin")
+    done = commands.python(EXPORT, "--ckpt", workdir, "--out", tmp_path / "x.bin")
     assert done.returncode == 1
     assert "must end in .safetensors or .pt" in done.stderr
     for arguments, message in (
@@ -314,18 +304,16 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
         data[len(data) // 2] ^= 0xFF
         path.write_bytes(bytes(data))
     assert files
-    done = command(
-        "export_llamagen.py", "--ckpt", workdir, "--step", 10, "--out", tmp_path / "x.pt"
-    )
+    done = commands.python(EXPORT, "--ckpt", workdir, "--step", 10, "--out", tmp_path / "x.pt")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.pt").exists()
 
 
-@pytest.mark.parametrize("script", ["convert_llamagen.py", "export_llamagen.py"])
+@pytest.mark.parametrize("script", [CONVERT, EXPORT])
 def test_help_is_quick_and_helps(script):
     started = time.monotonic()
-    done = command(script, "--help")
+    done = commands.python(script, "--help")
     assert done.returncode == 0
     assert time.monotonic() - started < 2
-    assert f"python launch/{script}" in done.stdout
+    assert f"python {script}" in done.stdout

@@ -2,18 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tests.helpers import release_files
+from tests.helpers import commands, release_files
 from vapi_jax.weights.tensors import open_tensors
 
-ROOT = Path(__file__).parents[2]
 MEASURED = (
     "import resource, subprocess, sys\n"
     "code = subprocess.run(sys.argv[1:]).returncode\n"
@@ -24,12 +21,7 @@ MEASURED = (
 
 def run(*arguments):
     """Runs a command; its output, and the peak of its resident memory in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    done = commands.python("-c", MEASURED, sys.executable, *arguments, timeout=3600)
     assert done.returncode == 0, done.stderr
     *output, peak = done.stdout.splitlines()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -39,14 +31,14 @@ def run(*arguments):
 @pytest.mark.slow
 def test_the_smallest_release_goes_in_and_out_within_bounded_memory(tmp_path):
     """GPT-B as DDP saves it, and VQ-16, with everything that is no parameter beside them."""
-    make = ROOT / "tests" / "helpers" / "release_files.py"
+    make = "tests/helpers/release_files.py"
     run(make, "GPT-B", tmp_path / "c2i_B_256.pt", "--layout", "ddp", "--freqs-cis")
     run(make, "VQ-16", tmp_path / "vq_ds16_c2i.pt", "--layout", "ddp")
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.pt")}
     assert sizes["c2i_B_256.pt"] > 440e6
     out = tmp_path / "c2i_b"
     told, peak = run(
-        ROOT / "launch" / "convert_llamagen.py", "--gpt", tmp_path / "c2i_B_256.pt",
+        "launch/convert_llamagen.py", "--gpt", tmp_path / "c2i_B_256.pt",
         "--vq", tmp_path / "vq_ds16_c2i.pt", "--out", out,
     )  # fmt: skip
     assert "GPT-B, c2i (1000 classes): 12 layers, 12 heads, width 768, 16384 codes" in told
@@ -58,7 +50,7 @@ def test_the_smallest_release_goes_in_and_out_within_bounded_memory(tmp_path):
     assert set(manifest["ignored"]["gpt"]) == {"optimizer", "steps", "args"}
     assert manifest["buffers"] == {"gpt": ["freqs_cis"], "vq": ["quantize.codebook_used"]}
     again = tmp_path / "again.safetensors"
-    _, peak = run(ROOT / "launch" / "export_llamagen.py", "--ckpt", out, "--out", again)
+    _, peak = run("launch/export_llamagen.py", "--ckpt", out, "--out", again)
     assert peak < largest + 1e9
     with (
         open_tensors(tmp_path / "c2i_B_256.pt") as source,
@@ -79,11 +71,11 @@ def test_the_largest_generator_of_the_paper_stays_within_bounded_memory(tmp_path
         release_files.release_tensors("GPT-XXL", 384), "fsdp", "GPT-XXL", 384
     )
     release_files.write(file, value)
-    _, peak = run(ROOT / "launch" / "convert_llamagen.py", "--gpt", file, "--out", out)
+    _, peak = run("launch/convert_llamagen.py", "--gpt", file, "--out", out)
     assert peak < 16384 * 1536 * 4 + 1e9
     assert len(list(out.glob("model-*-of-00002.safetensors"))) == 2
     again = tmp_path / "again.pt"
-    _, peak = run(ROOT / "launch" / "export_llamagen.py", "--ckpt", out, "--out", again)
+    _, peak = run("launch/export_llamagen.py", "--ckpt", out, "--out", again)
     assert peak < 16384 * 1536 * 4 + 1e9
     with open_tensors(file) as source, open_tensors(again) as copy:
         assert copy.tensors.keys() == source.tensors.keys()

@@ -1,13 +1,11 @@
 """Compiler flags as functions of strings; and that the installed library knows those we set."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jaxlib
 import pytest
 
+from tests.helpers import commands
 from tests.helpers.observations import observe
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.compiler import FLAGS, apply, guess_platform, known_flags, merge
@@ -113,8 +111,15 @@ def test_the_module_is_applied_before_jax_and_imports_none():
         "import sys; from vapi_jax.parallel import compiler; compiler.apply_here(); "
         "print('jax' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = commands.python("-c", code, check=True)
     assert done.stdout.strip() == "False"
+
+
+def uncached():
+    """The environment of a user who has not said where compiled programs go."""
+    environment = commands.environment()
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return environment
 
 
 CACHED = """
@@ -129,14 +134,10 @@ jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).block_until_ready()
 @pytest.mark.parametrize("given", [False, True], ids=["ours", "the user's"])
 def test_compiled_programs_are_kept_where_the_user_or_else_the_run_wants_them(tmp_path, given):
     ours, theirs = tmp_path / "run" / "cache", tmp_path / "theirs"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment = uncached()
     if given:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(theirs)
-    done = subprocess.run(
-        [sys.executable, "-c", CACHED, str(ours)],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = commands.python("-c", CACHED, ours, env=environment, check=True)
     assert done.stdout.strip() == ("None" if given else str(ours))
     assert (theirs if given else ours).is_dir()
     assert not (ours if given else theirs).exists()
@@ -152,14 +153,10 @@ print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).tolist())
 
 @pytest.mark.parametrize("damage", ["altered in 8 bytes", "truncated", "emptied"])
 def test_a_damaged_compiled_program_is_compiled_again(tmp_path, damage):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment = uncached()
 
     def run():
-        done = subprocess.run(
-            [sys.executable, "-c", COMPUTED, str(tmp_path)],
-            env=environment, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = commands.python("-c", COMPUTED, tmp_path, env=environment, check=True)
         return done.stdout, done.stderr
 
     first, _ = run()
@@ -214,9 +211,7 @@ runpy.run_module("vapi_jax.{module}", run_name="__main__")
         "encode_dataset": ["--config=configs/c2i_demo.py:tiny", f"--out={tmp_path}"],
         "bench": ["--config=configs/c2i_demo.py:tiny"],
     }[module]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    done = commands.python("-c", code, *arguments)
     assert (done.returncode, done.stdout.strip()) == (7, "False"), done.stderr
 
 
@@ -228,10 +223,5 @@ from vapi_jax.training import run
 run.run = lambda *args, **kwargs: print(jax.config.jax_compilation_cache_dir)
 sys.exit(main.execute(None, pathlib.Path(sys.argv[1])))
 """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = commands.python("-c", code, tmp_path, env=uncached(), check=True)
     assert done.stdout.strip() == str(tmp_path / "compilation_cache")

@@ -11,15 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.paths import ROOT
 from vapi_jax.parallel import cluster, distributed
 from vapi_jax.parallel.cluster import DistributedError, Place, find_place, first_host
-
-ROOT = Path(__file__).parents[2]
 
 
 def free_port():

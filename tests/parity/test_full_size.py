@@ -7,11 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skimage.data import astronaut
 
-from tests.helpers import release_files, torch_models
+from tests.helpers import commands, release_files, torch_models
+from tests.helpers.paths import ROOT
 from vapi_jax.models import vq
 from vapi_jax.models.policy import make_policy, text_condition
 from vapi_jax.weights import names as weights
@@ -33,7 +30,6 @@ from vapi_jax.weights import names as weights
 # to choose, PyTorch itself is 3e-6 or 4e-5 off with VQ-16.
 LOGITS, LATENTS, IMAGES = 2e-5, 1e-4, 4e-5
 KINDS = {"c2i": "class", "t2i": "text"}
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -362,12 +358,12 @@ def test_buffers_are_added_and_left_out():
 
 def test_the_command_writes_a_release_with_its_buffers(tmp_path):
     out = tmp_path / "vq"
-    command = [sys.executable, str(ROOT / "tests/helpers/release_files.py"), "VQ-8", str(out)]
-    options = ["--format", "sharded", "--shard-mb", "60", "--dtype", "bfloat16"]
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run(
-        command + options, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    env = commands.environment()
+    del env["PYTHONPATH"]  # it finds the package itself, wherever it is started
+    run = commands.python(
+        ROOT / "tests/helpers/release_files.py", "VQ-8", out, "--format", "sharded",
+        "--shard-mb", "60", "--dtype", "bfloat16", cwd=tmp_path, env=env,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == release_files.release_tensors("VQ-8").keys()

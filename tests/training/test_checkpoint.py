@@ -3,11 +3,8 @@
 import gc
 import json
 import logging
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers import commands
 from tests.helpers.observations import observe
 from vapi_jax.checkpoint import main as command
 from vapi_jax.training.checkpoint import (
@@ -419,13 +417,7 @@ checkpointer.close()
 
 
 def test_a_kill_in_mid_save_leaves_only_what_is_ignored(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        check=False,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
+    process = commands.python("-c", KILLED, tmp_path)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert [p for p in tmp_path.iterdir() if p.name.startswith("2.")], "it was not in mid-save"
     abstract = {"params": {"a": jax.ShapeDtypeStruct((4,), jnp.float32)}}
@@ -495,14 +487,8 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
 
 
 def test_help_comes_without_importing_jax():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "vapi_jax.checkpoint", "--help"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "verify runs/demo" in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    text, imported = commands.show_help("checkpoint")
+    assert "verify runs/demo" in text
     assert not {"jax", "orbax", "vapi_jax.training.checkpoint.checkpointer"} & imported
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.paths import CONFIGS
 from tests.training.test_train import make_tiny_task
 from vapi_jax.methods.config import CheckpointConfig, EvalConfig, TrainConfig
 from vapi_jax.methods.resolve import resolve
@@ -20,11 +20,9 @@ from vapi_jax.training.memory import bytes_per_device, estimate, frozen_shapes, 
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
 from vapi_jax.training.readiness import DataFound, WeightsFound
 
-FOLDER = Path(__file__).parents[2] / "configs"
-
 
 def load(name, variant=""):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant)

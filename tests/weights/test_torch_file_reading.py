@@ -3,8 +3,6 @@
 import argparse
 import ast
 import os
-import subprocess
-import sys
 import time
 import tracemalloc
 import zipfile
@@ -17,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import commands
 from tests.helpers.torch_files import (
     CHECKPOINTS,
     REFUSALS,
@@ -293,14 +292,7 @@ with open_torch_file(sys.argv[1]) as file:
 assert not {"torch", "jax"} & set(sys.modules), "imported"
 print(len(file.value["model"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(torch_file.__file__).parents[3],
-        timeout=60,
-    )
+    done = commands.python("-c", program, path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(len(module().state_dict()))
     assert Path(f"{path}2").exists()

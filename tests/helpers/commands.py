@@ -1,0 +1,38 @@
+"""Commands as a user runs them: in a process of their own, from the root of the repository."""
+
+import os
+import subprocess
+import sys
+
+from tests.helpers.paths import ROOT
+
+
+def environment(**more):
+    """This process's environment for a command, which sees one CPU device."""
+    names = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    flags = {"XLA_FLAGS": " ".join(flags)} if flags else {}
+    return {**names, **flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **more}
+
+
+def python(*arguments, options=(), env=None, check=False, **more):
+    """What `python OPTIONS ARGUMENTS` printed, and its status, which `check` wants to be 0."""
+    done = subprocess.run(
+        [sys.executable, *options, *map(str, arguments)],
+        env=environment() if env is None else env,
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300} | more,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def module(name, *arguments, **more):
+    """What `python -m vapi_jax.NAME ARGUMENTS` printed, and its status."""
+    return python("-m", f"vapi_jax.{name}", *arguments, **more)
+
+
+def show_help(name):
+    """`python -m vapi_jax.NAME --help`: (what it printed, names of the modules that it imported)."""
+    done = module(name, "--help", options=("-X", "importtime"))
+    lines = [line for line in done.stderr.splitlines() if "|" in line]
+    return done.stdout, {line.split("|")[-1].strip() for line in lines}

@@ -1,0 +1,7 @@
+"""Places in this repository."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+"""The recipes."""
