@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import relative_l2
 from tests.helpers import commands
-from tests.training.test_train import make_tiny_config
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import hlo, measure, phases, report, rig, scaling, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
 from vapi_jax.common.trees import flatten

@@ -11,7 +11,7 @@ import pytest
 from jax import monitoring
 
 from tests.helpers import commands
-from tests.training.test_train import make_tiny_config
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import bandwidth, batches, evaluation, sampling
 from vapi_jax.evaluation import features as F
 from vapi_jax.generation.requests import make_conditions

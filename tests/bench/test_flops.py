@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.training.test_train import make_tiny_config
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import rig
 from vapi_jax.bench.flops import (
     StepFlops,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.image_folders import assert_same, take
 from vapi_jax.data import DataConfig, DataError, class_names, fixed_batch, make_dataset, num_classes
 from vapi_jax.data.photos import (
     PHOTOS,
@@ -20,17 +21,6 @@ from vapi_jax.data.photos import (
 )
 
 PHOTO_CONFIG = DataConfig(image_size=8, photo_crops_per_class=4, num_threads=0)
-
-
-def take(dataset, n):
-    return list(itertools.islice(iter(dataset), n))
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        for key in ("image", "condition"):
-            np.testing.assert_array_equal(left[key], right[key])
 
 
 def rows(batches):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_data_files import folder_config, numbers, take, write_images
+from tests.helpers.image_folders import folder_config, numbers, take, write_images
 from tests.helpers.observations import observe
 from vapi_jax.data import DataError, SkippedImages, make_dataset
 

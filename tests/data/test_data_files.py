@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.image_folders import assert_same, folder_config, numbers, take, write_images
 from vapi_jax.data import (
     DataConfig,
     DataError,
@@ -23,18 +24,6 @@ from vapi_jax.data import (
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.tfds_source import find_prepared
 from vapi_jax.data.transforms import center_crop, random_crop, to_array
-
-
-def take(dataset, n):
-    return list(itertools.islice(iter(dataset), n))
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for left, right in zip(a, b, strict=True):
-        for key in ("image", "condition"):
-            np.testing.assert_array_equal(left[key], right[key])
-
 
 # Crops -----------------------------------------------------------------------------------------
 
@@ -105,23 +94,6 @@ def test_to_array_maps_bytes_to_minus_one_and_one():
 
 
 # Folders ---------------------------------------------------------------------------------------
-
-
-def write_images(folder, count, first=0, mode="RGB", suffix=".png"):
-    """Plain images whose red value is their number, so that a crop tells the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(first, first + count):
-        Image.new("RGB", (12, 9), (number, 100, 0)).convert(mode).save(
-            folder / f"{number:03d}{suffix}"
-        )
-
-
-def numbers(batch):
-    return np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
-
-
-def folder_config(path, **options):
-    return DataConfig(name="image_folder", path=str(path), image_size=4, num_threads=0, **options)
 
 
 def test_folder_with_splits(tmp_path):

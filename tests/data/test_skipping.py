@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from tests.data.test_data_files import assert_same, folder_config, numbers, take, write_images
+from tests.helpers.image_folders import assert_same, folder_config, numbers, take, write_images
 from vapi_jax.data import DataConfig, DataError, SkippedImages, fixed_batch, make_dataset
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.skipping import Readable

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import commands
-from tests.training.test_train import BATCH, SIDE, make_tiny_config
+from tests.helpers.tiny import BATCH, SIDE, make_tiny_config
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.encode_dataset import encode_dataset

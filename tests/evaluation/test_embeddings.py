@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import gaussian_kde
 
+from tests.helpers.toy_features import blobs
 from vapi_jax.evaluation import embeddings
 from vapi_jax.evaluation.embeddings import (
     SHARES,
@@ -15,16 +16,6 @@ from vapi_jax.evaluation.embeddings import (
 )
 
 BOX = (-6.0, 6.0, -6.0, 6.0)
-
-
-def blobs(count=60, dim=8, apart=12.0):
-    """Three Gaussian clouds on the corners of a triangle, in order."""
-    rng = np.random.default_rng(0)
-    centres = apart * np.eye(3, dim)
-    return {
-        name: (rng.normal(size=(count, dim)) + centre).astype(np.float32)
-        for name, centre in zip(("real", "base", "after"), centres, strict=True)
-    }
 
 
 def area(line):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.test_train import make_tiny_config, make_tiny_task, with_random_head
+from tests.helpers.tiny import make_tiny_config, make_tiny_task, with_random_head
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
 from vapi_jax.evaluation import in_training

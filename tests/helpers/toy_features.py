@@ -49,3 +49,13 @@ def folder(path, images):
     for i, image in enumerate(images):
         Image.fromarray(image).save(path / f"{i:04d}.png")
     return path
+
+
+def blobs(count=60, dim=8, apart=12.0):
+    """Three Gaussian clouds on the corners of a triangle, in order."""
+    rng = np.random.default_rng(0)
+    centres = apart * np.eye(3, dim)
+    return {
+        name: (rng.normal(size=(count, dim)) + centre).astype(np.float32)
+        for name, centre in zip(("real", "base", "after"), centres, strict=True)
+    }

@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.helpers import commands
-from tests.training.test_train import make_tiny_config
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import make_task

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.helpers.jaxprs import largest_intermediate
 from vapi_jax.models import categorical
 from vapi_jax.models.categorical import sample_group, uniforms_24
 from vapi_jax.models.head import Head, block_length, draw, project, token_log_probs
@@ -75,19 +76,6 @@ def test_nothing_flows_back_through_a_draw(case):
     uniforms = uniforms_24(jax.random.key(0), (B, T, 2))
     gradient = jax.grad(lambda h: draw(h, head, uniforms)[1].sum())(hidden)
     np.testing.assert_array_equal(gradient, 0.0)
-
-
-def largest_intermediate(jaxpr):
-    """Elements of the largest array of a jaxpr, those inside loops included."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-        for value in equation.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    sizes.append(largest_intermediate(inner))
-    return max(sizes)
 
 
 def test_forward_and_backward_never_hold_all_logits():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.jaxprs import every_equation
+from tests.helpers.policies import draw_weights
 from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.transformer import (
@@ -21,29 +23,9 @@ TINY = {
     "dim": 32, "n_head": 4, "n_kv_head": 2, "n_layer": 3, "vocab_size": 11, "block_size": 9,
     "multiple_of": 16, "num_classes": 5,
 }  # fmt: skip
+KEY = jax.random.key(0)
 LABELS = jnp.arange(4, dtype=jnp.int32)
 CONTEXT = jnp.arange(32, dtype=jnp.int32).reshape(4, 8) % 11
-
-
-def random_params(policy, scale=0.3):
-    """Weights of order one, the output layer's zeros included."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32),
-        jax.eval_shape(policy.init, jax.random.key(0)),
-    )
-
-
-def every_equation(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from every_equation(inner)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +63,7 @@ def test_grouped_heads_shrink_the_fused_projection():
 def test_grouped_heads_are_neighbours():
     """Query head h reads key head h // (H / KV): repeating each key head gives plain attention."""
     grouped, full = make_policy("class", **TINY), make_policy("class", **{**TINY, "n_kv_head": 4})
-    params = random_params(grouped)
+    params = draw_weights(jax.eval_shape(grouped.init, KEY), 0.3)
     attention = params["layers"]["attention"]
     q, k, v = jnp.split(attention["wqkv"]["kernel"], [32, 48], axis=-1)
     k, v = (jnp.repeat(x.reshape(3, 32, 2, 8), 2, axis=2).reshape(3, 32, 32) for x in (k, v))
@@ -104,7 +86,7 @@ def test_rematerialisation_changes_no_gradient():
     results, checkpoints = [], []
     for remat in ("none", "full", "dots"):
         policy = make_policy("class", **TINY, remat=remat)
-        params = random_params(policy)
+        params = draw_weights(jax.eval_shape(policy.init, KEY), 0.3)
 
         def loss(params, policy=policy):
             return jnp.mean(jnp.sin(policy.logits(params, LABELS, CONTEXT)))
@@ -194,7 +176,7 @@ def test_dropout_is_drawn_per_key_and_off_without_one():
     dropouts = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
     for name in [*dropouts, "drop_path_rate"]:
         policy = make_policy("class", **TINY, **{**dropouts, name: 0.5})
-        params = random_params(policy)
+        params = draw_weights(jax.eval_shape(policy.init, KEY), 0.3)
         run = jax.jit(lambda params, key, policy=policy: policy.logits(
             params, LABELS, CONTEXT, dropout_rng=key
         ))  # fmt: skip
@@ -211,7 +193,7 @@ def test_stochastic_depth_keeps_the_mean_and_spares_the_first_layer():
     config = LlamaConfig(**{**TINY, "n_layer": 2, "drop_path_rate": 0.5}, ffn_dropout_p=0.0,
                          token_dropout_p=0.0, resid_dropout_p=0.0)  # fmt: skip
     policy = make_policy("class", **dataclasses.asdict(config))
-    params = random_params(policy)
+    params = draw_weights(jax.eval_shape(policy.init, KEY), 0.3)
     labels, context = jnp.zeros(2000, jnp.int32), jnp.zeros((2000, 1), jnp.int32)
 
     @jax.jit

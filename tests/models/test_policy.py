@@ -8,41 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax.models.policy import drop_condition, make_policy, text_condition
-
-GRID = 3
-TOKENS = GRID * GRID
-BATCH = TOKENS - 1  # one row per context token, so that a single compilation serves every test
-VOCAB = 11
-LLAMA = {
-    "dim": 32, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB, "block_size": TOKENS,
-    "multiple_of": 16, "num_classes": 5,
-}  # fmt: skip
-TEXT = {"cls_token_num": 4, "caption_dim": 6}
-JANUS = {
-    "dim": 32, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB, "num_tokens": TOKENS,
-    "hidden_dim": 48, "text_vocab_size": 13, "image_embed_dim": 5, "pad_id": 2,
-}  # fmt: skip
-CASES = {
-    "class": ("class", LLAMA),
-    "class, grouped heads": ("class", {**LLAMA, "n_kv_head": 2, "n_layer": 3}),
-    "class, bfloat16": ("class", {**LLAMA, "dtype": "bfloat16"}),
-    "text": ("text", {**LLAMA, **TEXT, "n_kv_head": 1}),
-    "janus": ("janus", {**JANUS, "n_kv_head": 2}),
-    "janus, counted padding": ("janus", {**JANUS, "padding": "counted"}),
-}
-
-
-def make_condition(kind, rng):
-    """A batch of differing conditions, padded where the kind knows padding."""
-    if kind == "class":
-        return jnp.asarray(rng.integers(0, 5, BATCH), jnp.int32)
-    lengths = 2 + np.arange(BATCH) % 3  # real prompt tokens of 4
-    if kind == "text":  # left padding
-        features = rng.normal(size=(BATCH, 4, 6)).astype(np.float32)
-        return text_condition(features, np.arange(4) >= 4 - lengths[:, None])
-    tokens = jnp.asarray(rng.integers(3, 13, (BATCH, 4)), jnp.int32)
-    return {"tokens": tokens, "mask": jnp.asarray(np.arange(4) < lengths[:, None])}
+from tests.helpers.policies import (
+    BATCH,
+    CASES,
+    JANUS,
+    LLAMA,
+    TOKENS,
+    VOCAB,
+    draw_weights,
+    make_condition,
+)
+from vapi_jax.models.policy import drop_condition, make_policy
 
 
 @dataclasses.dataclass
@@ -71,11 +47,7 @@ def case(request):
     kind, config = CASES[request.param]
     policy = make_policy(kind, **config)
     rng = np.random.default_rng(0)
-    # Weights of order one, the output layer's zeros included: else every logit would be zero.
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5, jnp.float32),
-        jax.eval_shape(policy.init, jax.random.key(0)),
-    )
+    params = draw_weights(jax.eval_shape(policy.init, jax.random.key(0)))
     context = jnp.asarray(rng.integers(0, VOCAB, (BATCH, TOKENS - 1)), jnp.int32)
     return Case(kind, policy, params, make_condition(kind, rng), context)
 
@@ -190,10 +162,7 @@ def test_padding_changes_nothing():
         kind, config = CASES[name]
         policy = make_policy(kind, **config)
         rng = np.random.default_rng(1)
-        params = jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32),  # noqa: B023
-            jax.eval_shape(policy.init, jax.random.key(0)),
-        )
+        params = draw_weights(jax.eval_shape(policy.init, jax.random.key(0)), 0.3)
         condition = make_condition(kind, rng)
         content = "features" if kind == "text" else "tokens"
         hidden = ~np.asarray(condition["mask"])

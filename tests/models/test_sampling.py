@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.policies import draw_weights
 from vapi_jax.bench import hlo
 from vapi_jax.models import sampling
 from vapi_jax.models.categorical import entropy
@@ -26,11 +27,7 @@ RNG = jax.random.key(7)
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, jnp.float32),
-        jax.eval_shape(POLICY.init, RNG),
-    )
+    return draw_weights(jax.eval_shape(POLICY.init, RNG), 0.4)
 
 
 @pytest.fixture(scope="module")
@@ -267,10 +264,7 @@ def test_the_cache_gives_the_tokens_of_a_forward_over_the_growing_prefix(case):
         "multiple_of": 16, "num_classes": 7, **options,
     })  # fmt: skip
     rng = np.random.default_rng(sum(case.encode()))
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5, jnp.float32),
-        jax.eval_shape(policy.init, RNG),
-    )
+    params = draw_weights(jax.eval_shape(policy.init, RNG), seed=sum(case.encode()))
     condition = jnp.asarray(rng.integers(0, 7, batch), jnp.int32)
     if kind == "text":
         features = rng.normal(size=(batch, 4, 6)).astype(np.float32)

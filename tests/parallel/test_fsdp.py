@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.models.test_head import largest_intermediate
-from tests.training.test_train import BATCH, Machine
+from tests.helpers.jaxprs import largest_intermediate
+from tests.helpers.tiny import BATCH, Machine
 from vapi_jax.bench.hlo import collectives
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.parallel import fsdp

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.models.test_policy import CASES
-from tests.training.test_train import make_tiny_task, with_random_head
+from tests.helpers.policies import CASES
+from tests.helpers.tiny import make_tiny_task, with_random_head
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models.loading import load_weights

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation.test_embeddings import blobs
+from tests.helpers.toy_features import blobs
 from vapi_jax.evaluation.embeddings import planes_of
 from vapi_jax.report import svg, verdict
 from vapi_jax.report.page import write_report

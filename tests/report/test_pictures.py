@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluation.test_embeddings import blobs
+from tests.helpers.toy_features import blobs
 from vapi_jax.evaluation.embeddings import Cloud, Plane, density_plane
 from vapi_jax.report import svg
 from vapi_jax.report.pictures import PALETTE, ascii_text, draw_plane, overview, side_by_side

@@ -8,27 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.events import read_tensorboard
 from vapi_jax.common import progress, tables
 from vapi_jax.common.files import disk_trouble, write_all
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.training import logging as metrics
-
-
-def read_tensorboard(folder):
-    """[(tag, step, value or 'image')] from event files, parsed without TensorFlow."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(folder.glob("events*")):
-        data, position = path.read_bytes(), 0
-        while position < len(data):
-            length = int.from_bytes(data[position : position + 8], "little")
-            event = Event.FromString(data[position + 12 : position + 12 + length])
-            position += 12 + length + 4
-            for value in event.summary.value:
-                content = "image" if value.HasField("image") else value.simple_value
-                found.append((value.tag, event.step, content))
-    return found
 
 
 def strict(line):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.helpers.events import read_tensorboard
 from tests.helpers.observations import observe
-from tests.training.test_logging import read_tensorboard
-from tests.training.test_train import make_tiny_task, with_random_head
+from tests.helpers.tiny import make_tiny_task, with_random_head
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
 from vapi_jax.evaluation.held_out import HELD_OUT

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import CONFIGS
-from tests.training.test_train import make_tiny_task
+from tests.helpers.tiny import make_tiny_task
 from vapi_jax.methods.config import CheckpointConfig, EvalConfig, TrainConfig
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.lpips import load_lpips_params

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.test_data_files import write_images
-from tests.training.test_train import TOKENIZER, make_tiny_config
+from tests.helpers.image_folders import write_images
+from tests.helpers.tiny import TOKENIZER, make_tiny_config
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.photos import PhotoSource
 from vapi_jax.methods.config import ConfigError

@@ -16,10 +16,10 @@ import time
 
 import pytest
 
+from tests.helpers.events import read_tensorboard
 from tests.helpers.lives import KILLED, Life, begin, fill, live
 from tests.helpers.observations import observe
-from tests.training.test_logging import read_tensorboard
-from tests.training.test_train import make_tiny_config
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.checkpoint import main as command
 from vapi_jax.training.checkpoint.manifest import read_manifest
 

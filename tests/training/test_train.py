@@ -1,10 +1,6 @@
 """The optimizer by hand, the schedules, and one step that is the same on every mesh."""
 
-import dataclasses
-import functools
 import math
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,86 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from vapi_jax.common.trees import flatten, unflatten
-from vapi_jax.methods import HealthError, make_task
+from tests.helpers.tiny import Machine, make_tiny_task
+from vapi_jax.common.trees import flatten
+from vapi_jax.methods import HealthError
 from vapi_jax.methods.config import OptimizerConfig
-from vapi_jax.methods.resolve import resolve
-from vapi_jax.models.vq import VQConfig, VQModel
-from vapi_jax.parallel.sharding import make_mesh, put_sharded, shard_batch
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import train
-from vapi_jax.weights.store import save_safetensors
-
-SIDE, BATCH = 8, 16
-TOKENIZER = {
-    "codebook_size": 16,
-    "codebook_embed_dim": 4,
-    "ch": 32,
-    "encoder_ch_mult": (1, 1),
-    "decoder_ch_mult": (1, 1),
-    "num_res_blocks": 1,
-    "z_channels": 8,
-}
-_FOLDER = tempfile.TemporaryDirectory()
-
-
-@functools.cache
-def tokenizer_file():
-    """Random weights of a tokenizer, drawn by numpy so that nothing is compiled for them."""
-    rng = np.random.default_rng(7)
-
-    def draw(name, shape):
-        if name.endswith("/scale"):
-            return np.ones(shape, np.float32)
-        fan_in = 1 if name.startswith("codebook/") else max(1, math.prod(shape[:-1]))
-        return (rng.normal(size=shape) * fan_in**-0.5).astype(np.float32)
-
-    model, image = VQModel(VQConfig(**TOKENIZER)), jnp.zeros((1, SIDE, SIDE, 3))
-    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
-    path = Path(_FOLDER.name) / "tokenizer.safetensors"
-    save_safetensors(path, unflatten({name: draw(name, s.shape) for name, s in shapes.items()}))
-    return str(path)
-
-
-def make_tiny_config(task, image_size=SIDE, **changes):
-    """The smallest run of a task: 16 codes, a grid of half the image's side, two layers."""
-    config = {
-        "name": f"tiny_{task}",
-        "task": task,
-        "steps": 2,
-        "batch_size": BATCH,
-        "data": {"image_size": image_size, "num_threads": 0},
-        "tokenizer": TOKENIZER,
-        "tokenizer_training": {
-            "discriminator_start": 1,
-            "discriminator_ndf": 4,
-            "discriminator_layers": 1,
-        },
-        "policy": {
-            "kind": "class", "dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 16,
-            "num_classes": 12,
-        },
-        "vapi": {"group_size": 3, "noise_rate": 0.3},
-        "reward": {"lpips": 0.0},  # no second network to compile
-        "init": {"vq": "" if task == "tokenizer" else tokenizer_file()},
-        # An eps this large keeps Adam's division from blowing rounding errors up to the size of lr.
-        "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
-        "eval": {"every": 1, "images": 8},
-    }  # fmt: skip
-    for name, change in changes.items():
-        config[name] = {**config.get(name, {}), **change} if isinstance(change, dict) else change
-    return resolve(config)
-
-
-def make_tiny_task(task, mesh, **changes):
-    return make_task(make_tiny_config(task, **changes), mesh)
-
-
-def with_random_head(params, seed):
-    """The same parameters with an output layer that is not zero: an untrained head is uniform."""
-    shape = params["output"]["kernel"].shape
-    kernel = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    return {**params, "output": {"kernel": kernel}}
-
 
 # --- the optimizer --------------------------------------------------------------------------------
 
@@ -186,57 +108,6 @@ def test_learning_rates(change, steps, want):
 
 
 # --- the step -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Done:
-    """Two steps of one case: their metrics and the parameters after them."""
-
-    metrics: list
-    params: dict
-    donated: bool
-
-
-@dataclasses.dataclass
-class Machine:
-    """A compiled step on one mesh, which can be run from the start any number of times."""
-
-    data: int
-    fsdp: int
-    changes: dict
-
-    def __post_init__(self):
-        devices = jax.devices()[: self.data * self.fsdp]
-        self.mesh = make_mesh(self.data, self.fsdp, devices)
-        self.task = make_tiny_task("vapi", self.mesh, **self.changes)
-        self.optimizer = train.make_optimizer(self.task.config.optimizer, 2)
-        _, self.shardings = train.init_state(self.task, self.optimizer, 0)
-        self.frozen = train.load_frozen(self.task)
-        self.step = train.make_train_step(self.task, self.optimizer, self.shardings)
-        rng = np.random.default_rng(0)
-        self.batch = shard_batch(
-            {
-                "image": rng.uniform(-1, 1, (BATCH, SIDE, SIDE, 3)).astype(np.float32),
-                "condition": rng.integers(0, 12, BATCH).astype(np.int32),
-            },
-            self.mesh,
-        )
-
-    def state(self, seed=0, step=0):
-        state, _ = train.init_state(self.task, self.optimizer, seed)
-        host = flatten(with_random_head(jax.device_get(state.params), 3))
-        params = put_sharded(host, state.params, self.shardings.params)
-        at = jax.device_put(np.int32(step), self.shardings.step)
-        return dataclasses.replace(state, params=params, step=at)
-
-    def run(self, seed=0):
-        state, metrics, donated = self.state(seed), [], True
-        for _ in range(2):
-            before = jax.tree.leaves((state.params, state.opt_state))
-            state, found = self.step(state, self.frozen, self.batch)
-            donated &= all(leaf.is_deleted() for leaf in before)
-            metrics.append({name: float(value) for name, value in found.items()})
-        return Done(metrics, flatten(jax.device_get(state.params)), donated)
 
 
 @pytest.fixture(scope="module")
