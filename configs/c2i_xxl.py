@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "num_threads": 16,
                 "prefetch": 16,
             },
-            "tokenizer": {"dtype": "bfloat16"},
+            "tokenizer": {"decoder_dtype": "bfloat16"},
             "policy": {
                 "kind": "class",
                 "size": "GPT-XXL",

@@ -90,7 +90,8 @@ def check_table_7(config):
     assert config.data.image_size == 384
     assert config.data.image_size // config.tokenizer.downsample_factor == 24
     assert config.policy["num_classes"] == 1000
-    assert config.policy["dtype"] == config.tokenizer.dtype == "bfloat16"
+    assert config.policy["dtype"] == config.tokenizer.decoder_dtype == "bfloat16"
+    assert config.tokenizer.encoder_dtype == "float32"  # x* of a bfloat16 encoder are others
 
 
 @pytest.mark.parametrize(("name", "size"), [("c2i_xl", "GPT-XL"), ("c2i_xxl", "GPT-XXL")])

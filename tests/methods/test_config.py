@@ -288,7 +288,13 @@ def test_every_number_has_limits_and_every_limit_an_option_and_a_row_above():
             {"tokenizer": {"encoder_ch_mult": (), "decoder_ch_mult": ()}},
             "tokenizer.encoder_ch_mult=(): wants a width for at least one resolution",
         ),
-        ({"tokenizer": {"dtype": "float16"}}, "tokenizer.dtype='float16': choose one of " + DTYPES),
+        *(
+            (
+                {"tokenizer": {name: "float16"}},
+                f"tokenizer.{name}='float16': choose one of {DTYPES}",
+            )
+            for name in ("encoder_dtype", "decoder_dtype")
+        ),
         (
             {"policy": {"kind": "class", "block_size": 9}},
             "policy.block_size=9: images of 32 px give 2x2 tokens, so 4",

@@ -136,7 +136,8 @@ def test_straight_through_gradient(params):
 
 
 def test_bfloat16_runs_and_is_close(params, images, output):
-    model = vq.VQModel(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    dtypes = dict.fromkeys(("encoder_dtype", "decoder_dtype"), "bfloat16")
+    model = vq.VQModel(dataclasses.replace(CONFIG, **dtypes))
     target = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(target)} == {jnp.dtype("float32")}
     decoded = apply(params, output.indices, "decode_tokens", model)
@@ -245,7 +246,7 @@ def test_wrong_sizes_are_named(params):
     with pytest.raises(ValueError, match="groups"):
         vq.VQConfig(ch=48)
     with pytest.raises(ValueError, match="float16"):
-        vq.VQConfig(dtype="float16")
+        vq.VQConfig(decoder_dtype="float16")
 
 
 def test_decoding_from_projected_codes_is_decoding_from_codes(params):

@@ -127,7 +127,7 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
         policy=policy,
         params=params,
         mesh=mesh,
-        pixels=PixelSpace(tokenizer=tokenizer, mesh=mesh, dtype=config.tokenizer.dtype),
+        pixels=PixelSpace(tokenizer=tokenizer, mesh=mesh),
         frozen={"tokenizer": tokenizer_params},
         image_size=side,
         class_names=None,

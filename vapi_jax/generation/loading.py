@@ -158,7 +158,7 @@ def _assemble(found: _Found, mesh: Mesh) -> Generator:
             f"generator and tokenizer do not fit: {policy.num_tokens} tokens of {policy.vocab_size} "
             f"codes, and a {grid}x{grid} grid of {found.tokenizer.codebook_size} codes"
         )
-    pixels = PixelSpace(tokenizer=VQModel(found.tokenizer), mesh=mesh, dtype=found.tokenizer.dtype)
+    pixels = PixelSpace(tokenizer=VQModel(found.tokenizer), mesh=mesh)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     image = jnp.zeros((1, side, side, 3))
     frozen = jax.eval_shape(

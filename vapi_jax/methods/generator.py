@@ -60,7 +60,7 @@ class GeneratorTask(Task):
             perceptual_net=config.perceptual_net,
             mse_reduction=config.vapi.mse_reduction,
             chunk=config.decode_chunk,
-            dtype=config.tokenizer.dtype,
+            dtype=config.tokenizer.decoder_dtype,
             discriminator=self._discriminator,
         )
 

@@ -79,9 +79,9 @@ class Architecture:
 # How to compute or to train, which no file of weights says.
 _NOT_ARCHITECTURE = frozenset(
     {
-        "dtype", "remat", "attention", "initializer_range", "token_dropout_p", "attn_dropout_p",
-        "resid_dropout_p", "ffn_dropout_p", "drop_path_rate", "commit_loss_beta",
-        "entropy_loss_ratio", "entropy_temperature", "dropout_p",
+        "dtype", "encoder_dtype", "decoder_dtype", "remat", "attention", "initializer_range",
+        "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
+        "commit_loss_beta", "entropy_loss_ratio", "entropy_temperature", "dropout_p",
     }
 )  # fmt: skip
 
