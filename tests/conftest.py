@@ -1,6 +1,5 @@
 """Test setup: eight CPU devices, and the golden arrays of `--golden DIR`."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -14,39 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-DEFAULT_GOLDEN = Path(__file__).parent / "golden"
-
-
-class Golden:
-    """A directory of golden arrays: `<name>.npz`, `<name>.safetensors` or `.pt`, `<name>_args.json`."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def npz(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of `<name>.npz`; skips the test where the set has no such file."""
-        path = self.directory / f"{name}.npz"
-        if not path.exists():
-            pytest.skip(f"this golden set has no {path.name}")
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-
-    def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """The reference weights of `<name>.safetensors`, or of `<name>.pt` in a release layout."""
-        from safetensors.numpy import load_file
-
-        path = self.directory / f"{name}.safetensors"
-        if path.exists():
-            return load_file(path)
-        torch = pytest.importorskip("torch", reason="a .pt golden file is read with torch")
-        state = torch.load(self.directory / f"{name}.pt", weights_only=True, map_location="cpu")
-        for key in ("model", "module", "state_dict"):
-            state = state.get(key, state)
-        return {key: value.numpy() for key, value in state.items() if hasattr(value, "numpy")}
-
-    def args(self, name: str) -> dict:
-        """The hyper-parameters of `<name>_args.json`."""
-        return json.loads((self.directory / f"{name}_args.json").read_text())
+from tests.helpers.golden import Golden
+from tests.helpers.paths import GOLDEN
 
 
 def pytest_configure(config):
@@ -66,7 +34,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--golden",
         type=Path,
-        default=DEFAULT_GOLDEN,
+        default=GOLDEN,
         help="directory of golden arrays for the parity tests (default: tests/golden)",
     )
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.helpers import commands
+from tests.helpers.golden import KINDS, nhwc, read_condition
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
@@ -25,7 +26,7 @@ from vapi_jax.models.architecture import from_json
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import MANIFEST, WeightsSource, load_weights
-from vapi_jax.models.policy import make_policy, text_condition
+from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQModel
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.training.export import export, open_trained
@@ -33,7 +34,6 @@ from vapi_jax.weights.names import WeightsError, to_reference
 from vapi_jax.weights.store import save_safetensors
 
 CONVERT, EXPORT = "launch/convert_llamagen.py", "launch/export_llamagen.py"
-KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}
 
 
 @pytest.fixture
@@ -81,11 +81,9 @@ def test_converted_generators_reproduce_their_logits(golden, released, tmp_path,
     manifest = convert(out, gpt=file, gpt_args=golden.args(name))
     params, config = load_converted(out, "gpt")
     arrays = golden.npz(name)
-    condition = jnp.asarray(arrays["class_ids"]) if name == "gpt_c2i" else None
-    if condition is None:
-        condition = text_condition(arrays["caption"], arrays["emb_mask"])
     policy = make_policy(KINDS[name], **dataclasses.asdict(config))
-    logits = jax.jit(policy.logits)(params, condition, jnp.asarray(arrays["noisy_context"]))
+    context = jnp.asarray(arrays["noisy_context"])
+    logits = jax.jit(policy.logits)(params, read_condition(name, arrays), context)
     np.testing.assert_allclose(logits, arrays["logits_noisy"], atol=1e-4, rtol=0)
     assert manifest["ignored"] == {"gpt": ["args", "steps"]}
     assert manifest["sources"][0]["sha256"] == sha256_file(file)
@@ -97,7 +95,7 @@ def test_a_converted_tokenizer_finds_the_same_tokens(golden, released, tmp_path)
     convert(out, vq=released("vq"), vq_args=golden.args("vq"))
     params, config = load_converted(out, "vq")
     arrays = golden.npz("vq")
-    images = jnp.asarray(np.moveaxis(arrays["image"], 1, -1))
+    images = nhwc(arrays["image"])
     tokens = jax.jit(lambda p, x: VQModel(config).apply({"params": p}, x, method="encode"))
     np.testing.assert_array_equal(tokens(params, images), arrays["indices"])
 

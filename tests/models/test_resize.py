@@ -3,8 +3,6 @@
 `python -m tests.models.test_resize` writes tests/golden/resize.npz from the loop and torch.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.helpers.paths import GOLDEN
 from vapi_jax.models.resize import bicubic_torch, bilinear_tf1_legacy, published_384_to_256
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "resize.npz"
+NUMBERS = GOLDEN / "resize.npz"
 # (H, W) -> (height, width): larger, smaller, both at once, odd, a single row or column, unchanged.
 SIZES = [
     ((8, 6), (31, 17)),
@@ -77,7 +76,7 @@ def write_golden():
         arrays[f"{i}/images"] = images
         arrays[f"{i}/bilinear_tf1_legacy"] = tf1_loop(images, *new)
         arrays[f"{i}/bicubic_torch"] = by_torch(images.astype(np.float32), *new)
-    np.savez_compressed(GOLDEN, **arrays)
+    np.savez_compressed(NUMBERS, **arrays)
 
 
 # --- numbers on file and by hand ------------------------------------------------------------------
@@ -85,7 +84,7 @@ def write_golden():
 
 @pytest.mark.parametrize("function", [bilinear_tf1_legacy, bicubic_torch])
 def test_the_committed_numbers_come_out(function):
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(NUMBERS, allow_pickle=False) as golden:
         assert len(golden.files) == 3 * len(SIZES)
         for i, (_, new) in enumerate(SIZES):
             got = function(golden[f"{i}/images"].astype(np.float32), *new)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from skimage.data import astronaut
 
 from tests.helpers import commands, release_files, torch_models
+from tests.helpers.golden import pick
 from tests.helpers.paths import ROOT
 from vapi_jax.models import vq
 from vapi_jax.models.policy import make_policy, text_condition
@@ -89,11 +90,6 @@ def test_every_size_has_the_names_and_shapes_of_the_reference(model):
     short = f"{count / 1e6:.0f}M" if count < 1e9 else f"{count / 1e9:.1f}B"
     assert short == PARAMETERS[model]
     assert count == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(target))
-
-
-def pick(cls, args):
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {key: value for key, value in args.items() if key in names}
 
 
 @pytest.mark.parametrize("name", ["gpt_c2i", "gpt_t2i"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.parity.test_vq import build
+from tests.helpers.golden import make_tokenizer
 from vapi_jax.methods import grpo
 from vapi_jax.rewards import reconstruction as reward
 
@@ -65,7 +65,7 @@ def test_reward_extras(golden):
     l1 = reward.l1(grouped, images[:, None])
     np.testing.assert_allclose(np.asarray(l1).ravel(), z["rec_l1"], atol=2e-6)
 
-    model, params, _ = build(golden)
+    model, params, _ = make_tokenizer(golden)
     codes = model.apply({"params": params}, method="codes")[jnp.asarray(step["token_indices"])]
     latents = model.apply({"params": params}, images, method="encode_latents")
     latents = jnp.repeat(latents.reshape(len(images), -1, latents.shape[-1]), group, axis=0)

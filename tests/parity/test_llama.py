@@ -7,46 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.golden import KINDS, make_generator, read_condition
 from vapi_jax.models import llama
-from vapi_jax.models.policy import make_policy, text_condition
 from vapi_jax.models.transformer import causal_mask
 from vapi_jax.weights import names as weights
 
 TOLERANCE = 1e-4
-KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}
-
-
-def load_policy(golden, name):
-    """The policy and parameters of one golden model, and its arrays."""
-    fields = {field.name for field in dataclasses.fields(llama.LlamaConfig)}
-    args = {key: value for key, value in golden.args(name).items() if key in fields}
-    policy = make_policy(KINDS[name], **args)
-    target = jax.eval_shape(policy.init, jax.random.key(0))
-    params = weights.from_reference(
-        golden.tensors(name), target, policy.name_rules, policy.ignored_names
-    )
-    return policy, params
-
-
-def conditions(name, policy, arrays):
-    """The arrays' condition, and the unconditional one of the same batch."""
-    if name == "gpt_c2i":
-        condition = jnp.asarray(arrays["class_ids"], jnp.int32)
-    else:
-        condition = text_condition(arrays["caption"], arrays["emb_mask"])
-    return condition, policy.unconditional(condition)
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def case(request, golden):
     arrays = golden.npz(request.param)
-    policy, params = load_policy(golden, request.param)
+    policy, params = make_generator(golden, request.param)
     return request.param, policy, params, arrays
 
 
 def test_logits_and_hidden_states(case):
     name, policy, params, arrays = case
-    given, without = conditions(name, policy, arrays)
+    given = read_condition(name, arrays)
+    without = policy.unconditional(given)
     forward = jax.jit(
         lambda params, condition, context: llama.Llama(policy.config).apply(
             {"params": params}, condition, context, mutable=["intermediates"]
@@ -107,7 +86,7 @@ def test_bfloat16_stays_near(case):
     name, policy, params, arrays = case
     config = dataclasses.replace(policy.config, dtype="bfloat16")
     coarse = dataclasses.replace(policy, config=config)
-    given, _ = conditions(name, policy, arrays)
+    given = read_condition(name, arrays)
     context = jnp.asarray(arrays["tokens"][:, :-1], jnp.int32)
     got, want = jax.jit(coarse.logits)(params, given, context), arrays["logits_clean"]
     assert got.dtype == jnp.float32

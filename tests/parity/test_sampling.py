@@ -1,6 +1,5 @@
 """Filters and greedy generation against the reference's, tokens exactly."""
 
-import dataclasses
 import re
 
 import jax
@@ -8,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.policy import make_policy, text_condition
+from tests.helpers.golden import make_generator, read_condition
 from vapi_jax.models.sampling import filter_logits, generate
-from vapi_jax.weights import names as weights
 
 
 def test_filters(golden):
@@ -38,20 +35,11 @@ def test_filters(golden):
     assert checked >= 3
 
 
-@pytest.mark.parametrize("task, kind", [("c2i", "class"), ("t2i", "text")])
-def test_greedy_tokens(golden, task, kind):
+@pytest.mark.parametrize("task", ["c2i", "t2i"])
+def test_greedy_tokens(golden, task):
     arrays = golden.npz(f"generate_{task}")
-    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
-    args = {key: value for key, value in golden.args(f"gpt_{task}").items() if key in fields}
-    policy = make_policy(kind, **args)
-    target = jax.eval_shape(policy.init, jax.random.key(0))
-    params = weights.from_reference(
-        golden.tensors(f"gpt_{task}"), target, policy.name_rules, policy.ignored_names
-    )
-    if task == "c2i":
-        condition = jnp.asarray(arrays["class_ids"], jnp.int32)
-    else:
-        condition = text_condition(arrays["caption"], arrays["emb_masks"])
+    policy, params = make_generator(golden, f"gpt_{task}")
+    condition = read_condition(f"gpt_{task}", arrays)
     checked = 0
     for key, want in arrays.items():
         found = re.fullmatch(r"tokens_cfg([\d.]+)(?:_interval(\d+))?", key)

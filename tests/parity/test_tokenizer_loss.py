@@ -1,20 +1,15 @@
 """The tokenizer's adversarial training against golden arrays: losses, weights and gradients."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.conftest import relative_l2
+from tests.helpers.golden import make_tokenizer, nhwc
 from vapi_jax.methods import tokenizer_loss
 from vapi_jax.models import discriminator, lpips, vq
 from vapi_jax.weights.names import from_reference, to_reference
-
-
-def nhwc(array):
-    return jnp.asarray(np.moveaxis(array, 1, -1))
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +103,8 @@ def test_discriminator_step(arrays, patchgan):
 @pytest.mark.slow
 def test_generator_step(golden, arrays, patchgan):
     model, params, stats = patchgan
-    train = golden.npz("vq")
-    names = {field.name for field in dataclasses.fields(vq.VQConfig)}
-    config = vq.VQConfig(
-        **{k: v for k, v in golden.args("vq").items() if k in names}
-        | {
-            "commit_loss_beta": float(train["train_commit_loss_beta"]),
-            "entropy_loss_ratio": float(train["train_entropy_loss_ratio"]),
-            "entropy_temperature": float(train["train_entropy_temperature"]),
-        }
-    )
-    tokenizer = vq.VQModel(config)
+    tokenizer, vq_params, train = make_tokenizer(golden, training=True)
     image = nhwc(arrays["image"])
-    target = jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
-    tensors = golden.tensors("vq")
-    vq_params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_NAMES)
     vgg = lpips.load_lpips_params("vgg")
 
     def apply_tokenizer(vq_params, image):
@@ -139,7 +121,7 @@ def test_generator_step(golden, arrays, patchgan):
                 image,
                 apply_tokenizer=apply_tokenizer,
                 perceptual_fn=lambda a, b: lpips.lpips(vgg, a, b, net="vgg"),
-                codebook_size=config.codebook_size,
+                codebook_size=tokenizer.config.codebook_size,
                 disc_logits_fn=lambda x: discriminator.apply_train(model, disc_params, stats, x)[0],
                 weights=tokenizer_loss.GeneratorWeights(
                     reconstruction=float(arrays["rec_weight"]),

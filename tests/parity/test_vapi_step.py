@@ -9,30 +9,18 @@ import optax
 import pytest
 
 from tests.conftest import relative_l2
-from tests.parity.test_vq import build, nhwc
+from tests.helpers.golden import make_generator, make_tokenizer, nhwc
 from vapi_jax.methods import grpo, vapi
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models import categorical
-from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.lpips import load_lpips_params
-from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards.pixels import PixelSpace
 from vapi_jax.rewards.reconstruction import RewardWeights, reward
 from vapi_jax.training.train import make_optimizer
-from vapi_jax.weights.names import from_reference, to_reference
+from vapi_jax.weights.names import to_reference
 
 SETS = {"vapi_step": 1e-3, "vapi_step_kl": 1e-3, "vapi_step_lr1e-4": 1e-4}
-
-
-def load_policy(golden, name, weights):
-    """The golden generator `name`: (policy, params)."""
-    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
-    args = {k: v for k, v in golden.args(name).items() if k in fields and v is not None}
-    policy = make_policy("class" if args["model_type"] == "c2i" else "text", **args)
-    target = jax.eval_shape(policy.init, jax.random.key(0))
-    tensors = golden.tensors(weights)
-    return policy, from_reference(tensors, target, policy.name_rules, policy.ignored_names)
 
 
 @dataclasses.dataclass
@@ -53,11 +41,11 @@ class Step:
 @pytest.fixture(scope="module", params=sorted(SETS))
 def step(request, golden):
     z, args = golden.npz(request.param), golden.args("vapi_step")
-    policy, params = load_policy(golden, "gpt_c2i", "gpt_c2i")
+    policy, params = make_generator(golden, "gpt_c2i")
     base = None
     if request.param.endswith("_kl"):
-        base = load_policy(golden, "gpt_c2i", "gpt_c2i_base")[1]
-    tokenizer, tokenizer_params, _ = build(golden)
+        base = make_generator(golden, "gpt_c2i", "gpt_c2i_base")[1]
+    tokenizer, tokenizer_params, _ = make_tokenizer(golden)
     frozen = {"tokenizer": tokenizer_params, "perceptual": load_lpips_params("vgg")}
     pixels = PixelSpace(tokenizer, make_mesh(devices=jax.devices()[:1]))
     images, group = nhwc(z["image"]), args["G"]

@@ -1,38 +1,19 @@
 """The tokenizer against golden arrays of the reference: forward, tokens, losses and gradients."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.conftest import relative_l2
+from tests.helpers.golden import make_tokenizer, nhwc
 from vapi_jax.models import quantize, vq
-from vapi_jax.weights.names import from_reference, to_reference
-
-
-def nhwc(array):
-    return jnp.asarray(np.moveaxis(array, 1, -1))
-
-
-def build(golden, **overrides):
-    """The golden tokenizer: (model, params, arrays)."""
-    arrays = golden.npz("vq")
-    args = golden.args("vq")
-    names = {field.name for field in dataclasses.fields(vq.VQConfig)}
-    config = vq.VQConfig(**{k: v for k, v in args.items() if k in names} | overrides)
-    model = vq.VQModel(config)
-    image = jax.ShapeDtypeStruct(nhwc(arrays["image"]).shape, jnp.float32)
-    target = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    tensors = golden.tensors("vq")
-    params = from_reference(tensors, target, vq.NAME_RULES, vq.IGNORED_NAMES)
-    return model, params, arrays
+from vapi_jax.weights.names import to_reference
 
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    return build(golden)
+    return make_tokenizer(golden)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +70,7 @@ def test_decoded_tokens(tokenizer):
 
 @pytest.fixture(scope="module")
 def training(golden):
-    """The golden tokenizer with the loss weights of the training arrays, as `build` returns it."""
-    arrays = golden.npz("vq")
-    return build(
-        golden,
-        commit_loss_beta=float(arrays["train_commit_loss_beta"]),
-        entropy_loss_ratio=float(arrays["train_entropy_loss_ratio"]),
-        entropy_temperature=float(arrays["train_entropy_temperature"]),
-    )
+    return make_tokenizer(golden, training=True)
 
 
 def codebook_terms(out):
