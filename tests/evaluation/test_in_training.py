@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.events import shown
 from tests.helpers.tiny import make_tiny_config, make_tiny_task, with_random_head
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
@@ -19,7 +20,6 @@ from vapi_jax.evaluation.kernel_distance import unbiased_mmd2
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.models.sampling import generate
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.training.events import read_records
 from vapi_jax.training.logging import read_history
 from vapi_jax.training.loop import fit
 from vapi_jax.training.train import load_frozen
@@ -166,11 +166,9 @@ def test_a_run_judges_at_its_start_every_so_often_and_at_its_end(kind, mesh, tmp
 def pictures(workdir):
     """The steps whose picture of samples TensorBoard would show, each of them a whole PNG."""
     steps = []
-    for path in (workdir / "tensorboard").iterdir():
-        for event, _ in read_records(path):
-            for value in event.summary.value:
-                if value.tag.startswith("sampled/grid"):
-                    image = Image.open(io.BytesIO(value.image.encoded_image_string))
-                    assert image.size == (8 * 66 + 2, 2 * 66 + 2)
-                    steps.append(event.step)
+    for (tag, step), value in shown(workdir / "tensorboard").items():
+        if tag.startswith("sampled/grid"):
+            image = Image.open(io.BytesIO(value.image.encoded_image_string))
+            assert image.size == (8 * 66 + 2, 2 * 66 + 2)
+            steps.append(step)
     return steps

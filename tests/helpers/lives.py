@@ -25,8 +25,8 @@ from vapi_jax import main
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.training import events, loop, run
 from vapi_jax.training import logging as metrics
+from vapi_jax.training import loop, run
 from vapi_jax.training.checkpoint import checkpointer
 
 ENVIRONMENT = {
@@ -198,9 +198,9 @@ def in_an_evaluation(life):
     _before_call(held_out.HeldOut, "__call__")
 
 
-def _half(module, name):
-    """The second write to a file stops in its middle."""
-    original, calls = module.write_all, []
+def _half(name):
+    """The third write to a file stops in its middle."""
+    original, calls = metrics.write_all, []
 
     def half(file, data, path):
         if name in str(path):
@@ -210,27 +210,22 @@ def _half(module, name):
                 _die()
         original(file, data, path)
 
-    module.write_all = half
+    metrics.write_all = half
 
 
 @_hook
 def in_a_row(life):
-    _half(metrics, "metrics.jsonl")
+    _half("metrics.jsonl")
 
 
 @_hook
 def in_an_event(life):
-    _half(events, "tfevents")
+    _half("tfevents")
 
 
 @_hook
 def cutting_rows_back(life):
     _at_event("os.rename", "metrics.jsonl.partial")
-
-
-@_hook
-def cutting_events_back(life):
-    _at_event("os.rename", "rewound.partial")
 
 
 @_hook

@@ -142,7 +142,7 @@ def sorted_events(workdir, kind):
 
 IN_TRAINING = [
     "in_a_step", "in_an_evaluation", "in_a_row", "in_an_event", "writing_a_manifest",
-    "before_a_commit", "after_a_commit", "cutting_rows_back", "cutting_events_back",
+    "before_a_commit", "after_a_commit", "cutting_rows_back",
 ]  # fmt: skip
 PHASES = {
     "": "starting", "setup": "setting up or restoring", "input": "reading images",

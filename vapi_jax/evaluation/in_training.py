@@ -23,6 +23,9 @@ from vapi_jax.methods import Task
 from vapi_jax.methods.generator import GeneratorTask
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
+SAMPLED = "sampled/"
+"""Begins the names of numbers and pictures of free-running samples in training."""
+
 SEED = 11
 """Of the samples; the final table draws from others."""
 

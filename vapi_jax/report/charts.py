@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vapi_jax.evaluation.embeddings import Plane
+from vapi_jax.evaluation.in_training import SAMPLED
 from vapi_jax.report import svg
 from vapi_jax.report import verdict as words
 from vapi_jax.report.svg import Series, chart, smooth
 from vapi_jax.report.verdict import number
-from vapi_jax.training.events import SAMPLED
 
 # Metric name -> (title, axis label); the first of those present gets the large place, the next four the
 # small ones, everything else goes under "More curves".

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vapi_jax.common.files import write_all
-from vapi_jax.training.events import EventWriter, rewind_events, rewind_history
+from vapi_jax.common.files import write_all, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class MetricsWriter:
       workdir: folder of the run, made if absent.
       active: False writes nothing (every process but the first of a multi-process run).
       after: the step that a run goes on from; what an earlier life of it wrote of later steps is
-        removed, so that curves have no duplicates. None keeps everything.
+        taken back, so that curves have no duplicates. None keeps everything.
     """
 
     def __init__(self, workdir: str | Path, active: bool = True, after: int | None = None):
@@ -62,14 +62,13 @@ class MetricsWriter:
         events = self.path.parent / "tensorboard"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if after is not None:
-            rewind_history(self.path, after)
-            rewind_events(events, after)
+            _rewind(self.path, after)
         # A killed run may have left half a line; the next object must not continue it.
         before = self.path.read_bytes() if self.path.exists() else b""
         self._file = self.path.open("ab", buffering=0)
         if before and not before.endswith(b"\n"):
             write_all(self._file, b"\n", self.path)
-        self._events = EventWriter(events)
+        self._events = _EventFile(events, after)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the scalars of one step.
@@ -106,15 +105,84 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self.active:
+            self.active = False
             self._file.close()
             self._events.close()
-            self.active = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _EventFile:
+    """A new TensorBoard event file; every event is whole in it before the call returns.
+
+    tensorboardX's own writer hands events to a thread, which dies in silence where the disk is full, and
+    the run then waits for it forever; and it names files by the clock, so that two of one second are
+    one, and a clock that goes back misorders them. Its events are used here, its writer is not.
+
+    Args:
+      folder: made if absent.
+      after: TensorBoard forgets what earlier files say of later steps (a purge, as every session
+        that starts after the first of a folder asks for it); None keeps everything.
+    """
+
+    def __init__(self, folder: Path, after: int | None):
+        from tensorboardX.proto import event_pb2  # 0.3 s, needed by one process only
+
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        number = 1 + max((int(part) for part in parts if part.isdigit()), default=0)
+        self._path = folder / f"events.out.tfevents.{number:010d}.vapi_jax"
+        self._file, self._event = self._path.open("xb", buffering=0), event_pb2.Event
+        self._append(file_version="brain.Event:2")
+        if after is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._append(step=after + 1, session_log=start)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the numbers of one step."""
+        self._append(
+            step=step,
+            summary={"value": [{"tag": n, "simple_value": v} for n, v in values.items()]},
+        )
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [H, W, 3]."""
+        from tensorboardX import summary
+
+        self._append(step=step, summary=summary.image(name, image, dataformats="HWC"))
+
+    def _append(self, **fields: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (size, data)]
+        write_all(self._file, size + sums[0] + data + sums[1], self._path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Removes the rows of later steps from a metrics.jsonl, and lines that are not whole rows."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_row_until(line, step)]
+    if len(kept) < len(lines):
+        write_atomically(path, b"".join(kept).decode())
+
+
+def _is_row_until(line: bytes, step: int) -> bool:
+    try:
+        row = json.loads(line)
+        return line.endswith(b"\n") and row["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from vapi_jax.common.progress import Progress as ProgressLine
 from vapi_jax.common.progress import Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
-from vapi_jax.evaluation.in_training import Sampled, sampled_of
+from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
 from vapi_jax.methods import HealthError, Task
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.loading import CONFIG
@@ -32,7 +32,6 @@ from vapi_jax.parallel.preemption import Stopped, StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_batch
 from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer, CheckpointError
-from vapi_jax.training.events import SAMPLED
 from vapi_jax.training.logging import MetricsWriter
 from vapi_jax.training.train import TrainState
 from vapi_jax.weights.store import save_safetensors
