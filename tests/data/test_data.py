@@ -180,6 +180,7 @@ def test_missing_photographs_are_explained():
     "options, message",
     [
         ({"name": "imagenet"}, "name must be one of"),
+        ({"options": {"a": 1}}, "options are read by sources of your own, not by 'photos'"),
         ({"crop": "middle"}, "crop must be one of"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"photo_min_scale": 0.4, "photo_max_scale": 0.3}, "photo_min_scale <= photo_max_scale"),

@@ -1,5 +1,6 @@
 """Unreadable images: others take their places, nothing else moves, and too many stop the run."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,7 +13,8 @@ import pytest
 from tests.helpers.image_folders import assert_same, folder_config, numbers, take, write_images
 from vapi_jax.data import DataConfig, DataError, SkippedImages, fixed_batch, make_dataset
 from vapi_jax.data.images import UnreadableImage
-from vapi_jax.data.skipping import Readable
+from vapi_jax.data.skipping import Readable, allowed
+from vapi_jax.data.sources import Source
 
 COUNT, DAMAGED = 40, (3, 11, 12, 38)
 EPOCHS, BATCH = 3, 10
@@ -142,6 +144,20 @@ def test_a_list_goes_on_where_an_interrupted_run_left_it(tmp_path):
     assert [name for name, _ in SkippedImages(path).items()] == [strange, "second", "third"]
 
 
+def test_every_process_has_a_list_of_its_own(streams, tmp_path):
+    _, _, config = streams
+    run = tmp_path / "run"
+    for process in range(2):
+        skipped = SkippedImages.of_process(run, process)
+        take(make_dataset(config, "train", BATCH // 2, 0, process, 2, skipped), 6)
+    names = [
+        {json.loads(line)["image"] for line in (run / name).read_text().splitlines()}
+        for name in ("skipped_images.jsonl", "skipped_images.1.jsonl")
+    ]
+    assert all(names)
+    assert names[0] | names[1] == {str(tmp_path / "train" / "a" / f"{n:03d}.png") for n in DAMAGED}
+
+
 def test_threads_list_an_image_once(tmp_path):
     skipped = SkippedImages(tmp_path / "list.jsonl")
     start = threading.Barrier(8)
@@ -173,12 +189,16 @@ def test_thousands_of_broken_images_do_not_flood_the_log(tmp_path, caplog):
 # The share ---------------------------------------------------------------------------------------
 
 
-class Fake:
+TINY = DataConfig(image_size=1)
+
+
+class Fake(Source):
     """A source whose broken images are known, and that counts what is asked of it."""
 
     class_names = ("a",)
 
     def __init__(self, length, broken):
+        super().__init__(TINY, "train")
         self._length, self._broken = length, broken
         self.opened = []
 
@@ -192,12 +212,12 @@ class Fake:
         self.opened.append(index)
         if self._broken(index):
             raise UnreadableImage("broken")
-        return {"image": np.full((1, 1, 3), index), "condition": np.int32(0)}
+        return {"image": np.full((1, 1, 3), index, np.float32), "condition": np.int32(0)}
 
 
 def read(source, count, share):
     """Samples 0 .. count - 1; returns the source's indices."""
-    readable = Readable(source, DataConfig(max_unreadable=share), SkippedImages())
+    readable = Readable(source, dataclasses.replace(TINY, max_unreadable=share), SkippedImages())
     rng = np.random.default_rng
     return [int(readable.sample(i, rng(i))["image"][0, 0, 0]) for i in range(count)]
 
@@ -219,7 +239,7 @@ def test_no_share_allows_none():
 
 def test_the_share_is_of_the_images_read_and_not_of_those_there_are():
     """Half of a huge dataset is broken: a short run sees few of its images, and stops all the same."""
-    with pytest.raises(DataError, match="11 of 2. images read"):
+    with pytest.raises(DataError, match=r"26 of 5\d images read"):
         read(Fake(10**6, lambda i: i % 2 == 1), 100, share=0.01)
 
 
@@ -233,9 +253,61 @@ def test_where_nothing_can_be_read_the_run_stops_whatever_is_allowed():
         read(Fake(3, lambda i: True), 3, share=1.0)
 
 
+def test_a_process_judges_the_split_and_not_its_part_of_it():
+    """Of an eighth of a split more may be broken than of the whole, without more being allowed."""
+    total, processes, limit = 40_000, 8, 0.01
+    rng = np.random.default_rng(0)
+    broken = set(rng.choice(total, int(0.0095 * total), replace=False).tolist())
+    parts = np.split(rng.permutation(total), processes)
+    shares = []
+    for part in parts:
+        found = np.cumsum([index in broken for index in part.tolist()])
+        shares.append(max(found[1000:] / np.arange(1000, len(part))))
+        readable = Readable(
+            Fake(total, broken.__contains__),
+            dataclasses.replace(TINY, max_unreadable=limit),
+            SkippedImages(),
+        )
+        for index in part.tolist():
+            readable.sample(index, rng)
+    assert max(shares) > 1.2 * limit  # what a process has seen, at some time
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(30, False), (31, True)])
+def test_who_has_read_all_images_knows_the_share(bad, stops):
+    source = Fake(3000, lambda i: i % 90 == 0 and i < 90 * bad)
+    with pytest.raises(DataError, match="^31 of 27") if stops else contextlib.nullcontext():
+        read(source, 3000, share=0.01)
+
+
+@pytest.mark.parametrize("tried", [10, 1000, 5000, 10**5])
+def test_what_is_allowed_is_never_more_than_the_share_of_all_images(tried):
+    assert allowed(0.0, tried, 10**5) == 0.0
+    assert allowed(0.01, tried, 10**5) <= 1000
+    assert allowed(0.01, 10**5, 10**5) == 1000
+    assert allowed(0.01, 300, 500) == 5
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (np.zeros((1, 1, 3), np.uint8), 0, r"uint8 \(1, 1, 3\), not float32 \(1, 1, 3\)"),
+        (np.zeros((2, 2, 3), np.float32), 0, r"float32 \(2, 2, 3\), not float32 \(1, 1, 3\)"),
+        (np.zeros((1, 1, 3), np.float32), 1, "label 1, and has 1 classes"),
+        (np.zeros((1, 1, 3), np.float32), -1, "label -1"),
+    ],
+)
+def test_a_sample_of_another_form_is_refused_by_name(image, label, message, monkeypatch):
+    sample = {"image": image, "condition": np.int32(label)}
+    monkeypatch.setattr(Fake, "sample", lambda *_: sample)
+    readable = Readable(Fake(5, lambda i: False), TINY, SkippedImages())
+    with pytest.raises(DataError, match=f"image 3.*{message}"):
+        readable.sample(3, np.random.default_rng(0))
+
+
 def test_a_broken_image_is_opened_once():
     source = Fake(50, lambda i: i == 9)
-    readable = Readable(source, DataConfig(max_unreadable=1.0), SkippedImages())
+    readable = Readable(source, dataclasses.replace(TINY, max_unreadable=1.0), SkippedImages())
     first = readable.sample(9, np.random.default_rng(0))["image"]
     again = readable.sample(9, np.random.default_rng(0))["image"]
     np.testing.assert_array_equal(first, again)

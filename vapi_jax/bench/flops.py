@@ -15,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vapi_jax.bench.hlo_flops import taps
+from vapi_jax.data.sources import source_class
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models import head, lpips
 from vapi_jax.models.policy import JanusPolicy, Policy, TextPolicy
@@ -239,7 +240,7 @@ def step_flops(
     one = policy_flops(policy, prompt_length)
     targets = samples if way == "reference" else images
     base = {"reference": samples}.get(way, images if config.vapi.needs_base else 0)
-    judged, encoded = config.reward.lpips != 0.0, config.data.name == "encoded"
+    judged, encoded = config.reward.lpips != 0.0, source_class(config.data.name).brings_tokens
     return StepFlops(
         encode=0.0 if encoded else images * encoder_flops(config.tokenizer, side),
         sampling=0.0 if way == "fused" else images * one.total,

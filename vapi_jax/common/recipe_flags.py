@@ -29,6 +29,8 @@ class _RecipeParser(flags.ArgumentParser):
         for section in SECTIONS:
             if section not in recipe:
                 recipe[section] = ConfigDict()
+        if "options" not in recipe.data:  # of a data source of one's own
+            recipe.data.options = ConfigDict()
         return recipe
 
 

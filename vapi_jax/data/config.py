@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from vapi_jax.common.errors import ExpectedError
 from vapi_jax.data.images import PILLOW_PIXELS
+from vapi_jax.data.sources import SOURCES
 
-SOURCES = ("photos", "image_folder", "tfds", "encoded")
 SPLITS = ("train", "val", "test")
 CROPS = ("center", "random")
-
-
-class DataError(ExpectedError, ValueError):
-    """Data that cannot be used as configured; the message says what was found and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +21,9 @@ class DataConfig:
     the final table. What they map to is said at each source.
 
     Attributes:
-        name: "photos" (bundled photographs, no files needed), "image_folder", "tfds", or "encoded"
-            (images and tokens that vapi_jax.encode_dataset wrote).
+        name: "photos" (bundled photographs, no files needed), "image_folder", "tfds", "encoded"
+            (images and tokens that vapi_jax.encode_dataset wrote), or a source of your own as
+            "package.module:Class" (see vapi_jax.data.sources).
         image_size: side of the square images, in pixels.
         path: image_folder, encoded: the root folder. tfds: the data_dir, or a prepared version folder;
             empty means $TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -53,6 +51,7 @@ class DataConfig:
         num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than
             spare cores slow the trainer down.
         prefetch: batches prepared ahead.
+        options: a source of your own: what it wants to know beside all this.
     """
 
     name: str = "photos"
@@ -76,11 +75,16 @@ class DataConfig:
     max_image_pixels: int = PILLOW_PIXELS
     num_threads: int = 1
     prefetch: int = 4
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError with a line for everything that is wrong."""
         checks = {
-            f"name must be one of {SOURCES}, got {self.name!r}": self.name in SOURCES,
+            f"name must be one of {tuple(SOURCES)}, or 'package.module:Class' of your own, got "
+            f"{self.name!r}": self.name in SOURCES or ":" in self.name,
+            f"options are read by sources of your own, not by {self.name!r}": (
+                not (self.options and self.name in SOURCES)
+            ),
             f"crop must be one of {CROPS}, got {self.crop!r}": self.crop in CROPS,
             f"image_size must be at least 1, got {self.image_size}": self.image_size >= 1,
             # Above one half, a crop would not fit into the val or the test half of the strip.

@@ -9,15 +9,75 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import DataConfig, DataError
+from vapi_jax.common.progress import Progress
+from vapi_jax.data.config import DataConfig
+from vapi_jax.data.sources import DataError, Encoder, Source
 
 ARRAYS = {"images": np.uint8, "tokens": np.int32, "labels": np.int32}
 FACTS = "encoded.json"
 COMMAND = "python -m vapi_jax.encode_dataset"
+
+
+def write_encoded(
+    folder: pathlib.Path,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    count: int,
+    *,
+    encoder: Encoder,
+    class_names: tuple[str, ...],
+    more: Mapping[str, Any],
+) -> None:
+    """Writes a split.
+
+    Args:
+        folder: to make; its name is the split's.
+        batches: of {"image" float32 [B, H, W, 3] in [-1, 1], "condition" int32 [B], "tokens" int32
+            [B, T]}, at least `count` images together.
+        count: images to take.
+        encoder: what made the tokens.
+        class_names: by label.
+        more: what else to note of where the images come from.
+    """
+    folder.mkdir(parents=True)
+    arrays: dict[str, np.ndarray] = {}
+    done = 0
+    with Progress(count, f"encode {folder.name}") as progress:
+        for batch in batches:
+            rows = {
+                # Pixels were 8 bit before they were floats: this brings them back exactly.
+                "images": np.rint((batch["image"] + 1.0) * 127.5),
+                "tokens": batch["tokens"],
+                "labels": batch["condition"],
+            }
+            taken = min(len(rows["labels"]), count - done)
+            for name, values in rows.items():
+                if name not in arrays:
+                    arrays[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", ARRAYS[name], (count, *values.shape[1:])
+                    )
+                arrays[name][done : done + taken] = values[:taken]
+            done += taken
+            progress.update(done, taken)
+            if done == count:
+                break
+    for array in arrays.values():
+        array.flush()  # type: ignore[attr-defined]
+    facts = {
+        **more,
+        "split": folder.name,
+        "count": count,
+        "image_size": arrays["images"].shape[1],
+        "class_names": class_names,
+        "tokenizer": encoder.digest,
+        "tokenizer_dtype": encoder.dtype,
+    }
+    text = json.dumps(facts, indent=2, sort_keys=True)
+    (folder / FACTS).write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_facts(folder: pathlib.Path) -> dict[str, Any]:
@@ -32,7 +92,7 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
             "class_names": tuple(map(str, facts["class_names"])),
             "count": int(facts["count"]),
             "image_size": int(facts["image_size"]),
-            "tokenizer": str(facts["tokenizer"]),
+            "encoder": Encoder(str(facts["tokenizer"]), str(facts["tokenizer_dtype"])),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -41,23 +101,37 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def encoded_class_names(config: DataConfig) -> tuple[str, ...]:
-    """Names of the classes of the data that was encoded."""
-    return read_facts(pathlib.Path(config.path) / "train")["class_names"]
-
-
-class EncodedSource:
+class EncodedSource(Source):
     """One split of an encoded data set, mapped into memory and read image by image.
+
+    Held-out images lie in the order in which the recipe that they were encoded for draws its own.
 
     Raises:
         DataError: files are missing, of another size than encoded.json says, or for images of another
             size than the configuration's.
     """
 
+    brings_tokens = True
+
+    @classmethod
+    def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
+        return read_facts(pathlib.Path(config.path) / "train")["class_names"]
+
+    @classmethod
+    def read_encoder(cls, config: DataConfig) -> Encoder:
+        return read_facts(pathlib.Path(config.path) / "train")["encoder"]
+
     def __init__(self, config: DataConfig, split: str) -> None:
+        super().__init__(config, split)
         folder = pathlib.Path(config.path) / split
         facts = read_facts(folder)
         self.class_names = facts["class_names"]
+        self.mixed = split != "train"
+        if facts["encoder"] != (other := self.read_encoder(config)):
+            raise DataError(
+                f"{folder} was encoded with {facts['encoder']}, the training images with {other}. "
+                f"Make them again together, with {COMMAND}"
+            )
         side, count = facts["image_size"], facts["count"]
         if side != config.image_size:
             raise DataError(
@@ -79,11 +153,9 @@ class EncodedSource:
         return len(self._arrays["labels"])
 
     def name(self, index: int) -> str:
-        """Its place."""
         return f"encoded image {index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """An image in [-1, 1], its label and its tokens."""
         del rng
         image = self._arrays["images"][index].astype(np.float32)
         return {

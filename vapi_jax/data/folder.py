@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections import Counter
@@ -9,9 +10,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vapi_jax.data.config import SPLITS, DataConfig, DataError, check_split
-from vapi_jax.data.images import EXTENSIONS, read_rgb
-from vapi_jax.data.transforms import image_to_sample
+from vapi_jax.data.config import SPLITS, DataConfig
+from vapi_jax.data.images import EXTENSIONS
+from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.transforms import read_sample
 
 _LAYOUT = (
     "expected PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE and PATH/val/CLASS/IMAGE, with images "
@@ -20,29 +22,44 @@ _LAYOUT = (
 _NAMED = 5
 
 
-def _root(config: DataConfig) -> pathlib.Path:
-    if not config.path:
-        raise DataError(f"image_folder needs `path`, the root folder: {_LAYOUT}")
-    root = pathlib.Path(config.path).expanduser()
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}: {_LAYOUT}")
-    return root
+# --- what is there --------------------------------------------------------------------------------
+
+# Folders are listed once in a process: a million files on a network drive take minutes, and a run, its
+# evaluations and its report must see the same images whatever is added meanwhile.
 
 
-def _split_root(config: DataConfig, split: str) -> tuple[pathlib.Path, bool]:
-    """The folder that holds the class folders of a split, and whether it holds this split alone."""
-    root = _root(config)
-    # The source's usual names of the splits are ours.
-    folders = {name: root / config.source_split(name, name) for name in SPLITS}
-    if folders[split].is_dir():
-        return folders[split], True
-    existing = [name for name, folder in folders.items() if folder.is_dir()]
-    if existing or getattr(config, f"{split}_split"):
+@functools.cache
+def _class_folders(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise _refusal(error) from error
+    if not names:
         raise DataError(
-            f"there is no folder {folders[split]} for split {split!r}; {root} holds "
-            f"{_contents(root)}. Set `{split}_split` to the sub-folder to read"
+            f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}"
         )
-    return root, False
+    return tuple(folder / name for name in names)
+
+
+@functools.cache
+def _image_files(folder: pathlib.Path) -> tuple[str, ...]:
+    """Files with an image's ending below a folder, sorted by their parts; hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise _refusal(error) from error
+
+    found = (
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+    )
+    return tuple(sorted(found, key=lambda path: path.split(os.sep)))
+
+
+def _refusal(error: OSError) -> DataError:
+    return DataError(f"cannot list {error.filename}: {error.strerror}")
 
 
 def _contents(folder: pathlib.Path) -> str:
@@ -64,32 +81,27 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
-def _class_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    folders = sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not folders:
-        raise DataError(f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}")
-    return folders
+# --- whose it is ----------------------------------------------------------------------------------
 
 
-def folder_class_names(config: DataConfig) -> tuple[str, ...]:
-    """The class folders of the training split, sorted by name."""
-    return tuple(folder.name for folder in _class_folders(_split_root(config, "train")[0]))
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Files with an image's ending below a folder, sorted; hidden ones left out."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    return sorted(
-        pathlib.Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-    )
+def _split_root(config: DataConfig, split: str) -> tuple[pathlib.Path, bool]:
+    """The folder that holds the class folders of a split, and whether it holds this split alone."""
+    if not config.path:
+        raise DataError(f"image_folder needs `path`, the root folder: {_LAYOUT}")
+    root = pathlib.Path(config.path).expanduser().absolute()
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}: {_LAYOUT}")
+    # The source's usual names of the splits are ours.
+    folders = {name: root / config.source_split(name, name) for name in SPLITS}
+    if folders[split].is_dir():
+        return folders[split], True
+    existing = [name for name, folder in folders.items() if folder.is_dir()]
+    if existing or getattr(config, f"{split}_split"):
+        raise DataError(
+            f"there is no folder {folders[split]} for split {split!r}; {root} holds "
+            f"{_contents(root)}. Set `{split}_split` to the sub-folder to read"
+        )
+    return root, False
 
 
 def _in_split(index: int, holdout: float, split: str) -> bool:
@@ -104,26 +116,29 @@ def _in_split(index: int, holdout: float, split: str) -> bool:
     return split == ("val" if after % 2 else "test")
 
 
-class FolderSource:
+class FolderSource(Source):
     """Images under root/CLASS, or root/SPLIT/CLASS where the folder of a split exists.
 
     Classes are the sorted folder names of the training split. Without folders for splits,
     `folder_holdout` of every class is set aside for val and test. No file is opened before its
-    sample is wanted.
+    sample is wanted. Folders are listed once in a process, whatever is added to them later.
 
     Raises:
-        DataError: no path given, no such folder or no images in it (says what was found instead), a
-            folder that cannot be listed, a class without images in training, or one that training
-            does not know.
+        DataError: no root, no folder for the split or no images in it, a class without training
+            images, a class that the training split lacks, or a folder that cannot be listed.
     """
 
+    @classmethod
+    def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
+        return tuple(folder.name for folder in _class_folders(_split_root(config, "train")[0]))
+
     def __init__(self, config: DataConfig, split: str) -> None:
-        self.class_names = folder_class_names(config)
-        self._config = config
-        self._split = check_split(split)
+        super().__init__(config, split)
+        self.class_names = self.read_class_names(config)
         folder, whole = _split_root(config, split)
         labels = {name: label for label, name in enumerate(self.class_names)}
-        self._files: list[tuple[pathlib.Path, int]] = []
+        self._files: list[str] = []
+        counts = np.zeros(len(labels), int)
         empty = []
         folders = _class_folders(folder)
         for class_folder in folders:
@@ -132,11 +147,15 @@ class FolderSource:
             files = _image_files(class_folder)
             if not files:
                 empty.append(class_folder)
-            self._files += [
-                (path, labels[class_folder.name])
+            mine = [
+                path
                 for index, path in enumerate(files)
                 if whole or _in_split(index, config.folder_holdout, split)
             ]
+            self._files += mine
+            counts[labels[class_folder.name]] = len(mine)
+        # Folders come in the order of their names, as the labels do.
+        self._labels = np.repeat(np.arange(len(labels), dtype=np.int32), counts)
         if not self._files:
             raise DataError(
                 f"no images for split {split!r} in {folder} with {len(folders)} class folder(s), of "
@@ -152,22 +171,9 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> tuple[pathlib.Path, int]:
-        """The file and the label of an image."""
+    def name(self, index: int) -> str:
         return self._files[index]
 
-    def name(self, index: int) -> str:
-        return str(self._files[index][0])
-
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Reads and crops one file: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
-        path, label = self._files[index]
-        training, size = self._split == "train", self._config.image_size
-        return image_to_sample(
-            read_rgb(path, self._config.max_image_pixels, size),
-            label,
-            rng,
-            size=size,
-            crop=self._config.crop if training else "center",
-            flip=self._config.flip and training,
-        )
+        file, label = pathlib.Path(self._files[index]), int(self._labels[index])
+        return read_sample(file, label, self.config, self.split, rng)

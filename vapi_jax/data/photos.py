@@ -39,7 +39,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vapi_jax.data.config import DataConfig, DataError, check_split
+from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.sources import DataError, Source
 from vapi_jax.data.transforms import random_flip, to_array
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
@@ -75,8 +76,8 @@ def load_photo(photo: Photo) -> Image.Image:
     """Reads a photograph as RGB.
 
     Raises:
-        DataError: the package that bundles it is not installed, or its installed version does not
-            bundle the file.
+        DataError: the package that bundles it is not installed, or its installed version
+            does not bundle the file.
     """
     # find_spec locates a package without importing it: importing scikit-learn takes seconds.
     spec = importlib.util.find_spec(photo.package)
@@ -141,7 +142,7 @@ def draw_crop(size: tuple[int, int], sides: tuple[int, int], rng: np.random.Gene
     return left, top, left + side, top + side
 
 
-class PhotoSource:
+class PhotoSource(Source):
     """Random crops of the photographs: index i is a crop of class i % num_classes.
 
     Where a crop is smaller than `image_size` it is enlarged, which happens above 90 pixels at the
@@ -153,11 +154,17 @@ class PhotoSource:
         images: the photographs, in the order of PHOTOS; read from the installed packages if None.
     """
 
+    class_names = tuple(photo.name for photo in PHOTOS)
+    mixed = True
+
+    @classmethod
+    def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
+        return cls.class_names
+
     def __init__(
         self, config: DataConfig, split: str, images: Sequence[Image.Image] | None = None
     ) -> None:
-        self.class_names = tuple(photo.name for photo in PHOTOS)
-        self._config = config
+        super().__init__(config, split)
         self._sides = []
         self._regions = []
         if images is None:
@@ -167,19 +174,18 @@ class PhotoSource:
             self._regions.append(image.crop(split_box(image.size, split, config)))
 
     def __len__(self) -> int:
-        return len(PHOTOS) * self._config.photo_crops_per_class
+        return len(PHOTOS) * self.config.photo_crops_per_class
 
     def name(self, index: int) -> str:
         return f"a crop of {PHOTOS[index % len(PHOTOS)].name}"
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """A crop of a photograph: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
         label = int(index) % len(PHOTOS)
-        region, size = self._regions[label], self._config.image_size
+        region, size = self._regions[label], self.config.image_size
         # Cut first, resize after: PIL's resize(box=...) lets its filter reach outside the box.
         # reducing_gap averages whole pixels first, for speed, where a crop is many times too large.
         crop = region.crop(draw_crop(region.size, self._sides[label], rng))
         crop = crop.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        if self._config.flip:
+        if self.config.flip:
             crop = random_flip(crop, rng)
         return {"image": to_array(crop), "condition": np.asarray(label, np.int32)}

@@ -1,8 +1,8 @@
 """From a source to batches: the one grain pipeline that every source runs through.
 
-A source knows its `class_names` and its length, and turns an index and a random generator into a
-sample. Grain derives that generator from the seed and the position in the endless stream of epochs, so
-a batch depends on nothing but the configuration, the seed and its number.
+A source (`vapi_jax.data.sources`) turns an index and a random generator into a sample. Grain derives
+that generator from the seed and the position in the endless stream of epochs, so a batch depends on
+nothing but the configuration, the seed and its number.
 """
 
 from __future__ import annotations
@@ -13,35 +13,24 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from vapi_jax.data.config import DataConfig, DataError, check_split
-from vapi_jax.data.encoded import EncodedSource, encoded_class_names
-from vapi_jax.data.folder import FolderSource, folder_class_names
-from vapi_jax.data.photos import PHOTOS, PhotoSource
-from vapi_jax.data.skipping import Readable, SkippedImages, Source
-from vapi_jax.data.tfds_source import TfdsSource, tfds_class_names
-
-_SOURCES = {
-    "photos": PhotoSource,
-    "image_folder": FolderSource,
-    "tfds": TfdsSource,
-    "encoded": EncodedSource,
-}
+from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.skipping import Readable, SkippedImages
+from vapi_jax.data.sources import DataError, Encoder, Source, source_class
 
 
 def make_source(config: DataConfig, split: str) -> Source:
     """Opens one split of the configured source. What can go wrong is said at each source."""
-    return _SOURCES[config.name](config, check_split(split))
+    return source_class(config.name)(config, check_split(split))
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
     """Names of the classes; the position of a name is its label in "condition"."""
-    if config.name == "photos":
-        return tuple(photo.name for photo in PHOTOS)
-    if config.name == "image_folder":
-        return folder_class_names(config)
-    if config.name == "encoded":
-        return encoded_class_names(config)
-    return tfds_class_names(config)
+    return source_class(config.name).read_class_names(config)
+
+
+def encoder_of(config: DataConfig) -> Encoder | None:
+    """What made the tokens that come with the images; None where none come, or it is not known."""
+    return source_class(config.name).read_encoder(config)
 
 
 def num_classes(config: DataConfig) -> int:
@@ -131,8 +120,7 @@ def fixed_samples(
     source = make_source(config, split)
     if not 0 < n <= len(source):
         raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
-    # Files and records are often sorted by class, so the first n would be of few classes.
-    dataset = _samples(source, config, seed, config.name != "photos", skipped)
+    dataset = _samples(source, config, seed, not source.mixed, skipped)
     return (dataset[index] for index in range(n))
 
 
@@ -141,14 +129,16 @@ def fixed_batch(
 ) -> dict[str, Float[np.ndarray, "N H W 3"] | Int[np.ndarray, " N"]]:
     """The same `n` images every time, for evaluation.
 
-    Photographs: crop i shows class i % num_classes. Other sources: `n` different images drawn from
-    the split, but for those that stand in for unreadable ones, which go to `skipped`.
+    Photographs: crop i shows class i % num_classes. Encoded held-out images: those and the order that
+    the recipe they were encoded for would see. Other sources: `n` different images drawn from the
+    split, but for those that stand in for unreadable ones, which go to `skipped`.
 
     Returns:
-        {"image": float32 [n, H, W, 3] in [-1, 1], "condition": int32 [n]}, numpy.
+        {"image": float32 [n, H, W, 3] in [-1, 1], "condition": int32 [n]}, numpy, and of encoded
+        images "tokens" int32 [n, T].
 
     Raises:
         DataError: n is not positive, or the split is smaller than n, or too much is unreadable.
     """
     samples = list(fixed_samples(config, split, n, seed, skipped))
-    return {key: np.stack([sample[key] for sample in samples]) for key in ("image", "condition")}
+    return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}

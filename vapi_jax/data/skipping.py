@@ -4,43 +4,35 @@ The replacement is drawn at random from the same split with the sample's own gen
 stays a function of the seed and i alone, whatever the number of processes and wherever a run was
 interrupted; no other sample moves, and an image is seen more often than once in an epoch only
 where it stands in for another.
+
+Several processes share no list: each writes its own (`SkippedImages.of_process`), and each judges by
+itself whether the split has more unreadable images than `max_unreadable` allows. What a process has
+read is a random part of the split, in which the share may be larger by chance; five standard deviations
+of that are put up with. Over the epochs every process comes to read every image, and then knows.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import pathlib
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import DataConfig, DataError
+from vapi_jax.data.config import DataConfig
 from vapi_jax.data.images import UnreadableImage
+from vapi_jax.data.sources import DataError, Source
 
 logger = logging.getLogger(__name__)
 
 # A share is told from so many images on: one bad image among the first three is no third of the data.
 _ENOUGH = 1000
+_DEVIATIONS = 5
 _LOGGED = 20
 _NAMED = 5
-
-
-class Source(Protocol):
-    """What a data source offers the pipeline."""
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What a message calls an image: its path, or its place in the data."""
-        ...
-
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """An image and its label. Raises UnreadableImage where it cannot be decoded."""
-        ...
 
 
 class SkippedImages:
@@ -50,6 +42,11 @@ class SkippedImages:
         path: a file of JSON lines {"image", "reason"} that the list goes on in; None keeps it in
             memory. One process writes a file.
     """
+
+    @classmethod
+    def of_process(cls, folder: pathlib.Path, process: int) -> SkippedImages:
+        """The list of one process of a run: skipped_images.jsonl, skipped_images.1.jsonl and so on."""
+        return cls(folder / f"skipped_images{f'.{process}' if process else ''}.jsonl")
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
         self._path = path
@@ -103,6 +100,13 @@ def _parse(line: str) -> tuple[str, str] | None:
         return None
 
 
+def allowed(share: float, tried: int, total: int) -> float:
+    """How many of `tried` images, of a split of `total`, may be unreadable if `share` of all may be."""
+    seen = max(tried, min(total, _ENOUGH))
+    chance = _DEVIATIONS * math.sqrt(seen * share * (1.0 - share))
+    return min(share * seen + chance, share * total)
+
+
 class Readable:
     """A source all of whose samples can be read.
 
@@ -115,6 +119,7 @@ class Readable:
     def __init__(self, source: Source, config: DataConfig, skipped: SkippedImages) -> None:
         self._source = source
         self._limit = config.max_unreadable
+        self._shape = (config.image_size, config.image_size, 3)
         self._skipped = skipped
         self._tried = np.zeros(len(source), bool)
         self._unreadable: dict[int, str] = {}
@@ -124,7 +129,7 @@ class Readable:
         """Sample `index`, or the one that stands in for it.
 
         Raises:
-            DataError: more images than `max_unreadable` allows cannot be read.
+            DataError: more images than `max_unreadable` allows cannot be read, or a sample is none.
         """
         while True:
             if index not in self._unreadable:
@@ -134,8 +139,22 @@ class Readable:
                     self._note(index, str(error))
                 else:
                     self._tried[index] = True
-                    return sample
+                    return self._checked(index, sample)
             index = int(rng.integers(len(self._tried)))
+
+    def _checked(self, index: int, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        image, label = sample["image"], sample["condition"]
+        if image.dtype != np.float32 or image.shape != self._shape:
+            raise DataError(
+                f"{self._source.name(index)}: its source gives {image.dtype} {image.shape}, not float32 "
+                f"{self._shape}"
+            )
+        if not 0 <= label < len(self._source.class_names):
+            raise DataError(
+                f"{self._source.name(index)}: its source gives the label {label}, and has "
+                f"{len(self._source.class_names)} classes"
+            )
+        return sample
 
     def _note(self, index: int, reason: str) -> None:
         name = self._source.name(index)
@@ -145,7 +164,7 @@ class Readable:
             self._unreadable[index] = f"{name} ({reason})"
             bad, tried, total = len(self._unreadable), int(self._tried.sum()), len(self._tried)
             named = "\n  ".join(list(self._unreadable.values())[:_NAMED])
-        if bad == total or bad > self._limit * max(tried, min(total, _ENOUGH)):
+        if bad == total or bad > allowed(self._limit, tried, total):
             raise DataError(
                 f"{bad} of {tried} images read cannot be decoded (the split has {total}), more than "
                 f"the share data.max_unreadable={self._limit} allows:\n  {named}\n"

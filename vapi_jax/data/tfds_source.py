@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import DataConfig, DataError, check_split
-from vapi_jax.data.images import read_rgb
-from vapi_jax.data.transforms import image_to_sample
+from vapi_jax.data.config import DataConfig
+from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.transforms import read_sample
 
 _USUAL_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
@@ -95,12 +95,7 @@ def _builder(config: DataConfig) -> Any:
     return builder
 
 
-def tfds_class_names(config: DataConfig) -> tuple[str, ...]:
-    """Class names as the prepared data lists them."""
-    return tuple(_builder(config).info.features[config.label_feature].names)
-
-
-class TfdsSource:
+class TfdsSource(Source):
     """Images and class labels of one split of a prepared dataset.
 
     Raises:
@@ -110,11 +105,14 @@ class TfdsSource:
             records.
     """
 
+    @classmethod
+    def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
+        return tuple(_builder(config).info.features[config.label_feature].names)
+
     def __init__(self, config: DataConfig, split: str) -> None:
+        super().__init__(config, split)
         builder = _builder(config)
         self.class_names = tuple(builder.info.features[config.label_feature].names)
-        self._config = config
-        self._split = check_split(split)
         self._name = f"{builder.info.full_name} {config.source_split(split, _USUAL_SPLITS[split])}"
         self._records = _open_records(builder, config, split)
         # Some test splits carry -1 for every label.
@@ -131,28 +129,19 @@ class TfdsSource:
         """Encoded image and label."""
         with _damage_named(self.name(index)):
             record = self._records[index]
-            encoded = record[self._config.image_feature]
-            label = int(record[self._config.label_feature])
+            encoded = record[self.config.image_feature]
+            label = int(record[self.config.label_feature])
         if not 0 <= label < len(self.class_names):
             raise DataError(
                 f"{self.name(index)} has the label {label}, its classes are 0 to "
                 f"{len(self.class_names) - 1}: a split without labels cannot be used; set "
-                f"`{self._split}_split` to another"
+                f"`{self.split}_split` to another"
             )
         return encoded, label
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Decodes and crops: {"image": float32 [H, W, 3] in [-1, 1], "condition": int32}."""
         encoded, label = self._record(index)
-        training, size = self._split == "train", self._config.image_size
-        return image_to_sample(
-            read_rgb(io.BytesIO(encoded), self._config.max_image_pixels, size),
-            label,
-            rng,
-            size=size,
-            crop=self._config.crop if training else "center",
-            flip=self._config.flip and training,
-        )
+        return read_sample(io.BytesIO(encoded), label, self.config, self.split, rng)
 
 
 @contextlib.contextmanager

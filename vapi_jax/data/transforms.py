@@ -1,4 +1,4 @@
-"""Crops of PIL images and their conversion to arrays in [-1, 1].
+"""Crops of images and their conversion to arrays in [-1, 1].
 
 `center_crop` and `random_crop` follow ADM (Dhariwal and Nichol, 2021, arXiv 2105.05233; the image
 datasets of guided-diffusion), the preprocessing behind the usual ImageNet statistics.
@@ -7,10 +7,15 @@ datasets of guided-diffusion), the preprocessing behind the usual ImageNet stati
 from __future__ import annotations
 
 import math
+import pathlib
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
+
+from vapi_jax.data.config import DataConfig
+from vapi_jax.data.images import read_rgb
 
 
 def to_array(image: Image.Image) -> Float[np.ndarray, "H W 3"]:
@@ -61,21 +66,25 @@ def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def image_to_sample(
-    image: Image.Image,
+def read_sample(
+    file: pathlib.Path | BinaryIO,
     label: int,
+    config: DataConfig,
+    split: str,
     rng: np.random.Generator,
-    *,
-    size: int,
-    crop: str,
-    flip: bool,
 ) -> dict[str, np.ndarray]:
-    """A decoded RGB image as a training sample.
+    """An image file as a sample: decoded, cropped and, for training, augmented as configured.
 
     Returns:
         {"image": float32 [size, size, 3] in [-1, 1], "condition": int32 scalar}.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, or is too large.
     """
-    image = random_crop(image, size, rng) if crop == "random" else center_crop(image, size)
-    if flip:
+    training, size = split == "train", config.image_size
+    image = read_rgb(file, config.max_image_pixels, size)
+    cropped = training and config.crop == "random"
+    image = random_crop(image, size, rng) if cropped else center_crop(image, size)
+    if training and config.flip:
         image = random_flip(image, rng)
     return {"image": to_array(image), "condition": np.asarray(label, np.int32)}

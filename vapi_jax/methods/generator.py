@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import jax
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.digests import params_digest
-from vapi_jax.data.encoded import read_facts
+from vapi_jax.data.pipeline import encoder_of
+from vapi_jax.data.sources import Encoder
 from vapi_jax.methods import grpo, vapi
 from vapi_jax.methods.task import Aux, HealthError, Scalars, Task, mean_of, tokenizer_source
 from vapi_jax.models import categorical
@@ -104,12 +104,13 @@ class GeneratorTask(Task):
             return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
         params = load_weights(source, jax.eval_shape(fresh))
-        if self.config.data.name == "encoded":
-            facts = read_facts(Path(self.config.data.path) / "train")
-            if facts["tokenizer"] != params_digest(params):
+        if (made := encoder_of(self.config.data)) is not None:
+            own = Encoder(params_digest(params), self.config.tokenizer.dtype)
+            if made != own:
                 raise WeightsError(
-                    f"config.init.vq={source.path}: the images in {self.config.data.path} were encoded "
-                    "with another tokenizer. Name that one, or encode them again"
+                    f"config.init.vq={source.path}, config.tokenizer.dtype={own.dtype!r}: the images "
+                    f"in {self.config.data.path} were encoded with {made}, and this run has {own}. "
+                    "Choose the same, or encode them again"
                 )
         return params
 
@@ -161,7 +162,7 @@ class BaseTask(GeneratorTask):
         temperature: Float[Array, ""],
     ) -> Scalars:
         del rng
-        tokens = self.pixels.encode(frozen, batch["image"])
+        tokens = vapi.true_tokens(dict(batch), partial(self.pixels.encode, frozen))
         context = tokens[:, : self.policy.context_length]
         logits = self.policy.logits(params, batch["condition"], context)
         ce, entropy = (

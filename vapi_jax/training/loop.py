@@ -74,14 +74,11 @@ class Run:
 
 
 def _batches(config: TrainConfig, workdir: Path) -> Any:
-    """This process's batches without end; the first process lists images that cannot be read."""
-    first, count = jax.process_index() == 0, jax.process_count()
-    skipped = SkippedImages(workdir / "skipped_images.jsonl" if first else None)
+    """This process's batches without end, and its list of images that cannot be read."""
+    process, count = jax.process_index(), jax.process_count()
+    skipped = SkippedImages.of_process(workdir, process)
     size = config.batch_size // count
-    data = make_dataset(
-        config.data, "train", size, config.seed, jax.process_index(), count, skipped
-    )
-    return iter(data)
+    return iter(make_dataset(config.data, "train", size, config.seed, process, count, skipped))
 
 
 def fit(

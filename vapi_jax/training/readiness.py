@@ -21,7 +21,7 @@ from vapi_jax.common.trees import unflatten
 from vapi_jax.data import DataError, class_names
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import make_source
-from vapi_jax.data.skipping import Source as DataSource
+from vapi_jax.data.sources import Source
 from vapi_jax.methods import make_task
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.config_checks import PERCEPTUAL_SIDE, Errors
@@ -120,8 +120,8 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
     found = DataFound()
     if errors.concern("data"):
         return found
-    where = "data.name='photos'" if config.data.name == "photos" else _path(config)
-    opened: dict[str, DataSource] = {}
+    where = _where(config)
+    opened: dict[str, Source] = {}
     for split in dict.fromkeys(("train", config.eval.split)):
         try:
             if found.classes is None:
@@ -138,14 +138,15 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
     return found
 
 
-def _path(config: TrainConfig) -> str:
-    return f"data.path={config.data.path!r}"
+def _where(config: TrainConfig) -> str:
+    data = config.data
+    return f"data.path={data.path!r}" if data.path else f"data.name={data.name!r}"
 
 
 def _try_images(
     config: TrainConfig,
     split: str,
-    source: DataSource,
+    source: Source,
     count: int,
     found: DataFound,
     errors: Errors,
@@ -158,7 +159,7 @@ def _try_images(
         except UnreadableImage as error:
             broken.append(f"{source.name(int(index))} ({error})")
         except DataError as error:
-            errors.append(f"{_path(config)}: {error}")
+            errors.append(f"{_where(config)}: {error}")
             return
     if not broken:
         return

@@ -1,0 +1,120 @@
+"""What a source of images offers, and the table of those that come with the package.
+
+A new source is a class in a file of its own and a line in `SOURCES`. A source of a user's own needs no
+line: `data.name="package.module:Class"` names it, and `data.options` brings what it wants to know.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import pkgutil
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from vapi_jax.common.errors import ExpectedError
+
+if TYPE_CHECKING:
+    from vapi_jax.data.config import DataConfig
+
+SOURCES = {
+    "photos": "vapi_jax.data.photos:PhotoSource",
+    "image_folder": "vapi_jax.data.folder:FolderSource",
+    "tfds": "vapi_jax.data.tfds_source:TfdsSource",
+    "encoded": "vapi_jax.data.encoded:EncodedSource",
+}
+"""`data.name` -> where its class is."""
+
+
+class DataError(ExpectedError, ValueError):
+    """Data that cannot be used as configured; the message says what was found and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What turned images into tokens: SHA-256 of its weights, and the dtype it computed in."""
+
+    digest: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"the tokenizer {self.digest[:12]} in {self.dtype}"
+
+
+class Source(abc.ABC):
+    """One split of a data set: images by index.
+
+    Args:
+        config: which data, and how to cut them.
+        split: "train", "val" or "test".
+
+    Attributes:
+        class_names: the position of a name is its label in "condition".
+        brings_tokens: whether samples have "tokens" int32 [T], and the tokenizer has nothing to do.
+        mixed: whether the first n images show as many classes as any n do. Where files or records
+            are sorted by class, they do not, and an evaluation draws its images from all of them.
+
+    Raises:
+        DataError: there is nothing to read, or not as configured.
+    """
+
+    class_names: tuple[str, ...]
+    brings_tokens: ClassVar[bool] = False
+    mixed: bool = False
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        self.config, self.split = config, split
+
+    @classmethod
+    def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
+        """`class_names` of any split, without opening more than they need."""
+        return cls(config, "train").class_names
+
+    @classmethod
+    def read_encoder(cls, config: DataConfig) -> Encoder | None:
+        """What made the tokens that come with the images, where that is known."""
+        del config
+        return None
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def name(self, index: int) -> str:
+        """What a message calls an image: its path, or its place in the data."""
+        return f"image {index}"
+
+    @abc.abstractmethod
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One image, from several threads at a time.
+
+        Args:
+            index: in [0, len).
+            rng: for crops and flips; fixed by the run's seed and the sample's place in the stream.
+
+        Returns:
+            {"image": float32 [H, W, 3] in [-1, 1], "condition": int32 scalar}, and "tokens".
+
+        Raises:
+            UnreadableImage: it cannot be decoded; another image will stand in for it.
+            DataError: reading on makes no sense.
+        """
+
+
+def source_class(name: str) -> type[Source]:
+    """The class that `data.name` means.
+
+    Raises:
+        DataError: there is none of that name, or it is no `Source`.
+    """
+    try:
+        found = pkgutil.resolve_name(SOURCES.get(name, name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"data.name={name!r} cannot be imported ({error}); a source of your own is named "
+            "'package.module:Class', and Python has to find the module"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Source)):
+        raise DataError(f"data.name={name!r} is no class derived from vapi_jax.data.Source")
+    return found

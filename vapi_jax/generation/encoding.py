@@ -1,0 +1,75 @@
+"""Encodes the images of a recipe to tokens once, for runs that read them back (`data.encoded`)."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from vapi_jax.common.digests import params_digest
+from vapi_jax.common.folders import new_folder
+from vapi_jax.data import class_names, fixed_batch, make_dataset
+from vapi_jax.data.encoded import write_encoded
+from vapi_jax.data.sources import Encoder, source_class
+from vapi_jax.methods import Task
+from vapi_jax.methods.config import ConfigError
+from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
+
+
+def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
+    """Writes `out`/train and the recipe's held-out split; returns how many images each has.
+
+    Args:
+      task: of the recipe; its mesh does the encoding.
+      out: must not exist; appears when complete.
+      num: training images, 0 for as many as the run sees.
+
+    Raises:
+      ConfigError: if the recipe has no generator to train, or its data bring tokens already.
+      FolderExistsError: if `out` exists.
+      DataError, WeightsError: if its data or its tokenizer cannot be had.
+    """
+    config = task.config
+    if not isinstance(task, GeneratorTask):
+        raise ConfigError(f"config.task={config.task!r}: only generators read tokens")
+    if source_class(config.data.name).brings_tokens:
+        raise ConfigError(f"config.data.name={config.data.name!r}: it brings tokens already")
+    num = num or config.steps * config.batch_size
+    with new_folder(out) as folder:
+        held_out = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
+        train = make_dataset(config.data, "train", config.batch_size, config.seed)
+        splits: dict[str, tuple[int, Iterable[Any]]] = {
+            "train": (num, train),
+            config.eval.split: (config.eval.images, [held_out]),
+        }
+        params = task.load_tokenizer()
+        write = partial(
+            write_encoded,
+            encoder=Encoder(params_digest(params), config.tokenizer.dtype),
+            class_names=class_names(config.data),
+            more={"data": dataclasses.asdict(config.data), "seed": config.seed},
+        )
+        encode = _encoding(task, params)
+        for split, (count, batches) in splits.items():
+            with_tokens = ({**batch, "tokens": encode(batch["image"])} for batch in batches)
+            write(folder / split, with_tokens, count)
+    return {split: count for split, (count, _) in splits.items()}
+
+
+def _encoding(
+    task: GeneratorTask, params: Any
+) -> Callable[[Float[np.ndarray, "B H W 3"]], Int[np.ndarray, "B T"]]:
+    """The frozen tokenizer on the task's mesh; the last rows are padded to the devices."""
+    frozen, mesh = {"tokenizer": replicate(params, task.mesh)}, task.mesh
+    encode = jax.jit(task.pixels.encode)
+
+    def tokens(images: np.ndarray) -> np.ndarray:
+        padded = np.pad(images, ((0, -len(images) % mesh.size), (0, 0), (0, 0), (0, 0)))
+        return host_array(encode(frozen, shard_whole(padded, mesh)))[: len(images)]
+
+    return tokens
