@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from vapi_jax.data import DataConfig, DataError, Source, class_names, fixed_batch, make_dataset
-from vapi_jax.data.sources import SOURCES, source_class
+from vapi_jax.data.config import SOURCES
+from vapi_jax.data.sources import source_class
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ class Stripes(Source):
     class_names = ("dark", "bright")
 
     def __len__(self):
-        return self.config.options.get("count", 20)
+        return self.options.get("count", 20)
 
     def sample(self, index, rng):
         side, bright = self.config.image_size, 2 * index // len(self)
@@ -74,7 +75,7 @@ class Noise(Source):
     class_names = ("noise",)
 
     def __len__(self):
-        return self.config.options["count"]
+        return self.options["count"]
 
     def sample(self, index, rng):
         image = rng.uniform(-1, 1, (self.config.image_size,) * 2 + (3,))

@@ -374,7 +374,8 @@ def test_every_number_has_limits_and_every_limit_an_option_and_a_row_above():
         ),
         (
             {"data": {"name": "flickr"}},
-            "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+            "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), "
+            "or 'package.module:Class' of your own, got 'flickr'",
         ),
         (
             {"data": {"image_size": 16}, "perceptual_net": "alex"},
@@ -449,7 +450,8 @@ def test_a_wrong_value_draws_no_further_complaints_of_what_follows_from_it():
 
 def test_the_data_section_says_all_that_is_wrong_with_it():
     assert lines(data={"image_size": 0, "crop": "middle", "name": "flickr"}) == [
-        "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), got 'flickr'",
+        "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), "
+        "or 'package.module:Class' of your own, got 'flickr'",
         "data: crop must be one of ('center', 'random'), got 'middle'",
         "data: image_size must be at least 1, got 0",
     ]

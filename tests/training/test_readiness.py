@@ -152,7 +152,7 @@ def test_data_that_is_not_there_is_said_once(recipe, images, tmp_path):
     (line,) = problems(recipe(data=folder(images / "train" / "00" / "000.png")))
     assert "there is no folder" in line
     (line,) = problems(recipe(data=folder("")))
-    assert line.startswith("data.path='': image_folder needs `path`")
+    assert line.startswith("data.name='image_folder': image_folder needs `path`")
     (line,) = problems(recipe(data={"name": "tfds", "dataset": "tiny", "path": str(tmp_path)}))
     assert "'tiny' is not prepared" in line
     shutil.rmtree(images / "val")

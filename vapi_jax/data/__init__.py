@@ -1,6 +1,6 @@
 """Images and their classes as deterministic, checkpointable batches (grain)."""
 
-from vapi_jax.data.config import DataConfig
+from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.pipeline import (
     class_names,
     fixed_batch,
@@ -9,7 +9,7 @@ from vapi_jax.data.pipeline import (
     num_classes,
 )
 from vapi_jax.data.skipping import SkippedImages
-from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.sources import Source
 
 __all__ = [
     "DataConfig",

@@ -6,11 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.data.images import PILLOW_PIXELS
-from vapi_jax.data.sources import SOURCES
+
+SOURCES = {
+    "photos": "vapi_jax.data.photos:PhotoSource",
+    "image_folder": "vapi_jax.data.folder:FolderSource",
+    "tfds": "vapi_jax.data.tfds_source:TfdsSource",
+    "encoded": "vapi_jax.data.encoded:EncodedSource",
+}
+"""`data.name` -> where its class is; see `vapi_jax.data.sources`."""
 
 SPLITS = ("train", "val", "test")
 CROPS = ("center", "random")
+
+
+class DataError(ExpectedError, ValueError):
+    """Data that cannot be used as configured; the message says what was found and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +56,8 @@ class DataConfig:
         photo_crops_per_class: crops of each photograph in one epoch.
         folder_holdout: image_folder without sub-folders for splits: fraction of every class that is
             kept for val and test, half each.
-        max_unreadable: share of images that may be unreadable. Each is left out, listed, and its
-            place taken by another image of the split; above this share a run stops.
+        max_unreadable: share of the split's images that may be unreadable. Each is left out, listed,
+            and its place taken by another image of the split; where there are more, a run stops.
         max_image_pixels: images with more pixels are not decoded but count as unreadable: a small
             file can hold an image that fills the memory.
         num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.common.progress import Progress
-from vapi_jax.data.config import DataConfig
-from vapi_jax.data.sources import DataError, Encoder, Source
+from vapi_jax.data.config import DataConfig, DataError
+from vapi_jax.data.sources import Encoder, Source
 
 ARRAYS = {"images": np.uint8, "tokens": np.int32, "labels": np.int32}
 FACTS = "encoded.json"

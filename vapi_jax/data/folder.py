@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vapi_jax.data.config import SPLITS, DataConfig
+from vapi_jax.data.config import SPLITS, DataConfig, DataError
 from vapi_jax.data.images import EXTENSIONS
-from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.sources import Source
 from vapi_jax.data.transforms import read_sample
 
 _LAYOUT = (
@@ -36,9 +36,7 @@ def _class_folders(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     except OSError as error:
         raise _refusal(error) from error
     if not names:
-        raise DataError(
-            f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}"
-        )
+        raise DataError(f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}")
     return tuple(folder / name for name in names)
 
 

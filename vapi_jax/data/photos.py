@@ -39,8 +39,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vapi_jax.data.config import DataConfig, check_split
-from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.config import DataConfig, DataError, check_split
+from vapi_jax.data.sources import Source
 from vapi_jax.data.transforms import random_flip, to_array
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded

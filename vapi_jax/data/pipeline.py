@@ -13,9 +13,9 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from vapi_jax.data.config import DataConfig, check_split
+from vapi_jax.data.config import DataConfig, DataError, check_split
 from vapi_jax.data.skipping import Readable, SkippedImages
-from vapi_jax.data.sources import DataError, Encoder, Source, source_class
+from vapi_jax.data.sources import Encoder, Source, source_class
 
 
 def make_source(config: DataConfig, split: str) -> Source:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import DataConfig
+from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.images import UnreadableImage
-from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
 

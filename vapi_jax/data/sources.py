@@ -1,7 +1,8 @@
-"""What a source of images offers, and the table of those that come with the package.
+"""What a source of images offers.
 
-A new source is a class in a file of its own and a line in `SOURCES`. A source of a user's own needs no
-line: `data.name="package.module:Class"` names it, and `data.options` brings what it wants to know.
+A new source is a class in a file of its own and a line in `vapi_jax.data.config.SOURCES`. One of a user's
+own needs no line: `data.name="package.module:Class"` names it, and `data.options` brings what it wants to
+know.
 """
 
 from __future__ import annotations
@@ -9,26 +10,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import pkgutil
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from vapi_jax.common.errors import ExpectedError
-
-if TYPE_CHECKING:
-    from vapi_jax.data.config import DataConfig
-
-SOURCES = {
-    "photos": "vapi_jax.data.photos:PhotoSource",
-    "image_folder": "vapi_jax.data.folder:FolderSource",
-    "tfds": "vapi_jax.data.tfds_source:TfdsSource",
-    "encoded": "vapi_jax.data.encoded:EncodedSource",
-}
-"""`data.name` -> where its class is."""
-
-
-class DataError(ExpectedError, ValueError):
-    """Data that cannot be used as configured; the message says what was found and what to do."""
+from vapi_jax.data.config import SOURCES, DataConfig, DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +36,8 @@ class Source(abc.ABC):
         split: "train", "val" or "test".
 
     Attributes:
+        config, split: as given.
+        options: `data.options` of the recipe.
         class_names: the position of a name is its label in "condition".
         brings_tokens: whether samples have "tokens" int32 [T], and the tokenizer has nothing to do.
         mixed: whether the first n images show as many classes as any n do. Where files or records
@@ -59,12 +47,13 @@ class Source(abc.ABC):
         DataError: there is nothing to read, or not as configured.
     """
 
+    config: DataConfig
     class_names: tuple[str, ...]
     brings_tokens: ClassVar[bool] = False
     mixed: bool = False
 
     def __init__(self, config: DataConfig, split: str) -> None:
-        self.config, self.split = config, split
+        self.config, self.split, self.options = config, split, config.options
 
     @classmethod
     def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:

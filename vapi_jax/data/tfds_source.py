@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import DataConfig
-from vapi_jax.data.sources import DataError, Source
+from vapi_jax.data.config import DataConfig, DataError
+from vapi_jax.data.sources import Source
 from vapi_jax.data.transforms import read_sample
 
 _USUAL_SPLITS = {"train": "train", "val": "validation", "test": "test"}

@@ -1,0 +1,161 @@
+"""Images encoded once: the same pixels and tokens, the same steps, and nothing else taken for them."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, with_random_head
+from vapi_jax.common.folders import FolderExistsError
+from vapi_jax.common.trees import flatten
+from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
+from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.generation.encoding import encode_dataset
+from vapi_jax.methods import make_task
+from vapi_jax.methods.config import ConfigError
+from vapi_jax.parallel.sharding import make_mesh, replicate, shard_batch
+from vapi_jax.rewards.pixels import PixelSpace
+from vapi_jax.training import train
+from vapi_jax.weights.names import WeightsError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    config = make_tiny_config("vapi")
+    out = tmp_path_factory.mktemp("data") / "encoded"
+    assert encode_dataset(make_task(config, make_mesh()), out, 40) == {"train": 40, "val": 8}
+    return config, out
+
+
+def encoded(config, out, **changes):
+    data = dataclasses.replace(config.data, name="encoded", path=str(out), shuffle=False, **changes)
+    return dataclasses.replace(config, data=data)
+
+
+def test_what_is_read_is_what_the_recipe_would_have_seen(made):
+    config, out = made
+    again = encoded(config, out)
+    plain = iter(make_dataset(config.data, "train", BATCH, config.seed))
+    stored = iter(make_dataset(again.data, "train", BATCH, config.seed))
+    task = make_task(config, make_mesh())
+    frozen, encode = train.load_frozen(task), jax.jit(task.pixels.encode)
+    for _ in range(2):
+        want, got = next(plain), next(stored)
+        np.testing.assert_array_equal(got["image"], want["image"])
+        np.testing.assert_array_equal(got["condition"], want["condition"])
+        np.testing.assert_array_equal(got["tokens"], encode(frozen, want["image"]))
+        assert got["tokens"].dtype == np.int32
+    assert class_names(again.data) == class_names(config.data)
+    held_out = fixed_batch(config.data, "val", 8, config.seed)
+    found = fixed_batch(again.data, "val", 8, config.seed)
+    np.testing.assert_array_equal(found["tokens"], encode(frozen, held_out["image"]))
+    for name, value in held_out.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize("kind", ["vapi", "base"])
+def test_held_out_metrics_are_the_same_to_the_bit_and_nothing_is_encoded(made, kind, monkeypatch):
+    config, out = made
+    found = []
+    for one in (config, encoded(config, out)):
+        task = make_task(dataclasses.replace(one, task=kind), make_mesh())
+        params = with_random_head(jax.jit(task.policy.init)(jax.random.key(0)), seed=1)
+        found.append(HeldOut(task, train.load_frozen(task))(replicate(params, task.mesh)))
+        monkeypatch.setattr(PixelSpace, "encode", lambda *_: pytest.fail("encoded again"))
+    assert found[0] == found[1]
+    assert found[0]["ce"] != pytest.approx(np.log(16), rel=1e-3)  # an untrained head is uniform
+
+
+@pytest.mark.slow
+def test_a_step_takes_stored_tokens_for_its_own(made):
+    config, out = made
+    done = []
+    for one in (config, encoded(config, out)):
+        task = make_task(one, make_mesh(devices=jax.devices()[:1]))
+        optimizer = train.make_optimizer(one.optimizer, 2)
+        state, shardings = train.init_state(task, optimizer, 0)
+        batch = next(iter(make_dataset(one.data, "train", BATCH, one.seed)))
+        step = train.make_train_step(task, optimizer, shardings)
+        state, metrics = step(state, train.load_frozen(task), shard_batch(batch, task.mesh))
+        done.append((flatten(jax.device_get(state.params)), jax.device_get(metrics)))
+    (params, metrics), (stored_params, stored_metrics) = done
+    assert metrics.keys() == stored_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(stored_metrics[name], value, rtol=1e-5, err_msg=name)
+    for name, value in params.items():
+        np.testing.assert_allclose(stored_params[name], value, atol=1e-6, err_msg=name)
+
+
+def copy(out, to, split="", **changes):
+    """The encoded images with other facts, of one split or of both."""
+    shutil.copytree(out, to)
+    for path in to.glob(f"{split or '*'}/encoded.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokenizer": 64 * "0"}, "the tokenizer 000000000000 in float32"),
+        ({"tokenizer_dtype": "bfloat16"}, "in bfloat16, and this run has .* in float32"),
+    ],
+)
+def test_tokens_of_another_encoder_are_refused_and_both_are_named(made, tmp_path, changes, named):
+    config, out = made
+    task = make_task(encoded(config, copy(out, tmp_path / "other", **changes)), make_mesh())
+    with pytest.raises(WeightsError, match=f"init.vq=.*tokenizer.dtype='float32'.*{named}"):
+        task.load_frozen()
+
+
+def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):
+    config, _ = made
+    narrow = dataclasses.replace(config.tokenizer, dtype="bfloat16")
+    narrow = dataclasses.replace(config, tokenizer=narrow)
+    encode_dataset(make_task(narrow, make_mesh()), tmp_path / "narrow", 8)
+    make_task(encoded(narrow, tmp_path / "narrow"), make_mesh()).load_frozen()
+    with pytest.raises(WeightsError, match="in bfloat16, and this run has .* in float32"):
+        make_task(encoded(config, tmp_path / "narrow"), make_mesh()).load_frozen()
+
+
+def test_splits_of_two_encoders_are_not_one_data_set(made, tmp_path):
+    config, out = made
+    mixed = copy(out, tmp_path / "mixed", "val", tokenizer_dtype="bfloat16")
+    with pytest.raises(DataError, match="val was encoded with .* in bfloat16, .* in float32"):
+        fixed_batch(encoded(config, mixed).data, "val", 8, 0)
+
+
+def test_what_is_missing_or_does_not_fit_is_named(made, tmp_path):
+    config, out = made
+    with pytest.raises(DataError, match="holds no encoded images.*encode_dataset"):
+        make_dataset(encoded(config, tmp_path).data, "train", 4, 0)
+    with pytest.raises(DataError, match=f"the images in .* have {SIDE} pixels"):
+        make_dataset(encoded(config, out, image_size=2 * SIDE).data, "train", 4, 0)
+    broken = tmp_path / "broken" / "train"
+    broken.mkdir(parents=True)
+    for path in (out / "train").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    np.save(broken / "labels.npy", np.zeros(3, np.int32))
+    with pytest.raises(DataError, match=r"labels\.npy holds int32 \(3,\), .* says 40"):
+        make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
+    (broken / "labels.npy").write_bytes(b"\x80\x04N.")  # a pickle
+    with pytest.raises(DataError, match=r"labels\.npy cannot be read"):
+        make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
+
+
+def test_what_cannot_be_encoded_is_said_before_anything_is_written(made, tmp_path):
+    config, out = made
+    before = sorted(out.rglob("*"))
+    with pytest.raises(FolderExistsError, match=str(out)):
+        encode_dataset(make_task(config, make_mesh()), out)
+    assert sorted(out.rglob("*")) == before
+    for wrong, message in (
+        (encoded(config, out), "data.name='encoded'"),
+        (make_tiny_config("tokenizer", image_size=16), "task='tokenizer'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            encode_dataset(make_task(wrong, make_mesh()), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
