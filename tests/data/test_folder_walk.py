@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.data.test_data_files import write_images
+from tests.helpers.image_folders import write_images
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.training import plan
 from vapi_jax.training.run import run

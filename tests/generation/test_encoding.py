@@ -101,19 +101,19 @@ def copy(out, to, split="", **changes):
     ("changes", "named"),
     [
         ({"tokenizer": 64 * "0"}, "the tokenizer 000000000000 in float32"),
-        ({"tokenizer_dtype": "bfloat16"}, "in bfloat16, and this run has .* in float32"),
+        ({"encoder_dtype": "bfloat16"}, "in bfloat16, and this run has .* in float32"),
     ],
 )
 def test_tokens_of_another_encoder_are_refused_and_both_are_named(made, tmp_path, changes, named):
     config, out = made
     task = make_task(encoded(config, copy(out, tmp_path / "other", **changes)), make_mesh())
-    with pytest.raises(WeightsError, match=f"init.vq=.*tokenizer.dtype='float32'.*{named}"):
+    with pytest.raises(WeightsError, match=f"init.vq=.*tokenizer.encoder_dtype='float32'.*{named}"):
         task.load_frozen()
 
 
 def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):
     config, _ = made
-    narrow = dataclasses.replace(config.tokenizer, dtype="bfloat16")
+    narrow = dataclasses.replace(config.tokenizer, encoder_dtype="bfloat16")
     narrow = dataclasses.replace(config, tokenizer=narrow)
     encode_dataset(make_task(narrow, make_mesh()), tmp_path / "narrow", 8)
     make_task(encoded(narrow, tmp_path / "narrow"), make_mesh()).load_frozen()
@@ -123,7 +123,7 @@ def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):
 
 def test_splits_of_two_encoders_are_not_one_data_set(made, tmp_path):
     config, out = made
-    mixed = copy(out, tmp_path / "mixed", "val", tokenizer_dtype="bfloat16")
+    mixed = copy(out, tmp_path / "mixed", "val", encoder_dtype="bfloat16")
     with pytest.raises(DataError, match="val was encoded with .* in bfloat16, .* in float32"):
         fixed_batch(encoded(config, mixed).data, "val", 8, 0)
 

@@ -74,7 +74,7 @@ def write_encoded(
         "image_size": arrays["images"].shape[1],
         "class_names": class_names,
         "tokenizer": encoder.digest,
-        "tokenizer_dtype": encoder.dtype,
+        "encoder_dtype": encoder.dtype,
     }
     text = json.dumps(facts, indent=2, sort_keys=True)
     (folder / FACTS).write_text(f"{text}\n", encoding="utf-8")
@@ -92,7 +92,7 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
             "class_names": tuple(map(str, facts["class_names"])),
             "count": int(facts["count"]),
             "image_size": int(facts["image_size"]),
-            "encoder": Encoder(str(facts["tokenizer"]), str(facts["tokenizer_dtype"])),
+            "encoder": Encoder(str(facts["tokenizer"]), str(facts["encoder_dtype"])),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -50,7 +50,7 @@ def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
         params = task.load_tokenizer()
         write = partial(
             write_encoded,
-            encoder=Encoder(params_digest(params), config.tokenizer.dtype),
+            encoder=Encoder(params_digest(params), config.tokenizer.encoder_dtype),
             class_names=class_names(config.data),
             more={"data": dataclasses.asdict(config.data), "seed": config.seed},
         )

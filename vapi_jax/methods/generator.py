@@ -105,12 +105,12 @@ class GeneratorTask(Task):
 
         params = load_weights(source, jax.eval_shape(fresh))
         if (made := encoder_of(self.config.data)) is not None:
-            own = Encoder(params_digest(params), self.config.tokenizer.dtype)
+            own = Encoder(params_digest(params), self.config.tokenizer.encoder_dtype)
             if made != own:
                 raise WeightsError(
-                    f"config.init.vq={source.path}, config.tokenizer.dtype={own.dtype!r}: the images "
-                    f"in {self.config.data.path} were encoded with {made}, and this run has {own}. "
-                    "Choose the same, or encode them again"
+                    f"config.init.vq={source.path}, config.tokenizer.encoder_dtype={own.dtype!r}: "
+                    f"the images in {self.config.data.path} were encoded with {made}, and this run "
+                    f"has {own}. Choose the same, or encode them again"
                 )
         return params
 
