@@ -11,6 +11,7 @@ from tests.helpers.jaxprs import largest_intermediate
 from tests.helpers.tiny import BATCH, Machine
 from vapi_jax.bench.hlo import collectives
 from vapi_jax.common.trees import flatten, unflatten
+from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel import fsdp
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 
@@ -72,6 +73,36 @@ def test_gradients_of_shards_are_those_of_the_whole_model(mesh, params):
         assert got[name].sharding.is_equivalent_to(
             NamedSharding(mesh, flatten(specs)[name]), array.ndim
         )
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_gathered_parameter_is_kept_for_the_backward_pass(mesh, remat):
+    sizes = {"dim": 32, "n_layer": LAYERS, "n_head": 2, "block_size": 16, "vocab_size": 64}
+    policy = make_policy("class", **sizes, remat=remat)
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    specs = jax.tree.map(lambda s: s.spec, tree_shardings(shapes, mesh))
+    kept, whole = [], {}
+
+    def local(params, labels, context):
+        variables, shards = fsdp.open_view(params, specs, "float32")
+        whole.update({path: variables[path].shape for path in shards})
+        _, backward = jax.vjp(
+            lambda v: policy.hidden(fsdp.join(v, shards), labels, context), variables
+        )
+        given = {id(leaf) for leaf in variables.values()}  # are there anyhow
+        kept.extend(x.shape for x in jax.tree.leaves(backward) if id(x) not in given)
+        return labels
+
+    batch = P(("data", "fsdp"))
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, batch, batch), out_specs=batch, check_vma=False
+    )
+    jax.eval_shape(
+        run, shapes, jax.ShapeDtypeStruct((8,), "int32"), jax.ShapeDtypeStruct((8, 15), "int32")
+    )
+    assert len(whole) == 5  # wqkv, wo, w1, w2, w3
+    assert (LAYERS, 1, 16, 32) in kept  # the measure measures: every layer's input
+    assert not set(kept) & set(whole.values())
 
 
 # --- the compiled step ----------------------------------------------------------------------------

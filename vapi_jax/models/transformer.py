@@ -322,7 +322,7 @@ def scan_blocks(config: BlockConfig, n_layer: int, remat: str, split: bool = Fal
     if split:
         block = nn.map_variables(Block, "params", trans_in_fn=_assemble)
         if remat == "none":
-            policy = jax.checkpoint_policies.save_anything_except_these_names(fsdp.GATHERED)
+            policy = fsdp.keep_all_but_gathered
     if split or remat != "none":
         block = nn.remat(block, prevent_cse=False, static_argnums=(4,), policy=policy)
     return nn.scan(

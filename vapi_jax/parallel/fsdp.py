@@ -2,10 +2,9 @@
 
 Each device works on its own images with explicit collectives. A layer's parameters are gathered where
 the layer runs (and again in its backward pass) and dropped. Their gradients must not be reduced
-there, or every microbatch would send them: so the parameters are taken as a constant, the gathered
-shard, plus an offset of zeros in their full shape, and it is the offset's gradient that a device
-accumulates over microbatches. One reduce-scatter at the end of the step gives every device the mean of
-its shard.
+there, or every microbatch would send them: so the gathered shard is a constant, and its gradient
+goes to a stand-in of its full shape that nothing reads. That is what a device accumulates over
+microbatches. One reduce-scatter at the end of the step gives every device the mean of its shard.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -24,11 +22,9 @@ from vapi_jax.common.trees import flatten, unflatten
 Tree = Mapping[str, Any]
 
 AXIS, REPLICAS = "fsdp", "data"
-GATHERED = "gathered"
-"""What a remat policy calls a gathered parameter, so that none is kept for the backward pass."""
 
 _LAYERS = "layers/"
-_SHARD, _OFFSET = "shard", "offset"
+_SHARD, _STAND_IN = "shard", "stand_in"
 
 
 def split_axis(spec: PartitionSpec) -> int | None:
@@ -45,7 +41,7 @@ def open_view(params: Tree, specs: Tree, dtype: Any) -> tuple[dict[str, Array], 
       dtype: that the layers compute in: their matrices are sent in it.
 
     Returns:
-      (variables, shards), flat by path. Gradients are taken of the variables: offsets of zeros for the
+      (variables, shards), flat by path. Gradients are taken of the variables: stand-ins for the
       layers' split parameters, which `shards` holds, and everything else as it is, whole.
     """
     layout, variables, shards = flatten(specs), {}, {}
@@ -64,9 +60,9 @@ def open_view(params: Tree, specs: Tree, dtype: Any) -> tuple[dict[str, Array], 
 
 
 def join(variables: Mapping[str, Array], shards: Mapping[str, Array]) -> dict[str, Any]:
-    """The parameter tree for the model; split layers carry shard and offset for `assemble`."""
+    """The parameter tree for the model; split layers carry shard and stand-in for `assemble`."""
     joined = {
-        path: {_SHARD: shards[path], _OFFSET: leaf} if path in shards else leaf
+        path: {_SHARD: shards[path], _STAND_IN: leaf} if path in shards else leaf
         for path, leaf in variables.items()
     }
     return unflatten(joined)
@@ -78,12 +74,12 @@ def is_split(layers: Tree) -> bool:
 
 
 def assemble(layer: Tree) -> dict[str, Any]:
-    """One layer's parameters, whole: gathered from all devices, and differentiable in the offsets."""
-    if layer.keys() == {_SHARD, _OFFSET}:
+    """One layer's parameters, whole: gathered from all devices, and differentiable in the stand-ins."""
+    if layer.keys() == {_SHARD, _STAND_IN}:
         raise TypeError("a single parameter is no tree")
     return {
-        name: _whole(node[_SHARD], node[_OFFSET])
-        if isinstance(node, Mapping) and node.keys() == {_SHARD, _OFFSET}
+        name: _whole(node[_SHARD], node[_STAND_IN])
+        if isinstance(node, Mapping) and node.keys() == {_SHARD, _STAND_IN}
         else assemble(node)
         if isinstance(node, Mapping)
         else node
@@ -91,11 +87,26 @@ def assemble(layer: Tree) -> dict[str, Any]:
     }
 
 
-def _whole(shard: Array, offset: Array) -> Array:
-    axis = next(i for i in range(shard.ndim) if shard.shape[i] != offset.shape[i])
+def _gather(shard: Array, shape: tuple[int, ...]) -> Array:
+    axis = next(i for i in range(shard.ndim) if shard.shape[i] != shape[i])
     with jax.named_scope("gather"):
-        gathered = jax.lax.all_gather(jax.lax.stop_gradient(shard), AXIS, axis=axis, tiled=True)
-    return checkpoint_name(gathered, GATHERED) + offset
+        return jax.lax.all_gather(shard, AXIS, axis=axis, tiled=True)
+
+
+@jax.custom_jvp
+def _whole(shard: Array, stand_in: Array) -> Array:
+    return _gather(shard, stand_in.shape)
+
+
+@_whole.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    shard, stand_in = primals
+    return _gather(shard, stand_in.shape), tangents[1]
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: a layer's backward pass gathers again and recomputes nothing else."""
+    return bool(primitive.name != "all_gather")
 
 
 def reduce_gradients(gradients: Mapping[str, Array], specs: Tree, mesh: Mesh) -> dict[str, Any]:

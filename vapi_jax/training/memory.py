@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from vapi_jax.methods import Task
 from vapi_jax.methods.config import TrainConfig
@@ -99,7 +98,7 @@ def estimate(task: Task, state: train.TrainState, frozen: Mapping[str, Any]) -> 
     if isinstance(task, VAPiTask) and config.vapi.needs_base:
         base = bytes_per_device(state.params, layout.params)
         parts.append(Part("base generator", base, "frozen, for the KL term"))
-    parts.append(_gradients(task, state, layout, mesh))
+    parts.append(_gradients(task, state, layout))
     kept = _kept_for_backward(task, state, frozen, rows)
     parts.append(Part("activations", kept, f"kept of {rows} image(s) for the backward pass"))
     if isinstance(task, GeneratorTask):
@@ -107,20 +106,18 @@ def estimate(task: Task, state: train.TrainState, frozen: Mapping[str, Any]) -> 
     return parts
 
 
-def _gradients(task: Task, state: train.TrainState, layout: Any, mesh: Mesh) -> Part:
+def _gradients(task: Task, state: train.TrainState, layout: Any) -> Part:
     """What `vapi_jax.training.train` holds of them at once.
 
-    Per device: a whole float32 sum over microbatches, one microbatch's in the compute dtype and, where
-    parameters are split, the offsets that they are taken at.
+    Per device: a whole float32 sum over microbatches, and one microbatch's in the compute dtype.
     """
     if not task.independent_images:
         shares = bytes_per_device(state.params, layout.params)
         split = task.config.microbatch_size not in (0, task.config.batch_size)
         return Part("gradients", shares * (2 if split else 1), "in the parameters' layout")
     whole = tree_bytes(state.params)
-    copies = 2 if mesh.shape["fsdp"] > 1 else 1
     narrow = whole // 4 * jnp.dtype(task.compute_dtype).itemsize
-    return Part("gradients", whole + copies * narrow, "a whole sum, and one microbatch's")
+    return Part("gradients", whole + narrow, "a whole sum, and one microbatch's")
 
 
 def _kept_for_backward(
