@@ -1,94 +1,164 @@
-"""Advantages, ratios and losses of GRPO as pure functions."""
+"""Advantages, ratios and losses of GRPO as pure functions, compiled and as they stand."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from jax.test_util import check_grads
 
+from tests.helpers.compare import assert_close
 from vapi_jax.methods import grpo
-from vapi_jax.models import categorical
+
+BOTH = {"with_jit": True, "without_jit": True}
+B, G, T = 2, 3, 4
 
 
-def test_advantages_by_hand():
-    got = grpo.group_advantages(jnp.array([[1.0, 2.0, 3.0, 6.0]]))
-    # mean 3, unbiased variance (4 + 1 + 0 + 9) / 3
-    want = (np.array([[1.0, 2.0, 3.0, 6.0]]) - 3.0) / np.sqrt(14 / 3)
-    chex.assert_trees_all_close(got, jnp.asarray(want, jnp.float32), atol=1e-6)
+def floats(low, high, *shape):
+    return arrays(np.float32, shape, elements=st.floats(low, high, width=32))
 
 
-@given(
-    st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4),
-    st.floats(0.125, 50, width=32),
-    st.floats(-5, 5, width=32),
-)
-@settings(max_examples=60, deadline=None)
-def test_advantages_ignore_shift_and_scale(rewards, scale, shift):
-    rewards = np.array([rewards], np.float32)
-    if rewards.std() < 0.1:
-        return
-    plain = grpo.group_advantages(jnp.asarray(rewards))
-    moved = grpo.group_advantages(jnp.asarray(rewards * scale + shift))
-    chex.assert_trees_all_close(plain, moved, atol=2e-3)
-    assert abs(float(plain.sum())) < 1e-3
+LOGPS = floats(-6, 0, B, G, T)
+ADVANTAGES = floats(-3, 3, B, G)
 
 
-@pytest.mark.parametrize("value", [-0.3, 0.1, 1e6])
-@pytest.mark.parametrize("size", [2, 3, 7, 8])
-def test_equal_rewards_give_exactly_zero(value, size):
-    got = grpo.group_advantages(jnp.full((2, size), value, jnp.float32))
-    assert np.all(np.asarray(got) == 0.0)
+class AdvantagesTest(chex.TestCase):
+    def advantages(self, rewards, **options):
+        rewards = jnp.asarray(rewards, jnp.float32)
+        return self.variant(grpo.group_advantages)(rewards, **options)
+
+    @chex.variants(**BOTH)
+    def test_by_hand(self):
+        got = self.advantages([[1.0, 2.0, 3.0, 6.0]])
+        # mean 3, unbiased variance (4 + 1 + 0 + 9) / 3
+        want = (np.array([[1.0, 2.0, 3.0, 6.0]]) - 3.0) / np.sqrt(14 / 3)
+        chex.assert_trees_all_close(got, np.float32(want), rtol=1e-6)
+        chex.assert_type(got, jnp.float32)
+
+    @chex.variants(**BOTH)
+    @settings(max_examples=60, deadline=None)
+    @given(floats(-10, 10, 1, 4), st.floats(0.125, 50, width=32), st.floats(-5, 5, width=32))
+    def test_shift_and_scale_are_ignored(self, rewards, scale, shift):
+        if rewards.std() < 0.1:
+            return
+        plain, moved = self.advantages(rewards), self.advantages(rewards * scale + shift)
+        # Rounding of the moved rewards, against a spread of at least 0.1 times the scale.
+        largest = np.abs(rewards * scale).max() + abs(shift)
+        within = 1e-6 * (1 + largest / (scale * rewards.std()))
+        assert_close(moved, plain, within, scale=1.0)
+        assert_close(plain.sum(), 0.0, 1e-6, scale=1.0)
+
+    @chex.variants(**BOTH)
+    @parameterized.product(value=(-0.3, 0.1, 1e6), size=(2, 3, 7, 8))
+    def test_equal_rewards_give_exactly_zero(self, value, size):
+        got = self.advantages(np.full((2, size), value))
+        chex.assert_trees_all_equal(got, jnp.zeros((2, size)))
+
+    @chex.variants(**BOTH)
+    @parameterized.parameters(2, 8, 28, 40)
+    def test_they_are_bounded_by_the_group_size(self, size):
+        """(G - 1)/sqrt(G): 2.47 at G = 8; the clip at 5 acts from G = 28 on."""
+        rewards = np.eye(1, size)
+        free = float(self.advantages(rewards, clip=1e9).max())
+        assert free == pytest.approx((size - 1) / np.sqrt(size), rel=1e-6)
+        clipped = self.advantages(rewards)
+        assert (float(clipped.max()) < free) == (free > 5.0)
+        assert float(jnp.abs(clipped).max()) <= 5.0
 
 
-@pytest.mark.parametrize("size", [2, 8, 28, 40])
-def test_advantages_are_bounded_by_group_size(size):
-    """(G - 1)/sqrt(G): 2.47 at G = 8; the clip at 5 acts from G = 28 on."""
-    rewards = jnp.zeros((1, size)).at[0, 0].set(1.0)
-    free = float(grpo.group_advantages(rewards, clip=1e9).max())
-    np.testing.assert_allclose(free, (size - 1) / np.sqrt(size), rtol=1e-5)
-    assert (float(grpo.group_advantages(rewards).max()) < free) == (free > 5.0)
+def plain_surrogate(logps, old, advantages, epsilon, ratio, mask, penalty):
+    """The loss of every sample in float64, one token after the other."""
+    out = np.zeros((B, G))
+    for b, g in np.ndindex(B, G):
+        counted = [t for t in range(T) if mask[b, g, t]] or [0]
+        a = advantages[b, g]
+
+        def worse(rho, a=a):
+            return -min(rho * a, np.clip(rho, 1 - epsilon, 1 + epsilon) * a)
+
+        steps = [float(logps[b, g, t]) - float(old[b, g, t]) for t in counted]
+        if ratio == "token":
+            out[b, g] = np.mean([worse(np.exp(step)) for step in steps])
+        else:
+            out[b, g] = worse(np.exp(sum(steps)))
+        out[b, g] += np.mean([penalty[b, g, t] for t in counted])
+    return out
 
 
-def test_token_log_probs_are_a_softmax():
-    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
-    samples = jax.random.randint(jax.random.key(1), (2, 4, 3), 0, 5)
-    got = categorical.token_log_probs(logits, samples, temperature=0.7)
-    table = jax.nn.log_softmax(logits / 0.7)
-    for b, g, t in np.ndindex(2, 4, 3):
-        np.testing.assert_allclose(got[b, g, t], table[b, t, samples[b, g, t]], atol=1e-6)
+class SurrogateTest(chex.TestCase):
+    def surrogate(self, logps, old, advantages, ratio="token", *more):
+        run = self.variant(grpo.clipped_surrogate, static_argnums=(3, 4))
+        return run(logps, old, advantages, 0.2, ratio, *more)
 
+    @chex.variants(**BOTH)
+    @parameterized.parameters(*grpo.RATIOS)
+    @settings(max_examples=40, deadline=None)
+    @given(
+        logps=LOGPS,
+        old=LOGPS,
+        advantages=ADVANTAGES,
+        mask=arrays(np.bool_, (B, G, T)),
+        penalty=floats(0, 1, B, G, T),
+    )
+    def test_it_is_the_formula(self, ratio, logps, old, advantages, mask, penalty):
+        """Token by token in NumPy; a sample that the mask leaves without tokens keeps its first."""
+        got = self.surrogate(logps, old, advantages, ratio, mask, penalty)
+        chex.assert_shape(got, (B, G))
+        chex.assert_type(got, jnp.float32)
+        want = plain_surrogate(logps, old, advantages, 0.2, ratio, mask, penalty)
+        # An exponential passes the rounding of its exponent on, which is up to 4 · 6 here.
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
-@pytest.mark.parametrize("ratio", grpo.RATIOS)
-def test_on_policy_gradient_is_reinforce(ratio):
-    """At ρ = 1 the surrogate's gradient is -A·∇log π, per token over T or of the whole grid."""
-    logps = -jnp.abs(jax.random.normal(jax.random.key(0), (2, 3, 4)))
-    advantages = jax.random.normal(jax.random.key(1), (2, 3))
+    @chex.variants(**BOTH)
+    @parameterized.parameters(*grpo.RATIOS)
+    def test_on_policy_gradient_is_reinforce(self, ratio):
+        """At ρ = 1 the surrogate's gradient is -A·∇log π, per token over T or of the whole grid."""
+        logps = -jnp.abs(jax.random.normal(jax.random.key(0), (B, G, T)))
+        advantages = jax.random.normal(jax.random.key(1), (B, G))
 
-    def loss(x):
-        old = jax.lax.stop_gradient(x)
-        return grpo.clipped_surrogate(x, old, advantages, ratio=ratio).sum()
+        def loss(x):
+            old = jax.lax.stop_gradient(x)
+            return grpo.clipped_surrogate(x, old, advantages, ratio=ratio).sum()
 
-    scale = 1.0 if ratio == "sequence" else 1 / 4
-    want = jnp.broadcast_to(-advantages[..., None] * scale, logps.shape)
-    chex.assert_trees_all_close(jax.grad(loss)(logps), want, atol=1e-6)
+        scale = 1.0 if ratio == "sequence" else 1 / T
+        want = jnp.broadcast_to(-advantages[..., None] * scale, logps.shape)
+        chex.assert_trees_all_close(self.variant(jax.grad(loss))(logps), want, rtol=1e-6)
 
+    @chex.variants(**BOTH)
+    def test_clip_stops_the_gradient_only_where_it_is_pessimistic(self):
+        old = jnp.zeros((1, 4, 1))
+        logps = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5])).reshape(1, 4, 1)
+        advantages = jnp.array([[1.0, 1.0, -1.0, -1.0]])
+        loss = self.variant(jax.grad(lambda x: grpo.clipped_surrogate(x, old, advantages).sum()))
+        # Too likely already and good: nothing. Unlikely and good, likely and bad: push on.
+        chex.assert_trees_all_close(
+            loss(logps).ravel(), jnp.array([0.0, -0.5, 1.5, 0.0]), rtol=1e-6
+        )
 
-def test_clip_stops_the_gradient_only_where_it_is_pessimistic():
-    old = jnp.zeros((1, 4, 1))
-    logps = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5])).reshape(1, 4, 1)
-    advantages = jnp.array([[1.0, 1.0, -1.0, -1.0]])
-    grad = jax.grad(lambda x: grpo.clipped_surrogate(x, old, advantages).sum())(logps)
-    # Too likely already and good: nothing. Unlikely and good, likely and bad: push on.
-    np.testing.assert_allclose(np.ravel(grad), [0.0, -0.5, 1.5, 0.0], atol=1e-6)
+    @chex.variants(**BOTH)
+    def test_the_ratio_of_a_grid_is_the_product_of_its_tokens(self):
+        logps = jnp.log(jnp.array([[[1.1, 0.9, 1.05]]]))
+        old, advantages = jnp.zeros_like(logps), jnp.ones((1, 1))
+        got = self.surrogate(logps, old, advantages, ratio="sequence")
+        chex.assert_trees_all_close(got, jnp.array([[-1.1 * 0.9 * 1.05]]), rtol=1e-6)
 
+    @chex.variants(**BOTH)
+    @settings(max_examples=25, deadline=None)
+    @given(LOGPS, LOGPS, ADVANTAGES, st.permutations(range(G)))
+    def test_permuting_samples_permutes_losses(self, logps, old, advantages, order):
+        order = np.array(order)
+        plain = self.surrogate(logps, old, advantages)
+        moved = self.surrogate(logps[:, order], old[:, order], advantages[:, order])
+        chex.assert_trees_all_equal(plain[:, order], moved)
 
-def test_sequence_ratio_is_the_product_of_token_ratios():
-    logps = jnp.log(jnp.array([[[1.1, 0.9, 1.05]]]))
-    got = grpo.clipped_surrogate(logps, jnp.zeros_like(logps), jnp.ones((1, 1)), ratio="sequence")
-    np.testing.assert_allclose(got, [[-1.1 * 0.9 * 1.05]], rtol=1e-6)
+    @chex.variants(**BOTH)
+    def test_the_share_of_clipped_ratios(self):
+        got = self.variant(grpo.clip_fraction)(jnp.array([0.79, 0.81, 1.0, 1.19, 1.21]))
+        chex.assert_trees_all_close(got, jnp.float32(2 / 5), rtol=1e-6)
 
 
 def test_surrogate_gradient_by_finite_differences():
@@ -102,39 +172,25 @@ def test_surrogate_gradient_by_finite_differences():
         )  # fmt: skip
 
 
-def test_kl_is_non_negative_and_zero_on_equal():
-    x = -jnp.abs(jax.random.normal(jax.random.key(0), (50,)))
-    y = -jnp.abs(jax.random.normal(jax.random.key(1), (50,)))
-    assert float(grpo.k3_kl(x, y).min()) >= 0.0
-    assert np.all(np.asarray(grpo.k3_kl(x, x)) == 0.0)
+class KLTest(chex.TestCase):
+    @chex.variants(**BOTH)
+    @settings(max_examples=40, deadline=None)
+    @given(LOGPS, LOGPS)
+    def test_it_is_non_negative_and_zero_on_equal(self, logps, base):
+        kl = self.variant(grpo.k3_kl)
+        assert float(kl(logps, base).min()) >= -1e-6  # e^d - d - 1 rounds near d = 0
+        chex.assert_trees_all_equal(kl(logps, logps), jnp.zeros_like(logps))
 
-
-def test_kl_estimates_the_kl():
-    logits = jax.random.normal(jax.random.key(0), (2, 6))
-    p, q = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1])
-    exact = float(jnp.sum(jnp.exp(p) * (p - q)))
-    mean = float(jnp.sum(jnp.exp(p) * grpo.k3_kl(p, q)))
-    np.testing.assert_allclose(mean, exact, rtol=1e-5)
-
-
-def test_entropy_limits():
-    np.testing.assert_allclose(categorical.entropy(jnp.zeros(16)), np.log(16), rtol=1e-6)
-    impossible = jnp.array([0.0, -jnp.inf, 0.0])
-    np.testing.assert_allclose(categorical.entropy(impossible), np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(categorical.entropy(jnp.array([500.0, 0.0])), 0.0, atol=1e-6)
-
-
-def test_permuting_samples_permutes_losses():
-    logps = -jnp.abs(jax.random.normal(jax.random.key(0), (2, 5, 4)))
-    old = logps - 0.1
-    advantages = jax.random.normal(jax.random.key(1), (2, 5))
-    order = jnp.array([3, 1, 4, 0, 2])
-    plain = grpo.clipped_surrogate(logps, old, advantages)
-    moved = grpo.clipped_surrogate(logps[:, order], old[:, order], advantages[:, order])
-    chex.assert_trees_all_close(plain[:, order], moved)
+    @chex.variants(**BOTH)
+    def test_its_mean_is_the_kl(self):
+        logits = jax.random.normal(jax.random.key(0), (2, 6))
+        p, q = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1])
+        exact = jnp.sum(jnp.exp(p) * (p - q))
+        mean = jnp.sum(jnp.exp(p) * self.variant(grpo.k3_kl)(p, q))
+        chex.assert_trees_all_close(mean, exact, rtol=3e-6)
 
 
 def test_unknown_ratio():
     x = jnp.zeros((1, 1, 1))
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(ValueError, match="'image'.*token.*sequence"):
         grpo.clipped_surrogate(x, x, jnp.zeros((1, 1)), ratio="image")

@@ -1,4 +1,4 @@
-"""Group sampling by inverse CDF against the exact distribution."""
+"""Categorical distributions: group sampling by inverse CDF, log-probabilities and entropy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vapi_jax.models.categorical import sample_group
+from tests.helpers.compare import assert_close
+from vapi_jax.models.categorical import entropy, sample_group, token_log_probs
 
 
 def histogram(logits, draws, temperature=1.0, key=0):
@@ -87,3 +88,19 @@ def test_nothing_of_size_batch_group_length_vocabulary():
     memory = compiled.compile().memory_analysis()
     full = batch * group * length * vocab * 4
     assert memory.temp_size_in_bytes < full / 2
+
+
+def test_token_log_probs_are_a_softmax():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    samples = jax.random.randint(jax.random.key(1), (2, 4, 3), 0, 5)
+    got = token_log_probs(logits, samples, temperature=0.7)
+    table = np.asarray(jax.nn.log_softmax(logits / 0.7))
+    b, _, t = np.ogrid[:2, :4, :3]
+    assert_close(got, table[b, t, samples], 1e-6)
+
+
+def test_entropy_limits():
+    """Of even chances, with one of them impossible, and of a certainty."""
+    cases = [([0.0] * 3, np.log(3)), ([0.0, -np.inf, 0.0], np.log(2)), ([500.0, 0.0, -np.inf], 0.0)]
+    logits, want = map(np.array, zip(*cases, strict=True))
+    assert_close(entropy(jnp.asarray(logits, jnp.float32)), want, 1e-6)

@@ -183,11 +183,6 @@ def test_filter_logits():
     assert (np.asarray(tied) > -np.inf).tolist() == [False, True, True, False]
 
 
-def test_entropy():
-    logits = jnp.array([[0.0, 0.0, -jnp.inf], [5.0, -jnp.inf, -jnp.inf]])
-    np.testing.assert_allclose(entropy(logits), [np.log(2), 0.0], atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
