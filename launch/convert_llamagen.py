@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
 
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.paths import local_path
 
 
 def parse() -> argparse.Namespace:
@@ -24,19 +25,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpt", type=Path, metavar="FILE", help="the generator's weights")
-    parser.add_argument("--vq", type=Path, metavar="FILE", help="the tokenizer's weights")
+    parser.add_argument("--gpt", type=local_path, metavar="FILE", help="the generator's weights")
+    parser.add_argument("--vq", type=local_path, metavar="FILE", help="the tokenizer's weights")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="written whole or not at all"
+        "--out", type=local_path, required=True, metavar="DIR", help="written whole or not at all"
     )
     parser.add_argument(
         "--args",
-        type=Path,
+        type=local_path,
         metavar="FILE.json",
         help="LlamaGen's arguments of a generator that is none of the released sizes",
     )
     parser.add_argument(
-        "--vq-args", type=Path, metavar="FILE.json", help="the same for the tokenizer"
+        "--vq-args", type=local_path, metavar="FILE.json", help="the same for the tokenizer"
     )
     parser.add_argument(
         "--image-size",

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
 
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.paths import local_path
 
 
 def parse() -> argparse.Namespace:
@@ -23,8 +24,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors|FILE.pt")
+    parser.add_argument("--ckpt", type=local_path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE.safetensors|FILE.pt")
     parser.add_argument(
         "--part",
         choices=("gpt", "vq"),

@@ -10,10 +10,10 @@ which is checked whenever the demo's weights are loaded.
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
+from vapi_jax.common.paths import local_path
 from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     )
     for kind in ASSETS:
         parser.add_argument(
-            f"--{kind}", type=Path, help=f"workdir of the run that trained the {kind}"
+            f"--{kind}", type=local_path, help=f"workdir of the run that trained the {kind}"
         )
     args = parser.parse_args()
     digests = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}

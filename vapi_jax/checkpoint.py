@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vapi_jax.common.paths import local_path
 from vapi_jax.common.tables import format_table
 from vapi_jax.training.checkpoint.manifest import Manifest, ManifestError, read_manifest
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("inspect", "what is there"), ("verify", "whether it is whole")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("directory", type=Path, metavar="DIR")
+        command.add_argument("directory", type=local_path, metavar="DIR")
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     directory = _checkpoints(options.directory)

@@ -11,6 +11,7 @@ are encoded too.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -28,19 +29,20 @@ def main(argv: list[str]) -> int:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if CONFIG.value is None or OUT.value is None:
+    recipe, out = CONFIG.value, OUT.value
+    if recipe is None or out is None:
         raise app.UsageError("--config and --out are needed; see --help")
     compiler.apply_here()
-    return exit_status(_encode)
+    return exit_status(lambda: _encode(recipe, out))
 
 
-def _encode() -> None:
+def _encode(recipe: Any, out: Path) -> None:
     from vapi_jax.generation.encoding import encode_dataset  # after the flags: --help needs no JAX
     from vapi_jax.methods import make_task
     from vapi_jax.methods.resolve import resolve
     from vapi_jax.training.run import prepare_devices
 
-    config, out = resolve(CONFIG.value), Path(str(OUT.value))
+    config = resolve(recipe)
     counts = encode_dataset(make_task(config, prepare_devices(config)), out, NUM.value)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(

@@ -25,10 +25,10 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.parallel import compiler
 
 if TYPE_CHECKING:
@@ -60,15 +60,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--samples", metavar="PATH", help="images to judge")
-    add("--reference", metavar="PATH", help="images or statistics to judge them against")
+    add("--samples", type=local_text, metavar="PATH", help="images to judge")
+    add(
+        "--reference",
+        type=local_text,
+        metavar="PATH",
+        help="images or statistics to judge them against",
+    )
     add(
         "--features",
         metavar="NAME",
         help="inception, lpips_vgg, lpips_alex, or MODULE:ATTRIBUTE of an Extractor of your own;"
         " default: inception where its weights are named, otherwise lpips_vgg",
     )
-    add("--inception", metavar="FILE", help=f"FID's Inception weights; default: ${ENVIRONMENT}")
+    add(
+        "--inception",
+        type=local_text,
+        metavar="FILE",
+        help=f"FID's Inception weights; default: ${ENVIRONMENT}",
+    )
     add(
         "--any_weights",
         action="store_true",
@@ -95,9 +105,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="reference images at most for precision, recall and KID, drawn at random; all samples are"
         f" used (default: {_PR_IMAGES})",
     )
-    add("--out", metavar="FILE", help="receipt to write (default: beside the samples)")
-    add("--precompute", metavar="FILE", help="write statistics of the reference and stop")
-    add("--verify", metavar="FILE", help="recompute a receipt and compare")
+    add(
+        "--out",
+        type=local_path,
+        metavar="FILE",
+        help="receipt to write (default: beside the samples)",
+    )
+    add(
+        "--precompute",
+        type=local_path,
+        metavar="FILE",
+        help="write statistics of the reference and stop",
+    )
+    add("--verify", type=local_path, metavar="FILE", help="recompute a receipt and compare")
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None}
     modes = given & {"verify", "precompute"}
@@ -121,7 +141,9 @@ def choose_features(args: argparse.Namespace, needed: bool) -> tuple[str, str | 
     from vapi_jax.evaluation.measure import MeasureError
     from vapi_jax.models.inception import FILE_NAME, SHA256
 
-    file = args.inception or os.environ.get(ENVIRONMENT) or None
+    file = args.inception
+    if file is None and (named := os.environ.get(ENVIRONMENT)):
+        file = local_text(named)
     if args.features is not None:
         takes_file = find_extractor(args.features).needs_file
         if (args.inception or args.any_weights) and not takes_file:
@@ -220,7 +242,7 @@ def verify(args: argparse.Namespace) -> int:
     from vapi_jax.evaluation.measure import measure
     from vapi_jax.evaluation.receipt import compare_receipts, read_receipt, show_comparison
 
-    recorded = read_receipt(Path(args.verify))
+    recorded = read_receipt(args.verify)
     comparison = compare_receipts(recorded, measure(settings_of_receipt(recorded, args)))
     print(show_comparison(comparison))
     return 0 if comparison.equal else 1
@@ -232,7 +254,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from vapi_jax.evaluation.receipt import check_writable, free_path, show_receipt, write_receipt
 
     settings = settings_from(args)
-    path = Path(args.out) if args.out else free_path(locate(settings.samples))
+    path = args.out or free_path(locate(settings.samples))
     check_writable(path)
     write_receipt(path, measure(settings))
     print(show_receipt(path))
@@ -243,7 +265,7 @@ def precompute(args: argparse.Namespace) -> int:
     """Writes statistics of the reference."""
     from vapi_jax.evaluation.measure import MeasureError, precompute
 
-    out = Path(args.precompute)
+    out = args.precompute
     if out.suffix != ".npz":
         raise MeasureError(f"--precompute {out}: the name of the file must end in .npz")
     facts = precompute(settings_from(args), out)

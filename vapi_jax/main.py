@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.paths import FOLDER
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.parallel import compiler
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from vapi_jax.methods.config import TrainConfig
 
 flags.adopt_module_key_flags(recipe_flags)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; made if absent")
+_WORKDIR = flags.DEFINE(FOLDER, "workdir", None, "Where the run writes; made if absent")
 _RESUME_WITH_CHANGES = flags.DEFINE_bool(
     "resume_with_changes", False, "Go on from a checkpoint though the configuration has changed"
 )
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if _JSON.value and not _CHECK.value:
         raise app.UsageError("--json is a form of --check")
-    if CONFIG.value is None or (_WORKDIR.value is None and not _CHECK.value):
+    recipe, workdir = CONFIG.value, _WORKDIR.value
+    if recipe is None or (workdir is None and not _CHECK.value):
         raise app.UsageError("--config and --workdir are needed; see --help")
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
     # Orbax tells every rename, and the frames of a failed save that is reported in a sentence.
@@ -61,13 +63,15 @@ def main(argv: list[str]) -> int:
     from vapi_jax.training import plan
     from vapi_jax.training.readiness import require
 
-    if _CHECK.value:
-        return exit_status(lambda: plan.check(CONFIG.value, _WORKDIR.value, as_json=_JSON.value))
+    if workdir is None or _CHECK.value:
+        return exit_status(
+            lambda: plan.check(recipe, workdir and str(workdir), as_json=_JSON.value)
+        )
 
     def train() -> int:
         with distributed.telling():
-            config = require(CONFIG.value)
-        return execute(config, Path(str(_WORKDIR.value)), _RESUME_WITH_CHANGES.value)
+            config = require(recipe)
+        return execute(config, workdir, _RESUME_WITH_CHANGES.value)
 
     def meet() -> int:
         place = find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -8,6 +8,7 @@ size, drawn as for its evaluation in training and the same at every call.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -27,16 +28,17 @@ def main(argv: list[str]) -> int:
     """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if CONFIG.value is None or OUT.value is None:
+    recipe, out = CONFIG.value, OUT.value
+    if recipe is None or out is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    return exit_status(_write)
+    return exit_status(lambda: _write(recipe, out))
 
 
-def _write() -> None:
+def _write(recipe: Any, out: Path) -> None:
     from vapi_jax.data.real_images import write_images  # after the flags: --help needs no JAX
     from vapi_jax.methods.resolve import resolve
 
-    config, out = resolve(CONFIG.value), Path(str(OUT.value))
+    config = resolve(recipe)
     split, num = _SPLIT.value or config.eval.split, NUM.value or config.eval.images
     write_images(config.data, split, num, config.seed, out)
     print(f"{out}: {num} images of {split} at {config.data.image_size} px")

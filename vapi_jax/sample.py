@@ -25,13 +25,13 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.images import to_uint8
+from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.progress import Progress, format_duration
 from vapi_jax.generation.files import (
     FORMATS,
@@ -90,18 +90,23 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="'demo', or the directory of a run or of converted weights")
-    add("--out", required=True, type=Path, metavar="DIR", help="where the images go")
+    add(
+        "--ckpt",
+        type=local_text,
+        required=True,
+        help="'demo', or the directory of a run or of converted weights",
+    )
+    add("--out", required=True, type=local_path, metavar="DIR", help="where the images go")
     add("--num", type=_at_least(1), default=50_000, help="how many (default %(default)s)")
     add("--batch", type=_at_least(1), default=64, help="drawn at once (default %(default)s)")
     add("--seed", type=_at_least(0, 1 << 32), default=0, help="default %(default)s")
     add(
-        "--labels", metavar="RULE",
+        "--labels", type=local_text, metavar="RULE",
         help="'balanced' (0, 1, 2, ... in turn; the default), 'random', a list such as 0,1,5 or of "
         "class names, or a FILE with one a line; lists are repeated as often as needed",
     )  # fmt: skip
     add(
-        "--conditions", type=Path, metavar="FILE",
+        "--conditions", type=local_path, metavar="FILE",
         help="for a text-conditional checkpoint: .npz of features [N, P, W] and mask [N, P], left "
         "padded; sample i takes row i mod N",
     )  # fmt: skip

@@ -16,7 +16,6 @@ holds is told in docs/performance.md, vapi_jax/bench/sampling.py and vapi_jax/be
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -24,6 +23,7 @@ from absl import logging as absl_logging
 
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.errors import ExpectedError, exit_status
+from vapi_jax.common.paths import FOLDER, PATH
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.parallel import compiler
 
@@ -35,15 +35,18 @@ _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps or batches of each kind"
 _PLAIN = flags.DEFINE_bool(
     "plain", False, "Also time the oracle of G sequences an image, taking turns with our step"
 )
-_JSON = flags.DEFINE_string("json", None, "File that receives all figures")
+_JSON = flags.DEFINE(PATH, "json", None, "File that receives all figures")
 _SWEEP = flags.DEFINE_bool(
     "sweep", False, "Vary batch, group and microbatch one at a time instead of phases"
 )
 _VARY = flags.DEFINE_multi_string(
     "vary", [], "OPTION=VALUE,VALUE: time these beside the recipe, one at a time, in one run"
 )
-_DOCS = flags.DEFINE_string(
-    "docs", None, "With --sweep: folder whose performance.md and performance.svg are written"
+_DOCS = flags.DEFINE(
+    FOLDER,
+    "docs",
+    None,
+    "With --sweep: folder whose performance.md and performance.svg are written",
 )
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Compile shapes alone: FLOPs, memory and collectives, nothing is run"
@@ -58,8 +61,8 @@ _CFG = flags.DEFINE_float("cfg", 1.0, "sample: guidance scale; 1 is none")
 _FEATURES = flags.DEFINE_string(
     "features", "inception", "evaluate: inception, vgg, alex, or MODULE:ATTRIBUTE of one's own"
 )
-_INCEPTION = flags.DEFINE_string(
-    "inception", None, "evaluate: file of weights; without one they are random"
+_INCEPTION = flags.DEFINE(
+    PATH, "inception", None, "evaluate: file of weights; without one they are random"
 )
 _VECTORS = flags.DEFINE_integer(
     "vectors", 2048, "evaluate: vectors in each set that distances are taken of", lower_bound=4
@@ -96,6 +99,8 @@ def _check_flags(argv: list[str]) -> None:
         raise app.UsageError("--compile_only runs no steps to compare: leave it out")
     if _COMPILE_ONLY.value and _PLAIN.value:
         raise app.UsageError("--plain times steps and --compile_only runs none: choose one")
+    if _JSON.value is not None and not _JSON.value.absolute().parent.is_dir():
+        raise app.UsageError(f"--json={_JSON.value}: there is no folder {_JSON.value.parent}")
     if _DOCS.value is not None and not _SWEEP.value:
         raise app.UsageError("--docs writes the table of a sweep: add --sweep")
 
@@ -121,7 +126,7 @@ def _run() -> None:
     result = _measure(config, run.prepare_devices(config))
     if _JSON.value is not None:
         text = json.dumps(result, indent=2, allow_nan=False, default=str)
-        Path(_JSON.value).write_text(f"{text}\n", encoding="utf-8")
+        _JSON.value.write_text(f"{text}\n", encoding="utf-8")
     if wrong := problem(result):
         raise ExpectedError(wrong)
 
@@ -152,7 +157,7 @@ def _measure(config: Any, mesh: Any) -> dict[str, Any]:
         result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value, recipe, _VARY.value)
         print_table(sweep.table(result), sweep.HEADERS)
         if _DOCS.value is not None:
-            for path in sweep.write_docs(result, Path(_DOCS.value)):
+            for path in sweep.write_docs(result, _DOCS.value):
                 print(f"wrote {path}")
         return result
     if _COMPILE_ONLY.value:

@@ -2,7 +2,9 @@
 
 from absl import flags
 
-OUT = flags.DEFINE_string("out", None, "The directory to write; must not exist")
+from vapi_jax.common.paths import FOLDER
+
+OUT = flags.DEFINE(FOLDER, "out", None, "The directory to write; must not exist")
 NUM = flags.DEFINE_integer(
     "num", 0, "How many images; 0 for as many as the recipe takes", lower_bound=0
 )

@@ -9,6 +9,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.paths import local_text
 
 SECTIONS = (
     "mesh", "data", "tokenizer", "tokenizer_training", "policy", "vapi", "reward", "optimizer",
@@ -23,7 +24,7 @@ class _RecipeParser(flags.ArgumentParser):
         self._loader = loader
 
     def parse(self, path: str) -> ConfigDict:
-        recipe = self._loader.parse(path)
+        recipe = self._loader.parse(local_text(path))
         if not isinstance(recipe, ConfigDict):  # ml_collections keeps a failure to load for later
             raise ValueError(f"no recipe can be read from {path.partition(':')[0]}")
         for section in SECTIONS:

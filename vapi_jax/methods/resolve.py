@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vapi_jax.common.paths import PathError, local_text
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.config_checks import TASKS, Errors, broken_limit, check_together
 from vapi_jax.methods.vapi import PRESETS
@@ -54,6 +55,9 @@ def examine(config: ConfigDict | Mapping[str, Any]) -> tuple[TrainConfig, Errors
     check_together(resolved, errors)
     return resolved, errors
 
+
+PATHS = ("data.path", "init.gpt", "init.vq", "init.perceptual", "init.discriminator")
+"""Options that name files or folders."""
 
 _STAND_INS = {"name": "unnamed", "task": TASKS[0]}  # for the two options without a default
 
@@ -111,12 +115,25 @@ def _keep(
     """Adds an option's value under its name, if it is of the right type and within its limits."""
     before = len(errors)
     value = _coerce(value, hint, path, errors)
+    if len(errors) == before and path in PATHS:
+        value = _local(value, path, errors)
     if len(errors) == before:
         broken = broken_limit(path, value)
         if broken is None:
             kept[name] = value
         else:
             errors.append(broken)
+
+
+def _local(value: Any, path: str, errors: list[str]) -> Any:
+    """A path, or each of several, with `~` expanded; "" names none."""
+    if isinstance(value, tuple):
+        return tuple(_local(part, path, errors) for part in value)
+    try:
+        return local_text(value) if value else value
+    except PathError as error:
+        errors.append(f"{path}={error}")
+        return value
 
 
 def _nearest(name: str, known: Iterable[str], where: str) -> str:

@@ -1,0 +1,142 @@
+"""Every option that is a path: a bucket is refused by name, and `~` is the user's home."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands
+from tests.helpers.paths import CONFIGS, ROOT
+from vapi_jax.common.paths import PathError, is_local, local_folder, local_path
+from vapi_jax.methods.resolve import PATHS, examine
+
+RECIPE = f"--config={CONFIGS / 'demo_base.py'}:tiny"
+BUCKET = "gs://bucket/run"
+
+# Command -> (what else it must be given, its options that are paths).
+DOORS = {
+    "main": ([RECIPE], ["--workdir"]),
+    "sample": (["--ckpt=demo", "--out=out"], ["--ckpt", "--out", "--labels", "--conditions"]),
+    "evaluate": (
+        ["--samples=s", "--reference=r"],
+        ["--samples", "--reference", "--inception", "--out"],
+    ),
+    "evaluate --precompute": (["--reference=r"], ["--precompute"]),
+    "evaluate --verify": ([], ["--verify"]),
+    "encode_dataset": ([RECIPE], ["--out"]),
+    "real_images": ([RECIPE], ["--out"]),
+    "checkpoint inspect": ([], [""]),
+    "checkpoint verify": ([], [""]),
+    "bench": ([RECIPE], ["--json"]),
+    "bench --sweep": ([RECIPE], ["--docs"]),
+    "bench --mode": (["--mode=evaluate", RECIPE], ["--inception"]),
+    "launch/convert_llamagen.py": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args"]),
+    "launch/export_llamagen.py": (["--ckpt=c", "--out=o.pt"], ["--ckpt", "--out"]),
+    "launch/ship_demo.py": ([], ["--tokenizer", "--policy"]),
+}
+CASES = [(door, option) for door, (_, options) in DOORS.items() for option in options]
+
+
+def run(door, *arguments, **more):
+    if door.startswith("launch/"):
+        return commands.python(ROOT / door, *arguments, **more)
+    name, *sub = [part for part in door.split() if not part.startswith("--")]
+    return commands.module(name, *sub, *arguments, **more)
+
+
+@pytest.mark.parametrize("door, option", CASES)
+def test_a_bucket_is_refused_by_name_and_nothing_is_made(door, option, tmp_path):
+    given = f"{option}={BUCKET}" if option else BUCKET
+    done = run(door, *DOORS[door][0], given, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    told = done.stdout + done.stderr
+    assert (option or "DIR").lstrip("-") in told
+    assert BUCKET in told
+    assert re.search("mount .* copy", " ".join(told.split()))
+    assert "Traceback" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("door", sorted({door.split()[0] for door in DOORS}))
+def test_no_option_that_takes_a_file_or_folder_is_forgotten(door):
+    """By what --help says: metavariables of argparse, words of absl's sentences."""
+    shown = run(door, *(["inspect"] if door == "checkpoint" else []), "--help").stdout
+    takes = re.findall(r"^ +(--[\w-]+) (?:DIR|FILE|PATH)\b", shown, re.M)
+    takes += re.findall(r"^ +(--\w+): .*\b(?:directory|file|folder|writes)\b", shown, re.M | re.I)
+    assert set(takes) <= {option for name, option in CASES if name.split()[0] == door}
+
+
+@pytest.mark.parametrize("option", PATHS)
+def test_a_bucket_in_a_recipe_is_refused_with_all_else_that_is_wrong(option):
+    section, name = option.split(".")
+    value = (BUCKET, "b.pth") if name == "perceptual" else BUCKET
+    _, errors = examine({"name": "x", "task": "base", "steps": 0, section: {name: value}})
+    assert any(line.startswith(f"{option}=") and BUCKET in line for line in errors)
+    assert any(line.startswith("steps=") for line in errors)
+
+
+def test_a_bucket_in_a_recipe_reaches_the_user_with_the_name_of_the_option(tmp_path):
+    done = commands.module("main", RECIPE, "--check", f"--config.data.path={BUCKET}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"config.data.path='{BUCKET}'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_home_is_expanded_where_files_are_written_and_read(tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    env = commands.environment(HOME=str(home))
+    (home / "recipe.py").write_bytes((CONFIGS / "demo_tokenizer.py").read_bytes())
+    done = commands.module(
+        "real_images", "--config=~/recipe.py:tiny", "--num=2", "--out=~/real",
+        cwd=here, env=env, check=True,
+    )  # fmt: skip
+    assert sorted(path.name for path in (home / "real").iterdir()) == ["000000.png", "000001.png"]
+    assert str(home / "real") in done.stdout
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", PATHS)
+def test_home_is_expanded_in_a_recipe(option, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    section, name = option.split(".")
+    several = name == "perceptual"
+    value = ("~/a", "~/b") if several else "~/a"
+    config, _ = examine({"name": "x", "task": "base", section: {name: value}})
+    found = getattr(getattr(config, section), name)
+    assert found == (("/somewhere/a", "/somewhere/b") if several else "/somewhere/a")
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://b/a", "s3://b", "gs:/b/a", "hdfs://h/a", "file:///a", "az://c/a"]
+)
+def test_what_has_a_scheme_is_no_path_here(text):
+    assert not is_local(text)
+    assert not is_local(Path(text))
+    with pytest.raises(PathError, match="mount"):
+        local_path(text)
+
+
+@pytest.mark.parametrize("text", ["a", "./a:b", "/a/gs:/b", "runs/12:30", "c:/a", "a b/c", "demo"])
+def test_what_has_none_stays_as_it_is(text):
+    assert local_path(text) == Path(text)
+
+
+def test_an_empty_text_and_the_home_of_nobody_are_refused():
+    with pytest.raises(PathError, match="empty"):
+        local_path("")
+    with pytest.raises(PathError, match="~nobody_of_this_name"):
+        local_path("~nobody_of_this_name/a")
+
+
+def test_a_folder_below_or_in_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(PathError, match="is a file"):
+            local_folder(path)
+    assert local_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
