@@ -12,9 +12,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from tests.helpers.golden import Golden
 from tests.helpers.paths import GOLDEN
+
+# The same examples every time, however long they take.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 
 def pytest_configure(config):

@@ -125,7 +125,7 @@ def test_files_that_are_no_npz_are_named(tmp_path):
         read(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
 def test_damage_anywhere_is_noticed_or_harmless(tmp_path_factory, position, value, cut):
     array = np.arange(600, dtype=np.uint8).reshape(50, 12)

@@ -300,7 +300,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_whole(kind, options):
     assert refused > 200
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from([kind for kind in KINDS if kind[0] != "TIFF"]),
     damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20),

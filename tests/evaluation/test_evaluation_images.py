@@ -211,7 +211,7 @@ def test_a_file_that_changes_in_between_is_noticed(tmp_path):
         list(found.batches(2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), png=st.booleans())
 def test_damage_is_named_or_harmless(tmp_path_factory, position, value, png):
     base, array = tmp_path_factory.getbasetemp() / "damage", pixels(2, 8, 8)

@@ -45,7 +45,7 @@ def test_equals_the_definition(k, counts):
     assert 0 < found.precision < 1 or counts[1] == 6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=24, max_size=24))
 def test_duplicates_and_ties_on_a_grid_are_decided_as_by_the_definition(points):
     # Small integers: every distance is exact in float32 as well, so ties have one right answer.

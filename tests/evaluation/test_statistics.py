@@ -54,7 +54,7 @@ def test_literal_values():
     assert found.covariance().tolist() == [[2.0, 4.0], [4.0, 8.0]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(0, 50), max_size=8), merged=st.booleans(), block=st.integers(1, 60)
 )

@@ -44,7 +44,7 @@ class CorruptionTest(chex.TestCase):
             assert stats.chisquare(np.delete(counts, token)).pvalue > 1e-4
 
     @chex.variants(with_jit=True, without_jit=True)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         st.integers(0, 2**31),
         st.sampled_from([2, 3, 16384]),
@@ -65,7 +65,7 @@ class CorruptionTest(chex.TestCase):
         chex.assert_trees_all_equal(high[changed], low[changed])
 
     @chex.variants(with_jit=True, without_jit=True)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.integers(0, 2**31), st.sampled_from([2, 5, 16384]))
     def test_no_noise_is_the_identity_and_all_noise_leaves_no_true_token(self, seed, codes):
         tokens = draw_tokens(seed, codes)

@@ -40,7 +40,7 @@ class AdvantagesTest(chex.TestCase):
         chex.assert_type(got, jnp.float32)
 
     @chex.variants(**BOTH)
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(floats(-10, 10, 1, 4), st.floats(0.125, 50, width=32), st.floats(-5, 5, width=32))
     def test_shift_and_scale_are_ignored(self, rewards, scale, shift):
         if rewards.std() < 0.1:
@@ -96,7 +96,7 @@ class SurrogateTest(chex.TestCase):
 
     @chex.variants(**BOTH)
     @parameterized.parameters(*grpo.RATIOS)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         logps=LOGPS,
         old=LOGPS,
@@ -147,7 +147,7 @@ class SurrogateTest(chex.TestCase):
         chex.assert_trees_all_close(got, jnp.array([[-1.1 * 0.9 * 1.05]]), rtol=1e-6)
 
     @chex.variants(**BOTH)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(LOGPS, LOGPS, ADVANTAGES, st.permutations(range(G)))
     def test_permuting_samples_permutes_losses(self, logps, old, advantages, order):
         order = np.array(order)
@@ -174,7 +174,7 @@ def test_surrogate_gradient_by_finite_differences():
 
 class KLTest(chex.TestCase):
     @chex.variants(**BOTH)
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(LOGPS, LOGPS)
     def test_it_is_non_negative_and_zero_on_equal(self, logps, base):
         kl = self.variant(grpo.k3_kl)

@@ -26,7 +26,7 @@ TARGET = floats(-1, 1, B, 1, SIDE, SIDE, 3)
 
 class PixelsTest(chex.TestCase):
     @chex.variants(**BOTH)
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(SAMPLES, TARGET)
     def test_mse_and_l1_are_those_of_numpy(self, samples, target):
         mse, l1 = self.variant(terms.mse, static_argnums=2), self.variant(terms.l1)
@@ -42,7 +42,7 @@ class PixelsTest(chex.TestCase):
             np.testing.assert_allclose(got, want, rtol=4e-6, atol=1e-12)
 
     @chex.variants(**BOTH)
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(TARGET)
     def test_both_vanish_on_the_image_itself_alone(self, target):
         group = np.repeat(target, G, axis=1)
@@ -65,7 +65,7 @@ class PixelsTest(chex.TestCase):
 
 class CodesTest(chex.TestCase):
     @chex.variants(**BOTH)
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         floats(-1, 1, B, G, TOKENS, WIDTH),
         floats(-4, 4, B, 1, TOKENS, WIDTH),

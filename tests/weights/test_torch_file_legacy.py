@@ -111,7 +111,7 @@ def test_storages_lie_in_the_order_of_the_list_not_of_the_object(tmp_path):
         np.testing.assert_array_equal(first.read(), SIX.reshape(2, 3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_every_strided_view_reads_as_torch_reads_it(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "view_legacy.pt"
@@ -317,7 +317,7 @@ def test_an_altered_byte_changes_numbers_alone_or_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3))
 def test_an_altered_file_is_read_within_its_bounds_or_refused(changes, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered_legacy.pt"
@@ -336,7 +336,7 @@ def test_an_altered_file_is_read_within_its_bounds_or_refused(changes, tmp_path_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=100), st.booleans())
 def test_arbitrary_bytes_behind_a_good_beginning_are_refused(tmp_path_factory, data, machine):
     path = tmp_path_factory.getbasetemp() / "noise_legacy.pt"

@@ -255,7 +255,7 @@ def test_small_streams_cannot_become_large_or_slow(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=4)), max_size=3))
 def test_an_altered_pickle_with_a_right_checksum_is_read_or_refused(changes, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "altered.pt"
@@ -277,7 +277,7 @@ def test_an_altered_pickle_with_a_right_checksum_is_read_or_refused(changes, tmp
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pickletools")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60))
 def test_arbitrary_pickles_are_read_or_refused(tmp_path_factory, stream):
     path = tmp_path_factory.getbasetemp() / "stream.pt"

@@ -69,7 +69,7 @@ def test_reads_later_pickle_protocols(layout, protocol, zipped, tmp_path):
         assert_same(file.value, torch.load(path, weights_only=False))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_strided_view_reads_as_torch_reads_it(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "view.pt"

@@ -306,7 +306,7 @@ def assert_round_trip(got, want):
         assert type(got) is type(want) and got == want
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(VALUES)
 def test_whatever_is_written_is_read_back(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "round.pt"
@@ -315,7 +315,7 @@ def test_whatever_is_written_is_read_back(tmp_path_factory, value):
         assert_round_trip(file.value, value)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(SCALARS | ARRAYS, max_size=5))
 def test_whatever_is_written_torch_reads(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "torch.pt"
