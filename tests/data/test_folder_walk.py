@@ -41,6 +41,5 @@ def test_a_check_and_a_run_list_every_folder_once(tmp_path, listed, splits):
     )
     assert plan.check(dataclasses.asdict(config), str(tmp_path / "run")) == 0
     run(config, tmp_path / "run")
-    counts = {path: n for path, n in listed.items() if path.startswith(f"{tmp_path}/data/")}
-    print(counts)
-    assert len(counts) >= 3 * len(splits) and set(counts.values()) == {1}
+    counts = {path: n for path, n in listed.items() if path.startswith(f"{tmp_path}/data")}
+    assert len(counts) >= 4 * len(splits) and set(counts.values()) == {1}
