@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "name": "bench_cpu",
-            "task": "vapi",
+            "method": "vapi",
             "preset": "paper",
             "seed": 0,
             "steps": 20,

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "name": "c2i_demo",
-            "task": "vapi",
+            "method": "vapi",
             "preset": "paper",
             "seed": 2,
             "steps": 100,

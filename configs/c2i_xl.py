@@ -19,8 +19,6 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe of c2i_xxl with the smaller generator."""
     if variant not in ("", "tiny"):
         raise ValueError(f"configs/c2i_xl.py:{variant}: known variants are '' and 'tiny'")
-    if variant not in ("", "tiny"):
-        raise ValueError(f"configs/c2i_xl.py:{variant}: known variants are '' and 'tiny'")
     config = load_recipe(__file__, "c2i_xxl").get_config(variant)
     config.name = "c2i_xl"
     if variant != "tiny":

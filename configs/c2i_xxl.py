@@ -22,13 +22,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "name": "c2i_xxl",
-            "task": "vapi",
+            "method": "vapi",
             "preset": "paper",
             "seed": 0,
             "steps": 100,
             "batch_size": 128,
             "microbatch_size": 32,
-            "decode_chunk": 1,
             "mesh": {"data": 1, "fsdp": -1},
             "data": {
                 "name": "tfds",
@@ -58,7 +57,10 @@ def get_config(variant: str = "") -> ConfigDict:
                 "clip_epsilon": 0.2,
                 "advantage_clip": 5.0,
             },
-            "reward": {"mse": 1.0, "lpips": 1.0},
+            "rewards": (
+                {"name": "mse"},
+                {"name": "lpips", "options": {"dtype": "bfloat16"}},
+            ),
             "optimizer": {
                 "learning_rate": 1e-6,
                 "weight_decay": 1e-4,

@@ -1,4 +1,4 @@
-"""The demo's base generator: next-token prediction on crops of bundled photographs (task "base").
+"""The demo's base generator: next-token prediction on crops of bundled photographs (method "base").
 
     python -m vapi_jax.main --config=configs/demo_base.py --workdir=/tmp/demo_base \\
         --config.init.vq=/tmp/demo_tokenizer/weights/tokenizer.safetensors
@@ -25,12 +25,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "name": "demo_base",
-            "task": "base",
+            "method": "base",
             "seed": 1,
             "steps": 4000,
             "batch_size": 32,
             "log_every": 10,
-            "label_dropout": 0.1,
+            "base": {"label_dropout": 0.1},
             "data": {"name": "photos", "image_size": 32},
             "tokenizer": load_recipe(__file__, "demo_tokenizer").tokenizer(),
             "policy": policy(),

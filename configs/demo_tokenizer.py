@@ -1,4 +1,4 @@
-"""The demo's tokenizer, trained from scratch on crops of bundled photographs (task "tokenizer").
+"""The demo's tokenizer, trained from scratch on crops of bundled photographs (method "tokenizer").
 
     python -m vapi_jax.main --config=configs/demo_tokenizer.py --workdir=/tmp/demo_tokenizer
 
@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "name": "demo_tokenizer",
-            "task": "tokenizer",
+            "method": "tokenizer",
             "seed": 0,
             "steps": 3000,
             "batch_size": 16,

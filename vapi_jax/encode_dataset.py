@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
 
 def _encode(recipe: Any, out: Path) -> None:
     from vapi_jax.generation.encoding import encode_dataset  # after the flags: --help needs no JAX
-    from vapi_jax.methods import make_task
+    from vapi_jax.methods import make_method
     from vapi_jax.methods.resolve import resolve
     from vapi_jax.training.run import prepare_devices
 
     config = resolve(recipe)
-    counts = encode_dataset(make_task(config, prepare_devices(config)), out, NUM.value)
+    counts = encode_dataset(make_method(config, prepare_devices(config)), out, NUM.value)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(
         f"{out}: {told} images. Use them with --config.data.name=encoded --config.data.path={out} "

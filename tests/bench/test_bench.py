@@ -89,7 +89,7 @@ def test_a_recipe_without_weights_gets_random_ones_and_says_so(tiny_rig):
 def test_data_that_is_not_here_is_replaced_and_the_reason_said():
     config = tiny(data={"name": "image_folder", "path": "/nowhere/at/all"},
                   policy={"num_classes": 7})  # fmt: skip
-    task = rig.VAPiTask(config, one_device())
+    task = rig.VAPi(config, one_device())
     batch, note = rig._first_batch(task)
     assert note.startswith("random images and labels; the recipe's data: ")
     assert "/nowhere/at/all" in note
@@ -116,7 +116,7 @@ def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_rig):
 
 @pytest.mark.parametrize("build", [rig.build, rig.abstract])
 def test_other_tasks_are_refused(build):
-    with pytest.raises(ConfigError, match="'base': the benchmark times task 'vapi'"):
+    with pytest.raises(ConfigError, match="'base': the benchmark times method 'vapi'"):
         build(make_tiny_config("base"), one_device())
 
 
@@ -347,7 +347,7 @@ def test_a_sweep_changes_one_thing_at_a_time():
     config = tiny(microbatch_size=8, vapi={"group_size": 8})
     found = sweep.points(config, devices=4)
     assert found[0] == ("recipe", config)
-    sizes = [(axis, c.batch_size, c.vapi.group_size, c.microbatch_size) for axis, c in found[1:]]
+    sizes = [(axis, c.batch_size, c.options.group_size, c.microbatch_size) for axis, c in found[1:]]
     assert sizes == [
         ("batch", 4, 8, 0),
         ("batch", 8, 8, 0),
@@ -367,7 +367,7 @@ def test_a_sweep_leaves_out_batches_that_do_not_split_over_the_devices():
 
 
 RECIPE = {
-    "name": "r", "task": "vapi", "batch_size": 16, "data": {"image_size": 32},
+    "name": "r", "method": "vapi", "batch_size": 16, "data": {"image_size": 32},
     "policy": {"kind": "class", "dim": 32, "n_layer": 2, "n_head": 4},
 }  # fmt: skip
 
@@ -526,7 +526,7 @@ CPU = "--config=configs/bench_cpu.py"
         ((CPU, "--steps=0"), "flag --steps=0"),
         ((CPU, "more"), "unexpected arguments: more"),
         ((CPU, "--config.vappi.x=1"), "no section of the configuration"),
-        (("--config=configs/demo_base.py",), "error: config.task='base'"),
+        (("--config=configs/demo_base.py",), "error: config.method='base'"),
         ((CPU, "--plain", "--config.vapi.fused=False"), "leave --plain out"),
         ((CPU, "--sweep", "--config.preset=reference"), "a sweep varies the fused step"),
         ((CPU, "--config.vapi.group_siz=1"), "did you mean vapi.group_size?"),
@@ -544,7 +544,7 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(arguments, message):
 def test_compiling_alone_tells_what_eight_devices_would_send(tmp_path):
     done = commands.module("bench",
         "--config=configs/bench_cpu.py:tiny", "--compile_only", f"--json={tmp_path / 'x.json'}",
-        "--config.policy.dtype=bfloat16", "--config.policy.remat=full", "--config.reward.lpips=0.0",
+        "--config.policy.dtype=bfloat16", "--config.policy.remat=full", "--config.rewards=mse",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"all-gather of .*\d MB", done.stdout)

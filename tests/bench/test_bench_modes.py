@@ -174,7 +174,7 @@ def test_weights_that_are_named_are_taken_and_absent_ones_replaced():
 
 
 def test_a_recipe_without_a_generator_is_refused():
-    with pytest.raises(ConfigError, match="config.task='tokenizer' trains no generator"):
+    with pytest.raises(ConfigError, match="config.method='tokenizer' trains no generator"):
         sampling.build(make_tiny_config("tokenizer", 16), one_device())
 
 

@@ -18,11 +18,12 @@ from vapi_jax.bench.flops import (
     step_flops,
 )
 from vapi_jax.bench.hlo_flops import matmul_flops
-from vapi_jax.methods.resolve import resolve
+from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.models import lpips
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQ_PRESETS, VQConfig, VQModel
 from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.rewards import RewardSpec
 from vapi_jax.training import train
 
 VQ16 = VQ_PRESETS["VQ-16"]
@@ -32,7 +33,7 @@ def recipe(kind, size, side):
     """128 images of 8 samples, and the generator; what the images are conditioned on is not read."""
     config = {
         "name": "counted",
-        "task": "vapi",
+        "method": "vapi",
         "batch_size": 128,
         "data": {"image_size": side},
         "policy": {"kind": "class", "size": size},
@@ -114,15 +115,14 @@ def test_the_plain_step_is_the_reference_without_its_waste(xxl):
 def test_the_configuration_says_which_way(xxl):
     config, policy = xxl
     assert step_flops(config, policy) == step_flops(config, policy, "fused")
-    vapi = dataclasses.replace(config.vapi, fused=False, monitor_kl=True)
-    plain = step_flops(dataclasses.replace(config, vapi=vapi), policy)
+    plain = step_flops(changed(config, fused=False, monitor_kl=True), policy)
     assert plain.base == 128 * policy_flops(policy).total
     assert plain.forward == 8 * 128 * policy_flops(policy).total
 
 
 def test_what_a_recipe_leaves_out_costs_nothing(xxl):
     config, policy = xxl
-    no_lpips = dataclasses.replace(config, reward=dataclasses.replace(config.reward, lpips=0.0))
+    no_lpips = dataclasses.replace(config, rewards=(RewardSpec("mse"),))
     assert step_flops(no_lpips, policy).lpips == 0.0
     encoded = dataclasses.replace(config, data=dataclasses.replace(config.data, name="encoded"))
     assert step_flops(encoded, policy).encode == 0.0
@@ -131,7 +131,7 @@ def test_what_a_recipe_leaves_out_costs_nothing(xxl):
 
 def test_the_policy_part_does_not_grow_with_the_group(xxl):
     config, policy = xxl
-    wide = dataclasses.replace(config, vapi=dataclasses.replace(config.vapi, group_size=32))
+    wide = changed(config, group_size=32)
     small, large = step_flops(config, policy), step_flops(wide, policy)
     assert (small.forward, small.backward) == (large.forward, large.backward)
     assert large.decode == 4 * small.decode

@@ -11,9 +11,11 @@ from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.methods.vapi import VAPiConfig
+from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.vq import VQ_PRESETS
+from vapi_jax.rewards import make_terms
+from vapi_jax.rewards.reconstruction import LPIPS, MSE
 from vapi_jax.training.logging import read_history
 from vapi_jax.training.run import run
 from vapi_jax.weights.store import load_safetensors
@@ -63,7 +65,7 @@ def test_an_unknown_variant_is_named(name):
 
 # Table 7 of the paper, class-conditional column, and its sections 5.1 and B.
 def check_table_7(config):
-    assert config.task == "vapi"
+    assert config.method == "vapi"
     assert config.preset == "paper"
     assert (config.steps, config.batch_size) == (100, 128)
     optimizer = config.optimizer
@@ -71,7 +73,7 @@ def check_table_7(config):
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert optimizer.max_grad_norm == 1.0
     assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
-    assert config.vapi == VAPiConfig(
+    assert config.options == VAPiOptions(
         group_size=8,
         noise_rate=0.0,
         ce_weight=0.1,
@@ -83,9 +85,9 @@ def check_table_7(config):
         kl_weight=0.0,
         fused=True,
     )
-    assert (config.reward.mse, config.reward.lpips) == (1.0, 1.0)
-    assert config.reward.used() == ("mse", "lpips")
-    assert config.perceptual_net == "vgg"
+    terms = make_terms(config.rewards)
+    assert [(term.weight, type(term.reward)) for term in terms] == [(1.0, MSE), (1.0, LPIPS)]
+    assert terms[1].reward.net == "vgg"
     assert (config.data.name, config.data.dataset) == ("tfds", "imagenet2012")
     assert config.data.image_size == 384
     assert config.data.image_size // config.tokenizer.downsample_factor == 24
@@ -113,7 +115,7 @@ def test_the_paper_recipes_are_table_7(name, size):
 def test_the_reference_preset_is_one_flag_away():
     recipe = load("c2i_xxl")
     recipe.preset = "reference"
-    method = resolve(recipe).vapi
+    method = resolve(recipe).options
     assert (method.corruption, method.fused, method.update_dropout) == ("full", False, True)
     assert (method.group_size, method.ce_weight) == (8, 0.1)
 
@@ -133,7 +135,7 @@ def test_the_demo_and_its_ingredients_have_one_shape():
 
 # --- end to end -----------------------------------------------------------------------------------
 
-SUMMARY = {"task", "name", "config", "devices", "versions", "steps", "seconds", "held_out"}
+SUMMARY = {"method", "name", "config", "devices", "versions", "steps", "seconds", "held_out"}
 ESTIMATE = {"mean", "sd", "n"}
 
 

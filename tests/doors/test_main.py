@@ -114,7 +114,7 @@ def test_check_has_the_resolved_options_as_json_overrides_included():
         "--config.data.flip=false",
         "--config.mesh.fsdp=2",
         "--config.eval.temperatures=(0.5, 0.25)",
-        "--config.label_dropout=0.2",
+        "--config.base.label_dropout=0.2",
     )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)

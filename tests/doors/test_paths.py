@@ -1,5 +1,6 @@
 """Every option that is a path: a bucket is refused by name, and `~` is the user's home."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from tests.helpers import commands
 from tests.helpers.paths import CONFIGS, ROOT
 from vapi_jax.common.paths import PathError, is_local, local_folder, local_path
-from vapi_jax.methods.resolve import PATHS, examine
+from vapi_jax.methods.config import to_dict
+from vapi_jax.methods.resolve import examine
+from vapi_jax.rewards import make_terms
 
 RECIPE = f"--config={CONFIGS / 'demo_base.py'}:tiny"
 BUCKET = "gs://bucket/run"
@@ -66,11 +69,27 @@ def test_no_option_that_takes_a_file_or_folder_is_forgotten(door):
     assert set(takes) <= {option for name, option in CASES if name.split()[0] == door}
 
 
-@pytest.mark.parametrize("option", PATHS)
+RECIPES = {
+    "data.path": lambda path: {"data": {"path": path}},
+    "init.gpt": lambda path: {"init": {"gpt": path}},
+    "init.vq": lambda path: {"init": {"vq": path}},
+    "rewards.lpips.files": lambda path: {
+        "rewards": [{"name": "lpips", "options": {"files": (path, "b.pth")}}]
+    },
+    "rewards.gan.weights": lambda path: {
+        "rewards": [{"name": "gan", "options": {"weights": path}}]
+    },
+    "tokenizer_training.perceptual_files": lambda path: {
+        "method": "tokenizer", "tokenizer_training": {"perceptual_files": (path, "b.pth")},
+    },
+}  # fmt: skip
+POLICY = {"kind": "class", "dim": 32, "n_head": 4, "n_layer": 1}
+
+
+@pytest.mark.parametrize("option", RECIPES)
 def test_a_bucket_in_a_recipe_is_refused_with_all_else_that_is_wrong(option):
-    section, name = option.split(".")
-    value = (BUCKET, "b.pth") if name == "perceptual" else BUCKET
-    _, errors = examine({"name": "x", "task": "base", "steps": 0, section: {name: value}})
+    recipe = {"name": "x", "method": "vapi", "policy": POLICY, "steps": 0}
+    _, errors = examine(recipe | RECIPES[option](BUCKET))
     assert any(line.startswith(f"{option}=") and BUCKET in line for line in errors)
     assert any(line.startswith("steps=") for line in errors)
 
@@ -97,15 +116,15 @@ def test_home_is_expanded_where_files_are_written_and_read(tmp_path):
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", PATHS)
+@pytest.mark.parametrize("option", RECIPES)
 def test_home_is_expanded_in_a_recipe(option, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    section, name = option.split(".")
-    several = name == "perceptual"
-    value = ("~/a", "~/b") if several else "~/a"
-    config, _ = examine({"name": "x", "task": "base", section: {name: value}})
-    found = getattr(getattr(config, section), name)
-    assert found == (("/somewhere/a", "/somewhere/b") if several else "/somewhere/a")
+    recipe = {"name": "x", "method": "vapi", "policy": POLICY}
+    config, errors = examine(recipe | RECIPES[option]("~/a"))
+    assert not errors.concern(option)
+    told = json.dumps([to_dict(config), [repr(t.reward) for t in make_terms(config.rewards)]])
+    assert "/somewhere/a" in told
+    assert "~" not in told
 
 
 # --- the rule -------------------------------------------------------------------------------------

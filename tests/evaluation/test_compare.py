@@ -17,7 +17,7 @@ from vapi_jax.evaluation.compare import (
     even_batch,
 )
 from vapi_jax.evaluation.held_out import HeldOut
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.train import init_state, load_frozen, make_optimizer
@@ -30,7 +30,7 @@ def judge_and_base():
     recipe = load_recipe("configs/c2i_demo.py", "c2i_demo").get_config("tiny")
     recipe.policy.num_classes = 12
     config = resolve(recipe)
-    task = make_task(config, make_mesh(2, 4))
+    task = make_method(config, make_mesh(2, 4))
     state, _ = init_state(task, make_optimizer(config.optimizer, 1), 0)
     frozen = load_frozen(task)
     return Judge(task, frozen, HeldOut(task, frozen), batch=64), state.params

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.events import shown
-from tests.helpers.tiny import make_tiny_config, make_tiny_task, with_random_head
+from tests.helpers.tiny import make_tiny_config, make_tiny_method, with_random_head
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
 from vapi_jax.evaluation import in_training
@@ -50,14 +50,14 @@ def mesh():
     return make_mesh(1, 2, jax.devices()[:2])
 
 
-def make_task(mesh, kind="base", **changes):
+def make_method(mesh, kind="base", **changes):
     changes = {"eval": EVAL, "image_size": SIDE, "batch_size": 8, **changes}
-    return make_tiny_task(kind, mesh, **changes)
+    return make_tiny_method(kind, mesh, **changes)
 
 
 @pytest.fixture(scope="module")
 def parts(mesh):
-    task = make_task(mesh)
+    task = make_method(mesh)
     frozen = load_frozen(task)
     params = with_random_head(jax.jit(task.init)(jax.random.key(0)), 1)
     return task, frozen, params, Sampled(task, frozen)
@@ -120,7 +120,7 @@ def test_a_count_that_the_batch_does_not_divide_loses_no_sample(parts, monkeypat
 @pytest.mark.slow
 def test_the_frechet_distance_wants_more_samples_than_features(mesh, parts):
     _, frozen, params, _ = parts
-    few = make_task(mesh, eval={**EVAL, "sampled": 12})
+    few = make_method(mesh, eval={**EVAL, "sampled": 12})
     found, grid = Sampled(few, frozen)(params)
     assert found.keys() == {"kernel_distance", "kernel_distance_error", "entropy"}
     assert np.isfinite(list(found.values())).all()
@@ -128,8 +128,8 @@ def test_the_frechet_distance_wants_more_samples_than_features(mesh, parts):
 
 
 def test_a_tokenizer_and_a_run_that_does_not_ask_have_none(mesh):
-    assert sampled_of(make_task(mesh, eval={**EVAL, "sampled_every": 0}), {}) is None
-    assert sampled_of(make_task(mesh, "tokenizer", eval={"every": 1, "images": 8}), {}) is None
+    assert sampled_of(make_method(mesh, eval={**EVAL, "sampled_every": 0}), {}) is None
+    assert sampled_of(make_method(mesh, "tokenizer", eval={"every": 1, "images": 8}), {}) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_configuration_that_cannot_be_judged_is_refused(kind, changes, message
 def test_a_run_judges_at_its_start_every_so_often_and_at_its_end(kind, mesh, tmp_path):
     judging = {"every": 5, "images": 8, "sampled_every": 2, "sampled": 12}
     # A base's untrained head is uniform, from which VA-π can learn all the same.
-    task = make_task(mesh, kind, steps=5, eval=judging, checkpoint={"every": 0})
+    task = make_method(mesh, kind, steps=5, eval=judging, checkpoint={"every": 0})
     run = fit(task, tmp_path)
     rows = read_history(tmp_path / "metrics.jsonl")
     judged = [row["step"] for row in rows if "sampled/kernel_distance" in row]

@@ -14,10 +14,10 @@ from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.generation.encoding import encode_dataset
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.parallel.sharding import make_mesh, replicate, shard_batch
-from vapi_jax.rewards.pixels import PixelSpace
+from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.training import train
 from vapi_jax.weights.names import WeightsError
 
@@ -26,7 +26,7 @@ from vapi_jax.weights.names import WeightsError
 def made(tmp_path_factory):
     config = make_tiny_config("vapi")
     out = tmp_path_factory.mktemp("data") / "encoded"
-    assert encode_dataset(make_task(config, make_mesh()), out, 40) == {"train": 40, "val": 8}
+    assert encode_dataset(make_method(config, make_mesh()), out, 40) == {"train": 40, "val": 8}
     return config, out
 
 
@@ -40,8 +40,8 @@ def test_what_is_read_is_what_the_recipe_would_have_seen(made):
     again = encoded(config, out)
     plain = iter(make_dataset(config.data, "train", BATCH, config.seed))
     stored = iter(make_dataset(again.data, "train", BATCH, config.seed))
-    task = make_task(config, make_mesh())
-    frozen, encode = train.load_frozen(task), jax.jit(task.pixels.encode)
+    method = make_method(config, make_mesh())
+    frozen, encode = train.load_frozen(method), jax.jit(method.pixels.encode)
     for _ in range(2):
         want, got = next(plain), next(stored)
         np.testing.assert_array_equal(got["image"], want["image"])
@@ -61,9 +61,9 @@ def test_held_out_metrics_are_the_same_to_the_bit_and_nothing_is_encoded(made, k
     config, out = made
     found = []
     for one in (config, encoded(config, out)):
-        task = make_task(dataclasses.replace(one, task=kind), make_mesh())
-        params = with_random_head(jax.jit(task.policy.init)(jax.random.key(0)), seed=1)
-        found.append(HeldOut(task, train.load_frozen(task))(replicate(params, task.mesh)))
+        method = make_method(dataclasses.replace(one, method=kind), make_mesh())
+        params = with_random_head(jax.jit(method.policy.init)(jax.random.key(0)), seed=1)
+        found.append(HeldOut(method, train.load_frozen(method))(replicate(params, method.mesh)))
         monkeypatch.setattr(PixelSpace, "encode", lambda *_: pytest.fail("encoded again"))
     assert found[0] == found[1]
     assert found[0]["ce"] != pytest.approx(np.log(16), rel=1e-3)  # an untrained head is uniform
@@ -74,12 +74,12 @@ def test_a_step_takes_stored_tokens_for_its_own(made):
     config, out = made
     done = []
     for one in (config, encoded(config, out)):
-        task = make_task(one, make_mesh(devices=jax.devices()[:1]))
+        method = make_method(one, make_mesh(devices=jax.devices()[:1]))
         optimizer = train.make_optimizer(one.optimizer, 2)
-        state, shardings = train.init_state(task, optimizer, 0)
+        state, shardings = train.init_state(method, optimizer, 0)
         batch = next(iter(make_dataset(one.data, "train", BATCH, one.seed)))
-        step = train.make_train_step(task, optimizer, shardings)
-        state, metrics = step(state, train.load_frozen(task), shard_batch(batch, task.mesh))
+        step = train.make_train_step(method, optimizer, shardings)
+        state, metrics = step(state, train.load_frozen(method), shard_batch(batch, method.mesh))
         done.append((flatten(jax.device_get(state.params)), jax.device_get(metrics)))
     (params, metrics), (stored_params, stored_metrics) = done
     assert metrics.keys() == stored_metrics.keys()
@@ -106,19 +106,19 @@ def copy(out, to, split="", **changes):
 )
 def test_tokens_of_another_encoder_are_refused_and_both_are_named(made, tmp_path, changes, named):
     config, out = made
-    task = make_task(encoded(config, copy(out, tmp_path / "other", **changes)), make_mesh())
+    method = make_method(encoded(config, copy(out, tmp_path / "other", **changes)), make_mesh())
     with pytest.raises(WeightsError, match=f"init.vq=.*tokenizer.encoder_dtype='float32'.*{named}"):
-        task.load_frozen()
+        method.load_frozen()
 
 
 def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):
     config, _ = made
     narrow = dataclasses.replace(config.tokenizer, encoder_dtype="bfloat16")
     narrow = dataclasses.replace(config, tokenizer=narrow)
-    encode_dataset(make_task(narrow, make_mesh()), tmp_path / "narrow", 8)
-    make_task(encoded(narrow, tmp_path / "narrow"), make_mesh()).load_frozen()
+    encode_dataset(make_method(narrow, make_mesh()), tmp_path / "narrow", 8)
+    make_method(encoded(narrow, tmp_path / "narrow"), make_mesh()).load_frozen()
     with pytest.raises(WeightsError, match="in bfloat16, and this run has .* in float32"):
-        make_task(encoded(config, tmp_path / "narrow"), make_mesh()).load_frozen()
+        make_method(encoded(config, tmp_path / "narrow"), make_mesh()).load_frozen()
 
 
 def test_splits_of_two_encoders_are_not_one_data_set(made, tmp_path):
@@ -150,12 +150,12 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(made, tmp_pat
     config, out = made
     before = sorted(out.rglob("*"))
     with pytest.raises(FolderExistsError, match=str(out)):
-        encode_dataset(make_task(config, make_mesh()), out)
+        encode_dataset(make_method(config, make_mesh()), out)
     assert sorted(out.rglob("*")) == before
     for wrong, message in (
         (encoded(config, out), "data.name='encoded'"),
         (make_tiny_config("tokenizer", image_size=16), "task='tokenizer'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            encode_dataset(make_task(wrong, make_mesh()), tmp_path / "x")
+            encode_dataset(make_method(wrong, make_mesh()), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

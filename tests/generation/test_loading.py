@@ -95,7 +95,7 @@ def test_a_run_is_read_by_its_summary(tmp_path, demo, mesh):
     assert run.policy == demo.policy
     assert run.class_names == demo.class_names
     trained = run.facts["trained"]
-    assert (trained["task"], trained["seed"], trained["steps"]) == ("base", 5, 4000)
+    assert (trained["method"], trained["seed"], trained["steps"]) == ("base", 5, 4000)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert run.facts["sha256"]["policy"] == summary["weights"]
     assert run.facts["sha256"]["tokenizer"] == demo.facts["sha256"]["tokenizer"]

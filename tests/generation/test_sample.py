@@ -21,7 +21,7 @@ from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import Generator, load_generator
 from vapi_jax.generation.requests import make_conditions
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import sampling
 from vapi_jax.models.policy import make_policy, text_condition
@@ -38,7 +38,7 @@ def ckpt(tmp_path_factory):
     """A run of a tiny model with random weights: 8x8 pixels, 16 tokens, classes of photographs."""
     workdir = tmp_path_factory.mktemp("run")
     config = resolve({
-        "name": "tiny", "task": "base", "data": {"name": "photos", "image_size": 8},
+        "name": "tiny", "method": "base", "data": {"name": "photos", "image_size": 8},
         "tokenizer": {
             "codebook_size": 64, "ch": 32, "encoder_ch_mult": (1, 1), "decoder_ch_mult": (1, 1),
             "num_res_blocks": 1, "z_channels": 32,
@@ -49,7 +49,7 @@ def ckpt(tmp_path_factory):
         "init": {"vq": str(workdir / "weights" / "tokenizer.safetensors")},
     })  # fmt: skip
     (workdir / "weights").mkdir()
-    task = make_task(config, make_mesh())
+    task = make_method(config, make_mesh())
     tokenizer = task.pixels.tokenizer
     shapes = {
         "policy": jax.eval_shape(task.policy.init, jax.random.key(0)),

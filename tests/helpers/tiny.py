@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vapi_jax.common.trees import flatten, unflatten
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import make_mesh, put_sharded, shard_batch
@@ -27,6 +27,16 @@ TOKENIZER = {
     "decoder_ch_mult": (1, 1),
     "num_res_blocks": 1,
     "z_channels": 8,
+}
+SECTIONS = {
+    "vapi": {"vapi": {"group_size": 3, "noise_rate": 0.3}},
+    "tokenizer": {
+        "tokenizer_training": {
+            "discriminator_start": 1,
+            "discriminator_ndf": 4,
+            "discriminator_layers": 1,
+        }
+    },
 }
 _FOLDER = tempfile.TemporaryDirectory()
 
@@ -49,38 +59,32 @@ def tokenizer_file():
     return str(path)
 
 
-def make_tiny_config(task, image_size=SIDE, **changes):
-    """The smallest run of a task: 16 codes, a grid of half the image's side, two layers."""
+def make_tiny_config(method, image_size=SIDE, **changes):
+    """The smallest run of a method: 16 codes, a grid of half the image's side, two layers."""
     config = {
-        "name": f"tiny_{task}",
-        "task": task,
+        "name": f"tiny_{method}",
+        "method": method,
         "steps": 2,
         "batch_size": BATCH,
         "data": {"image_size": image_size, "num_threads": 0},
         "tokenizer": TOKENIZER,
-        "tokenizer_training": {
-            "discriminator_start": 1,
-            "discriminator_ndf": 4,
-            "discriminator_layers": 1,
-        },
         "policy": {
             "kind": "class", "dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 16,
             "num_classes": 12,
         },
-        "vapi": {"group_size": 3, "noise_rate": 0.3},
-        "reward": {"lpips": 0.0},  # no second network to compile
-        "init": {"vq": "" if task == "tokenizer" else tokenizer_file()},
+        "rewards": ("mse",),  # no second network to compile
+        "init": {"vq": "" if method == "tokenizer" else tokenizer_file()},
         # An eps this large keeps Adam's division from blowing rounding errors up to the size of lr.
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
         "eval": {"every": 1, "images": 8},
-    }  # fmt: skip
+    } | SECTIONS.get(method, {})  # fmt: skip
     for name, change in changes.items():
         config[name] = {**config.get(name, {}), **change} if isinstance(change, dict) else change
     return resolve(config)
 
 
-def make_tiny_task(task, mesh, **changes):
-    return make_task(make_tiny_config(task, **changes), mesh)
+def make_tiny_method(method, mesh, **changes):
+    return make_method(make_tiny_config(method, **changes), mesh)
 
 
 def with_random_head(params, seed):
@@ -110,7 +114,7 @@ class Machine:
     def __post_init__(self):
         devices = jax.devices()[: self.data * self.fsdp]
         self.mesh = make_mesh(self.data, self.fsdp, devices)
-        self.task = make_tiny_task("vapi", self.mesh, **self.changes)
+        self.task = make_tiny_method("vapi", self.mesh, **self.changes)
         self.optimizer = train.make_optimizer(self.task.config.optimizer, 2)
         _, self.shardings = train.init_state(self.task, self.optimizer, 0)
         self.frozen = train.load_frozen(self.task)

@@ -20,7 +20,7 @@ from tests.helpers.golden import KINDS, nhwc, read_condition
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.models import conversion
 from vapi_jax.models.architecture import from_json
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
@@ -253,7 +253,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
 def trained(tmp_path):
     """The workdir of a tiny run: its configuration, final weights and two checkpoints."""
     config = make_tiny_config("base")
-    shapes = jax.eval_shape(make_task(config, None).init, jax.random.key(0))
+    shapes = jax.eval_shape(make_method(config, None).init, jax.random.key(0))
     rng = np.random.default_rng(0)
     draws = [
         jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)

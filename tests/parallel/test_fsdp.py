@@ -177,14 +177,14 @@ def test_the_policy_runs_one_sequence_an_image(step):
     machine, _, jaxpr, _, _ = step
     config, policy = machine.task.config, machine.task.policy.config
     images = config.microbatch_size // FSDP
-    sequences = images * config.vapi.group_size
+    sequences = images * config.options.group_size
     shapes = set(hidden_shapes(jaxpr, policy.dim))
     assert any(shape[0] == images for shape in shapes)
     assert not [shape for shape in shapes if shape[0] == sequences]
     plain = Machine(1, 1, {"vapi": {"fused": False}, "policy": POLICY})
     traced = jax.make_jaxpr(plain.step)(plain.state(), plain.frozen, plain.batch).jaxpr
     rows = {shape[0] for shape in hidden_shapes(traced, policy.dim)}
-    assert BATCH * config.vapi.group_size in rows  # the measure measures
+    assert BATCH * config.options.group_size in rows  # the measure measures
     assert largest_intermediate(traced) > largest_intermediate(jaxpr)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.policies import CASES
-from tests.helpers.tiny import make_tiny_task, with_random_head
+from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models.loading import load_weights
@@ -99,7 +99,7 @@ def test_optimizer_moments_lie_as_their_parameters(mesh):
 
 
 def test_tokenizer_and_discriminator_stay_whole(mesh):
-    task = make_tiny_task("tokenizer", mesh, image_size=16)
+    task = make_tiny_method("tokenizer", mesh, image_size=16)
     params = jax.eval_shape(task.init, jax.random.key(0))
     assert set(params) == {"tokenizer", "discriminator"}
     assert all(not any(spec) for spec in specs(params, mesh).values())
@@ -161,10 +161,10 @@ def test_put_sharded_reads_each_slice_and_nothing_more(mesh):
 def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
     """After init and after loading a file no device holds more than its share of a split array."""
     path = tmp_path / "policy.safetensors"
-    scratch = make_tiny_task("base", mesh)
+    scratch = make_tiny_method("base", mesh)
     wanted = with_random_head(jax.jit(scratch.init)(jax.random.key(5)), 1)
     save_safetensors(path, wanted, dtype=np.float16)
-    task = make_tiny_task("base", mesh, init={"gpt": str(path)})
+    task = make_tiny_method("base", mesh, init={"gpt": str(path)})
     optimizer = train.make_optimizer(task.config.optimizer, 2)
     for made in (scratch, task):
         state, _ = train.init_state(made, optimizer, seed=0)
@@ -183,7 +183,7 @@ def test_weights_are_born_and_loaded_in_slices(mesh, tmp_path):
 
 def test_a_file_of_another_model_or_a_damaged_one_is_refused(mesh, tmp_path):
     path = tmp_path / "policy.safetensors"
-    task = make_tiny_task("base", mesh, init={"gpt": str(path)})
+    task = make_tiny_method("base", mesh, init={"gpt": str(path)})
     target = jax.eval_shape(task.init, jax.random.key(0))
     layout = tree_shardings(target, mesh)
     source = task.init_from

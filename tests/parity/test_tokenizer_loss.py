@@ -116,14 +116,14 @@ def test_generator_step(golden, arrays, patchgan):
     @jax.jit
     def step(vq_params, disc_params, vgg, image):
         def loss(vq_params):
-            return tokenizer_loss.generator_loss(
+            return tokenizer_loss.tokenizer_loss(
                 vq_params,
                 image,
                 apply_tokenizer=apply_tokenizer,
                 perceptual_fn=lambda a, b: lpips.lpips(vgg, a, b, net="vgg"),
                 codebook_size=tokenizer.config.codebook_size,
                 disc_logits_fn=lambda x: discriminator.apply_train(model, disc_params, stats, x)[0],
-                weights=tokenizer_loss.GeneratorWeights(
+                weights=tokenizer_loss.LossWeights(
                     reconstruction=float(arrays["rec_weight"]),
                     perceptual=float(arrays["perceptual_weight"]),
                     adversarial=float(arrays["disc_weight"]),
@@ -143,7 +143,7 @@ def test_generator_step(golden, arrays, patchgan):
         # The stored weight is 1.1e-4 below the one that the stored loss and gradients imply (which
         # is also its float64 value); the loss below holds the weight to 2e-5.
         ("adaptive_weight", "adaptive_weight", 3e-4),
-        ("loss", "generator_loss", 5e-6),
+        ("loss", "tokenizer_loss", 5e-6),
     ):
         np.testing.assert_allclose(aux.metrics[name], arrays[key], rtol=rtol, err_msg=name)
     assert value == aux.metrics["loss"]

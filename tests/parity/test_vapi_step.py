@@ -1,6 +1,7 @@
 """Whole post-training steps against the golden arrays: rewards, losses, gradients, three updates."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models import categorical
 from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.rewards.pixels import PixelSpace
-from vapi_jax.rewards.reconstruction import RewardWeights, reward
+from vapi_jax.rewards import DEFAULT, make_terms, total
 from vapi_jax.training.train import make_optimizer
 from vapi_jax.weights.names import to_reference
 
@@ -34,7 +34,7 @@ class Step:
     base: object
     pixels: PixelSpace
     frozen: dict
-    rollout: vapi.Rollout
+    judged: vapi.Judged
     batch: dict
 
 
@@ -46,21 +46,22 @@ def step(request, golden):
     if request.param.endswith("_kl"):
         base = make_generator(golden, "gpt_c2i", "gpt_c2i_base")[1]
     tokenizer, tokenizer_params, _ = make_tokenizer(golden)
-    frozen = {"tokenizer": tokenizer_params, "perceptual": load_lpips_params("vgg")}
+    frozen = {"tokenizer": tokenizer_params, "rewards": {"lpips": load_lpips_params("vgg")}}
     pixels = PixelSpace(tokenizer, make_mesh(devices=jax.devices()[:1]))
     images, group = nhwc(z["image"]), args["G"]
     samples = jnp.asarray(z["token_indices"].reshape(len(images), group, -1), jnp.int32)
     tokens = jnp.asarray(z["gt_tokens"], jnp.int32)
-    losses = jax.jit(pixels.losses)(frozen, samples, images)
-    rewards = reward(losses, RewardWeights())
-    context = jnp.asarray(np.pad(z["noisy_context"], ((0, 0), (0, 1))), jnp.int32)
-    rollout = vapi.Rollout(
-        tokens, context, samples, losses, rewards, grpo.group_advantages(rewards)
-    )
     labels = jnp.asarray(z["class_ids"], jnp.int32)
-    batch = {"image": images, "condition": labels, "index": jnp.arange(len(images))}
+    batch = {"image": images, "condition": labels}
+    terms = make_terms(DEFAULT)
+    judges = {term.name: functools.partial(vapi.says, term) for term in terms}
+    values = jax.jit(functools.partial(pixels.judge, judges=judges))(frozen, samples, batch)
+    rewards = total(values, terms)
+    context = jnp.asarray(np.pad(z["noisy_context"], ((0, 0), (0, 1))), jnp.int32)
+    judged = vapi.Judged(tokens, context, samples, values, rewards, grpo.group_advantages(rewards))
+    batch["index"] = jnp.arange(len(images))
     args = args | {"lr": SETS[request.param]}
-    return Step(z, args, policy, params, base, pixels, frozen, rollout, batch)
+    return Step(z, args, policy, params, base, pixels, frozen, judged, batch)
 
 
 def test_encode(step):
@@ -69,28 +70,28 @@ def test_encode(step):
 
 
 def test_decode(step):
-    flat = step.rollout.samples.reshape(-1, step.rollout.samples.shape[-1])
+    flat = step.judged.samples.reshape(-1, step.judged.samples.shape[-1])
     images = jax.jit(step.pixels.decode)(step.frozen, flat)
     np.testing.assert_allclose(images, nhwc(step.z["pred_images"]), atol=3e-5)
 
 
 def test_rewards_and_advantages(step):
     z = step.z
-    np.testing.assert_allclose(np.ravel(step.rollout.losses["mse"]), z["mse"], atol=2e-6)
-    np.testing.assert_allclose(np.ravel(step.rollout.losses["lpips"]), z["lpips"], atol=2e-6)
-    np.testing.assert_allclose(np.ravel(step.rollout.rewards), z["rewards"], atol=2e-6)
-    np.testing.assert_allclose(np.ravel(step.rollout.advantages), z["advantages"], atol=5e-5)
+    np.testing.assert_allclose(np.ravel(-step.judged.values["mse"]), z["mse"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(-step.judged.values["lpips"]), z["lpips"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(step.judged.rewards), z["rewards"], atol=2e-6)
+    np.testing.assert_allclose(np.ravel(step.judged.advantages), z["advantages"], atol=5e-5)
 
 
 def test_logits(step):
-    fed = step.rollout.context[:, :-1]
+    fed = step.judged.context[:, :-1]
     logits = jax.jit(step.policy.logits)(step.params, step.batch["condition"], fed)
     np.testing.assert_allclose(logits, step.z["sampling_logits"], atol=1e-4)
 
 
 def make_update(step):
     """One update on the golden rollout: params -> (params, optimizer state, loss, aux, grads)."""
-    config = vapi.VAPiConfig(
+    config = vapi.VAPiOptions(
         group_size=step.args["G"],
         ce_weight=step.args["aux_ce_weight"],
         clip_epsilon=step.args["clip_range"],
@@ -112,12 +113,12 @@ def make_update(step):
     keys = vapi.purpose_keys(jax.random.key(0), step.batch["index"])
 
     def loss_of(params, old_logps):
-        fed = step.rollout.context[:, :-1]
+        fed = step.judged.context[:, :-1]
         logits = step.policy.logits(params, step.batch["condition"], fed)
-        logps = categorical.token_log_probs(logits, step.rollout.samples, config.temperature)
-        ce = categorical.cross_entropy(logits, step.rollout.tokens)
+        logps = categorical.token_log_probs(logits, step.judged.samples, config.temperature)
+        ce = categorical.cross_entropy(logits, step.judged.tokens)
         loss, aux = vapi.objective(
-            logps, old_logps, ce, logits, step.rollout, step.batch, keys, step.policy, config,
+            logps, old_logps, ce, logits, step.judged, step.batch, keys, step.policy, config,
             step.base,
         )  # fmt: skip
         return loss, aux | {"logps": logps}

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vapi_jax.rewards import RewardSpec, make_terms, total
 from vapi_jax.rewards import reconstruction as reward
-from vapi_jax.rewards.reconstruction import RewardWeights
 
 SAMPLES = jax.random.uniform(jax.random.key(0), (2, 3, 4, 4, 3), minval=-1, maxval=1)
 TARGET = jax.random.uniform(jax.random.key(1), (2, 1, 4, 4, 3), minval=-1, maxval=1)
@@ -34,16 +34,16 @@ def test_terms_vanish_on_the_image_itself():
 
 
 def test_reward_is_the_weighted_sum():
-    losses = {"mse": jnp.array([[1.0, 2.0]]), "lpips": jnp.array([[0.5, 0.25]])}
-    chex.assert_trees_all_close(reward.reward(losses, RewardWeights()), jnp.array([[-1.5, -2.25]]))
-    weights = RewardWeights(mse=0.0, lpips=2.0)
-    assert weights.used() == ("lpips",)
-    chex.assert_trees_all_close(reward.reward(losses, weights), jnp.array([[-1.0, -0.5]]))
+    values = {"mse": -jnp.array([[1.0, 2.0]]), "lpips": -jnp.array([[0.5, 0.25]])}
+    both = make_terms([RewardSpec("mse"), RewardSpec("lpips")])
+    chex.assert_trees_all_close(total(values, both), jnp.array([[-1.5, -2.25]]))
+    one = make_terms([RewardSpec("lpips", 2.0)])
+    chex.assert_trees_all_close(total(values, one), jnp.array([[-1.0, -0.5]]))
 
 
 def test_a_term_that_was_not_computed():
     with pytest.raises(KeyError, match="gan"):
-        reward.reward({"mse": jnp.zeros(1), "lpips": jnp.zeros(1)}, RewardWeights(gan=1.0))
+        total({"mse": jnp.zeros(1)}, make_terms([RewardSpec("mse"), RewardSpec("gan")]))
 
 
 def test_unknown_reduction():

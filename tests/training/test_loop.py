@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.helpers.events import read_tensorboard
 from tests.helpers.observations import observe
-from tests.helpers.tiny import make_tiny_task, with_random_head
+from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
 from vapi_jax.evaluation.held_out import HELD_OUT
@@ -61,15 +61,15 @@ def compiled_once(tmp_path_factory):
 def straight(mesh, tmp_path_factory):
     """A base generator trained without a break."""
     workdir = tmp_path_factory.mktemp("straight")
-    return fit(make_tiny_task("base", mesh, steps=STEPS, **BASE), workdir), workdir
+    return fit(make_tiny_method("base", mesh, steps=STEPS, **BASE), workdir), workdir
 
 
 @pytest.fixture(scope="module")
 def resumed(mesh, tmp_path_factory):
     """The same in two runs: the second begins where the first one's last checkpoint was."""
     workdir = tmp_path_factory.mktemp("resumed")
-    fit(make_tiny_task("base", mesh, steps=HALF, **BASE), workdir)
-    task = make_tiny_task("base", mesh, steps=STEPS, **BASE)
+    fit(make_tiny_method("base", mesh, steps=HALF, **BASE), workdir)
+    task = make_tiny_method("base", mesh, steps=STEPS, **BASE)
     return fit(task, workdir, keep_start=True), workdir
 
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_its_files(straight):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [str(HALF), str(STEPS)]
     path = workdir / "weights" / "policy.safetensors"
     assert run.weights == {path.name: sha256_file(path)}
-    assert load_metadata(path) == {"name": "tiny_base", "task": "base"}
+    assert load_metadata(path) == {"name": "tiny_base", "method": "base"}
     saved, kept = flatten(load_safetensors(path)), flatten(jax.device_get(run.params))
     assert saved.keys() == kept.keys()
     for name in kept:
@@ -166,7 +166,7 @@ def test_time_and_metrics_of_both_halves_count(straight, resumed, mesh):
 def test_another_configuration_is_refused_with_its_differences(resumed, mesh):
     _, workdir = resumed
     changes = {"policy": {"dim": 16}, "optimizer": {"learning_rate": 0.5, "eps": 1e-8}, "seed": 3}
-    other = make_tiny_task("base", mesh, steps=STEPS, **{**BASE, **changes})
+    other = make_tiny_method("base", mesh, steps=STEPS, **{**BASE, **changes})
     with pytest.raises(CheckpointError) as error:
         fit(other, workdir)
     message = str(error.value)
@@ -185,7 +185,7 @@ def test_another_configuration_is_refused_with_its_differences(resumed, mesh):
 @pytest.mark.slow
 def test_fewer_steps_than_are_done_are_refused(resumed, mesh):
     _, workdir = resumed
-    short = make_tiny_task("base", mesh, steps=HALF, **BASE)
+    short = make_tiny_method("base", mesh, steps=HALF, **BASE)
     with pytest.raises(CheckpointError, match=f"steps: {STEPS} -> {HALF}"):
         fit(short, workdir)
     with pytest.raises(CheckpointError, match=f"holds step {STEPS}, and steps={HALF}"):
@@ -196,7 +196,7 @@ def test_fewer_steps_than_are_done_are_refused(resumed, mesh):
 def test_another_tokenizer_under_the_same_name_is_refused(resumed, mesh, tmp_path):
     """The file that config.init names has been replaced since the run began."""
     _, workdir = resumed
-    task = make_tiny_task("base", mesh, steps=STEPS, **BASE)
+    task = make_tiny_method("base", mesh, steps=STEPS, **BASE)
     weights = task.load_frozen()["tokenizer"]
     weights["codebook"]["embedding"] = weights["codebook"]["embedding"] * 2.0
     other = dataclasses.replace(task)
@@ -213,7 +213,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(resumed, mesh, tmp_pat
 def test_a_place_inside_a_batch_is_refused(resumed, mesh):
     """30 steps of 16 images are no whole number of batches of 14."""
     _, workdir = resumed
-    task = make_tiny_task("base", mesh, **BASE | {"steps": STEPS + 1, "batch_size": 14})
+    task = make_tiny_method("base", mesh, **BASE | {"steps": STEPS + 1, "batch_size": 14})
     with pytest.raises(CheckpointError, match="batch_size: 16 -> 14"):
         fit(task, workdir)
     with pytest.raises(CheckpointError, match="480 images have been consumed"):
@@ -252,7 +252,7 @@ NAN = {
 def test_a_nan_in_one_microbatch_stops_before_it_reaches_anything(mesh, tmp_path, poisoned):
     poisoned.add(3)
     with pytest.raises(HealthError, match=r"step 3: the gradient is not finite .*on_nonfinite"):
-        fit(make_tiny_task("vapi", mesh, **NAN), tmp_path)
+        fit(make_tiny_method("vapi", mesh, **NAN), tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as saver:
         assert saver.latest_step() == 2
         _, found = saver.restore(None, {"params": saver.abstract_item(2, "params")})
@@ -266,7 +266,7 @@ def test_a_nan_in_one_microbatch_stops_before_it_reaches_anything(mesh, tmp_path
 @pytest.mark.slow
 def test_a_skipped_step_changes_nothing_and_is_counted(mesh, tmp_path, poisoned):
     poisoned.update({2, 3})
-    run = fit(make_tiny_task("vapi", mesh, on_nonfinite="skip", max_skipped=2, **NAN), tmp_path)
+    run = fit(make_tiny_method("vapi", mesh, on_nonfinite="skip", max_skipped=2, **NAN), tmp_path)
     assert run.skipped == 2
     one, two, three, four = (
         {
@@ -292,7 +292,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(mesh, tmp_path, poisoned)
 @pytest.mark.slow
 def test_more_skipped_steps_than_allowed_stop_the_run(mesh, tmp_path, poisoned):
     poisoned.update({2, 3})
-    task = make_tiny_task("vapi", mesh, on_nonfinite="skip", max_skipped=1, **NAN)
+    task = make_tiny_method("vapi", mesh, on_nonfinite="skip", max_skipped=1, **NAN)
     with pytest.raises(HealthError, match=r"step 3: .*max_skipped=1"):
         fit(task, tmp_path)
     observe(
@@ -304,10 +304,10 @@ def test_more_skipped_steps_than_allowed_stop_the_run(mesh, tmp_path, poisoned):
 @pytest.mark.slow
 def test_a_policy_that_always_says_the_same_is_stopped_and_not_saved(mesh, tmp_path):
     """Collapse for real: at this temperature all samples of a group are the likeliest tokens."""
-    task = make_tiny_task("vapi", mesh)
+    task = make_tiny_method("vapi", mesh)
     start = with_random_head(jax.jit(task.init)(jax.random.key(0)), 1)
     save_safetensors(tmp_path / "start.safetensors", start)
-    collapsed = make_tiny_task(
+    collapsed = make_tiny_method(
         "vapi",
         mesh,
         vapi={"temperature": 1e-6},
@@ -324,10 +324,10 @@ def test_a_policy_that_always_says_the_same_is_stopped_and_not_saved(mesh, tmp_p
 
 def test_a_generator_needs_a_tokenizer(mesh, tmp_path):
     with pytest.raises(WeightsError, match=r"config\.init\.vq"):
-        fit(make_tiny_task("base", mesh, init={"vq": ""}), tmp_path)
+        fit(make_tiny_method("base", mesh, init={"vq": ""}), tmp_path)
     missing = str(tmp_path / "no.safetensors")
     with pytest.raises(WeightsError, match="no.safetensors"):
-        fit(make_tiny_task("base", mesh, init={"vq": missing}), tmp_path)
+        fit(make_tiny_method("base", mesh, init={"vq": missing}), tmp_path)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_the_tokenizer_trains_with_its_adversary_and_goes_on(mesh, tmp_path):
         "checkpoint": {"every": 2},
         "eval": {"every": 2, "images": 8},
     }
-    run = fit(make_tiny_task("tokenizer", mesh, steps=4, **changes), tmp_path)
+    run = fit(make_tiny_method("tokenizer", mesh, steps=4, **changes), tmp_path)
     rows = read_history(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[4]["reconstruction_loss"] < rows[1]["reconstruction_loss"]
@@ -356,11 +356,11 @@ def test_the_tokenizer_trains_with_its_adversary_and_goes_on(mesh, tmp_path):
     assert sorted(run.weights) == ["discriminator.safetensors", "tokenizer.safetensors"]
     # With its checkpoint of step 2 alone, the last two steps are taken again.
     shutil.rmtree(tmp_path / "checkpoints" / "4")
-    again = fit(make_tiny_task("tokenizer", mesh, steps=4, **changes), tmp_path)
+    again = fit(make_tiny_method("tokenizer", mesh, steps=4, **changes), tmp_path)
     assert again.weights == run.weights
     # The file starts another run: its tokenizer, with a fresh discriminator.
     path = str(tmp_path / "weights" / "tokenizer.safetensors")
-    base = make_tiny_task("base", mesh, image_size=16, init={"vq": path})
+    base = make_tiny_method("base", mesh, image_size=16, init={"vq": path})
     loaded = flatten(base.load_frozen()["tokenizer"])
     for name, leaf in flatten(jax.device_get(run.params["tokenizer"])).items():
         np.testing.assert_array_equal(loaded[name], leaf)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import CONFIGS
-from tests.helpers.tiny import make_tiny_task
+from tests.helpers.tiny import make_tiny_method
 from vapi_jax.methods.config import CheckpointConfig, EvalConfig, TrainConfig
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.models.lpips import load_lpips_params
+from vapi_jax.models.lpips import load_lpips_params, lpips_shapes
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh
 from vapi_jax.training import memory, plan, train
-from vapi_jax.training.memory import bytes_per_device, estimate, frozen_shapes, tree_bytes
+from vapi_jax.training.memory import bytes_per_device, estimate, tree_bytes
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
 from vapi_jax.training.readiness import DataFound, WeightsFound
 
@@ -98,7 +98,7 @@ def test_the_demos_recipes_can_run(name, variant, capsys):
 
 
 def _with_twelve_classes(config):
-    if config.task == "tokenizer":
+    if config.method == "tokenizer":
         return config
     return dataclasses.replace(config, policy={**config.policy, "num_classes": 12})
 
@@ -131,7 +131,7 @@ def test_options_that_are_wrong_in_themselves_have_no_plan(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: 5 error(s) in the configuration:\n")
-    assert "vapi.group_size=1: advantages need at least 2" in err
+    assert "vapi.group_size=1: wants at least 2" in err
     assert "did you mean optimizer.learning_rate?" in err
     assert "config.init.gpt='weights/c2i_xxl': there is nothing at" in err
 
@@ -204,7 +204,7 @@ def test_sizes_in_words(count, text):
 
 
 def test_bytes_from_shapes_are_those_of_the_arrays():
-    task = make_tiny_task("base", make_mesh(2, 4))
+    task = make_tiny_method("base", make_mesh(2, 4))
     optimizer = train.make_optimizer(task.config.optimizer, task.config.steps)
     shapes = train.abstract_state(task, optimizer, 0)
     layout = train.state_shardings(shapes, task.mesh)
@@ -221,32 +221,32 @@ def test_bytes_from_shapes_are_those_of_the_arrays():
     assert tree_bytes(state.rng) == jax.random.key_data(state.rng).nbytes
 
 
-@pytest.mark.parametrize("changes", [{}, {"reward": {"lpips": 1.0}}])
+@pytest.mark.parametrize("changes", [{}, {"rewards": ("mse", "lpips")}])
 def test_frozen_shapes_are_those_of_the_networks_that_a_task_loads(changes):
     changes = {**changes, "data": {"image_size": 16, "num_threads": 0}}
-    task = make_tiny_task("vapi", make_mesh(1, 8), **changes)
+    task = make_tiny_method("vapi", make_mesh(1, 8), **changes)
     loaded = task.load_frozen()
-    shapes = frozen_shapes(task.config)
+    shapes = task.frozen_shapes()
     assert shapes.keys() == loaded.keys()
     assert jax.tree.map(np.shape, loaded) == jax.tree.map(lambda leaf: leaf.shape, shapes)
 
 
 def test_the_discriminator_of_the_reward_counts_too():
-    changes = {"reward": {"gan": 0.1}, "init": {"discriminator": "somewhere"}}
-    config = make_tiny_task("vapi", make_mesh(1, 8), **changes).config
-    assert tree_bytes(frozen_shapes(config)["discriminator"]) > 0
+    gan = {"name": "gan", "options": {"weights": "somewhere", "layers": 1}}
+    method = make_tiny_method("vapi", make_mesh(1, 8), rewards=("mse", gan))
+    assert tree_bytes(method.frozen_shapes()["rewards"]["gan"]) > 0
 
 
 def parts_of(task):
     optimizer = train.make_optimizer(task.config.optimizer, task.config.steps)
     state = train.abstract_state(task, optimizer, 0)
-    found = estimate(task, state, frozen_shapes(task.config))
+    found = estimate(task, state, task.frozen_shapes())
     return {part.name: part.bytes for part in found}
 
 
 def test_memory_follows_what_it_depends_on():
     def tiny(mesh=(1, 8), **changes):
-        return parts_of(make_tiny_task("vapi", make_mesh(*mesh), batch_size=64, **changes))
+        return parts_of(make_tiny_method("vapi", make_mesh(*mesh), batch_size=64, **changes))
 
     plain = tiny()
     halved = tiny(microbatch_size=32)
@@ -263,13 +263,13 @@ def test_memory_follows_what_it_depends_on():
 
 
 def test_a_tokenizer_keeps_its_activations_and_no_logits():
-    task = make_tiny_task("tokenizer", make_mesh(8, 1), image_size=16)
+    task = make_tiny_method("tokenizer", make_mesh(8, 1), image_size=16)
     found = parts_of(task)
     assert not {"logits", "decoding"} & found.keys()
     assert found["gradients"] == found["parameters"]
     assert found["activations"] > 0
     split = {"image_size": 16, "batch_size": 16, "microbatch_size": 8}
-    twice = make_tiny_task("tokenizer", make_mesh(8, 1), **split)
+    twice = make_tiny_method("tokenizer", make_mesh(8, 1), **split)
     assert parts_of(twice)["gradients"] == 2 * found["gradients"]
 
 
@@ -279,9 +279,9 @@ def test_the_estimate_is_near_what_the_compiler_allots():
     config = resolve(load("c2i_demo"))
     config = _with_twelve_classes(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    task = plan.make_task(config, mesh)
+    task = plan.make_method(config, mesh)
     optimizer = train.make_optimizer(config.optimizer, config.steps)
-    state, frozen = train.abstract_state(task, optimizer, 0), frozen_shapes(config)
+    state, frozen = train.abstract_state(task, optimizer, 0), task.frozen_shapes()
     layout = train.state_shardings(state, mesh)
 
     def laid_out(tree, shardings):
@@ -309,6 +309,5 @@ def test_the_estimate_is_near_what_the_compiler_allots():
 
 
 def test_the_perceptual_network_is_as_large_as_its_weights():
-    config = resolve(load("demo_tokenizer"))
-    shapes = frozen_shapes(config)["perceptual"]
-    assert tree_bytes(shapes) == tree_bytes(load_lpips_params(config.perceptual_net))
+    for net in ("vgg", "alex"):
+        assert tree_bytes(lpips_shapes(net)) == tree_bytes(load_lpips_params(net))

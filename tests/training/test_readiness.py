@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers.image_folders import write_images
 from tests.helpers.tiny import TOKENIZER, make_tiny_config
+from vapi_jax.common.options import Errors
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.photos import PhotoSource
 from vapi_jax.methods.config import ConfigError
-from vapi_jax.methods.config_checks import Errors
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.vq import VQConfig
@@ -29,13 +29,13 @@ from vapi_jax.weights.store import save_safetensors
 POLICY = {"kind": "class", "dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 16}
 RUNNABLE = {
     "name": "x",
-    "task": "vapi",
+    "method": "vapi",
     "batch_size": 16,
     "data": {"image_size": 16},
     "tokenizer": TOKENIZER,
     "policy": {**POLICY, "num_classes": 12},
     "tokenizer_training": {"discriminator_layers": 1},
-    "reward": {"lpips": 0.0},
+    "rewards": ("mse",),
     "init": {"vq": ""},
     "eval": {"images": 24},
 }
@@ -237,19 +237,19 @@ def weights(raw, errors=None):
 
 
 def test_every_network_is_told_where_it_comes_from(recipe, tokenizer_file):
-    found = weights(recipe(reward={"lpips": 1.0}))
+    found = weights(recipe(rewards=("mse", "lpips")))
     assert {name: (w.origin, w.state) for name, w in found.items()} == {
         "policy": ("from scratch", ""),
         "tokenizer": (tokenizer_file, "no digest known"),
-        "perceptual": ("bundled LPIPS (vgg)", "digest verified"),
+        "reward lpips": ("bundled LPIPS (vgg)", "digest verified"),
     }
-    assert weights({**RUNNABLE, "task": "tokenizer"})["tokenizer"].origin == "from scratch"
+    assert weights({**RUNNABLE, "method": "tokenizer"})["tokenizer"].origin == "from scratch"
 
 
 def test_the_demo_vouches_for_its_weights():
     recipe = {
         "name": "x",
-        "task": "base",
+        "method": "base",
         "tokenizer": {
             "codebook_size": 512, "ch": 32, "encoder_ch_mult": (1, 2, 3),
             "decoder_ch_mult": (1, 2, 3), "num_res_blocks": 1, "z_channels": 96,
@@ -260,26 +260,28 @@ def test_the_demo_vouches_for_its_weights():
     assert weights(recipe)["tokenizer"].state == "digest verified"
 
 
-@pytest.mark.parametrize("option", ["gpt", "vq", "discriminator"])
+@pytest.mark.parametrize("option", ["gpt", "vq"])
 def test_weights_that_are_not_there_are_named(recipe, tmp_path, option):
     path = str(tmp_path / "absent.safetensors")
-    reward = {"gan": 0.1} if option == "discriminator" else {}
-    (line,) = problems(recipe(init={option: path}, reward=reward))
+    (line,) = problems(recipe(init={option: path}))
     assert line.startswith(f"init.{option}={path!r}: ")
     assert path in line.split(": ", 1)[1]
 
 
 def test_perceptual_files_that_are_not_there_are_named(recipe, tokenizer_file):
-    files = (tokenizer_file, "heads.pth")
-    (line,) = problems(recipe(init={"perceptual": files}, reward={"lpips": 1.0}))
-    assert line == "init.perceptual: there is no file heads.pth"
+    lpips = {"name": "lpips", "options": {"files": (tokenizer_file, "heads.pth")}}
+    gan = {"name": "gan", "options": {"weights": "gone.safetensors", "layers": 1}}
+    found = problems(recipe(rewards=(lpips, gan)))
+    assert found[0] == "rewards.lpips: there is no file heads.pth"
+    assert found[1].startswith("rewards.gan: gone.safetensors cannot be read")
+    training = {"perceptual_files": (tokenizer_file, "heads.pth")}
+    (line,) = problems({**RUNNABLE, "method": "tokenizer", "tokenizer_training": training})
+    assert line == "tokenizer_training.perceptual_files: there is no file heads.pth"
 
 
 def test_a_generator_without_a_tokenizer_is_refused(recipe):
     (line,) = problems(recipe(init={"vq": ""}))
-    assert line.startswith(
-        "init.vq='': a generator needs the weights of its tokenizer; name 'demo',"
-    )
+    assert line.startswith("init.vq='': the method needs these weights; name 'demo',")
 
 
 def test_weights_of_another_model_are_refused_by_their_header(recipe, tokenizer_file):

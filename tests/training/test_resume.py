@@ -12,11 +12,13 @@ import pytest
 from vapi_jax.common import locks
 from vapi_jax.data import make_dataset
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.next_token import NextToken
+from vapi_jax.methods.tokenizer import TokenizerTraining
 from vapi_jax.parallel.preemption import Stopped, StopRequest
 from vapi_jax.training import resume
 from vapi_jax.training.checkpoint import CheckpointError
 
-BASE = TrainConfig(name="run", task="base")
+BASE = TrainConfig(name="run", method="base", options=NextToken.Options(), section="base")
 
 
 def changed(config, **changes):
@@ -92,16 +94,17 @@ def test_what_does_is_a_change(change):
 def test_more_steps_are_a_change_where_their_number_shapes_the_run():
     cosine = changed(BASE, optimizer__schedule="cosine")
     assert lines(cosine, changed(cosine, steps=200)) == ["steps: 100 -> 200"]
-    restarts = changed(BASE, task="tokenizer", tokenizer_training__restart_below=0.1)
+    options = TokenizerTraining.Options(restart_below=0.1)
+    restarts = changed(BASE, method="tokenizer", options=options, section="tokenizer_training")
     assert lines(restarts, changed(restarts, steps=200)) == ["steps: 100 -> 200"]
 
 
 def test_an_option_younger_than_the_checkpoint_had_its_default():
     facts = resume.config_facts(BASE)
-    del facts["on_nonfinite"], facts["label_dropout"]
+    del facts["on_nonfinite"], facts["base"]["label_dropout"]
     assert resume.config_changes(facts, BASE) == []
-    assert resume.config_changes(facts, changed(BASE, label_dropout=0.2)) == [
-        "label_dropout: 0.1 -> 0.2"
+    assert resume.config_changes(facts, changed(BASE, options__label_dropout=0.2)) == [
+        "base.label_dropout: 0.1 -> 0.2"
     ]
 
 

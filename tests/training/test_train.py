@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers.tiny import Machine, make_tiny_task
+from tests.helpers.tiny import Machine, make_tiny_method
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import HealthError
 from vapi_jax.methods.config import OptimizerConfig
@@ -79,14 +79,14 @@ def test_the_first_step_in_numbers():
 
 
 def test_what_decays_in_a_real_generator():
-    task = make_tiny_task("base", make_mesh())
+    task = make_tiny_method("base", make_mesh())
     mask = flatten(train.decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
     kept = {name for name, decays in mask.items() if not decays}
     assert kept == {"layers/attention_norm/scale", "layers/ffn_norm/scale", "norm/scale"}
 
 
 def test_what_decays_in_a_tokenizer():
-    task = make_tiny_task("tokenizer", make_mesh(), image_size=16)
+    task = make_tiny_method("tokenizer", make_mesh(), image_size=16)
     mask = flatten(train.decay_mask(jax.eval_shape(task.init, jax.random.key(0))))
     for name, decays in mask.items():
         assert decays == name.endswith(("/kernel", "/embedding")), name
@@ -108,6 +108,9 @@ def test_learning_rates(change, steps, want):
 
 
 # --- the step -------------------------------------------------------------------------------------
+
+
+RATIOS = {"ratio_p01", "ratio_p50", "ratio_p99", "ratio_max_deviation", "clip_fraction"}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,9 @@ def one_device_run(one_device):
 def test_any_mesh_and_any_cut_of_the_batch_take_the_same_steps(one_device_run, data, fsdp, changes):
     done = Machine(data, fsdp, changes).run()
     for number, (got, want) in enumerate(zip(done.metrics, one_device_run.metrics, strict=True)):
-        assert got.keys() == want.keys()
+        # The plain step knows ratios, which are 1.
+        assert got.keys() - want.keys() <= RATIOS
+        assert got.get("ratio_max_deviation", 0.0) < 1e-5
         for name in want:
             np.testing.assert_allclose(
                 got[name], want[name], rtol=2e-5, atol=2e-6, err_msg=f"step {number}: {name}"
@@ -149,8 +154,7 @@ def test_the_steps_change_every_parameter_and_metrics_say_what_happened(one_devi
     still = [name for name, p in one_device_run.params.items() if np.array_equal(p, start[name])]
     assert not still
     first = one_device_run.metrics[0]
-    assert first["ratio_max_deviation"] == 0.0
-    assert first["clip_fraction"] == 0.0
+    assert not [name for name in first if "ratio" in name]  # constants of a fused step
     assert first["reward"] == first["reward_mse"] < 0.0
     assert 0.0 < first["entropy"] < math.log(16)
     assert first["advantages_nonzero"] > 0.9
@@ -188,38 +192,38 @@ HEALTHY = {"grad_norm": 0.1, "advantages_nonzero": 1.0, "ratio_max_deviation": 0
 
 @pytest.fixture(scope="module")
 def vapi_task():
-    return make_tiny_task("vapi", make_mesh())
+    return make_tiny_method("vapi", make_mesh())
 
 
 def test_a_healthy_step_passes(vapi_task):
-    vapi_task.check(1, HEALTHY)
-    vapi_task.check(1, {**HEALTHY, "ratio_max_deviation": 0.01})  # bfloat16 rounding
+    vapi_task.check_health(1, HEALTHY)
+    vapi_task.check_health(1, {**HEALTHY, "ratio_max_deviation": 0.01})  # bfloat16 rounding
 
 
 @pytest.mark.parametrize("norm", [0.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", ["vapi", "base"])
 def test_a_gradient_that_is_zero_or_not_finite_stops_the_run(kind, norm):
     with pytest.raises(HealthError, match="step 7: gradient norm"):
-        make_tiny_task(kind, make_mesh()).check(7, {**HEALTHY, "grad_norm": norm})
+        make_tiny_method(kind, make_mesh()).check_health(7, {**HEALTHY, "grad_norm": norm})
 
 
 def test_equal_rewards_everywhere_stop_the_run(vapi_task):
     with pytest.raises(HealthError, match="step 3: all samples of every group"):
-        vapi_task.check(3, {**HEALTHY, "advantages_nonzero": 0.0})
-    without = make_tiny_task("vapi", vapi_task.mesh, vapi={"policy_gradient": False})
-    without.check(3, {**HEALTHY, "advantages_nonzero": 0.0})  # nothing asks for advantages
+        vapi_task.check_health(3, {**HEALTHY, "advantages_nonzero": 0.0})
+    without = make_tiny_method("vapi", vapi_task.mesh, vapi={"policy_gradient": False})
+    without.check_health(3, {**HEALTHY, "advantages_nonzero": 0.0})  # nothing asks for advantages
 
 
 @pytest.mark.parametrize("deviation", [0.03, 5.0, math.nan])
 def test_a_first_ratio_off_one_stops_the_run(vapi_task, deviation):
-    with pytest.raises(HealthError, match="step 2: the first ratio"):
-        vapi_task.check(2, {**HEALTHY, "ratio_max_deviation": deviation})
-    dropout = make_tiny_task("vapi", vapi_task.mesh, preset="reference")
-    dropout.check(2, {**HEALTHY, "ratio_max_deviation": 0.5})  # dropout moves it rightly
+    with pytest.raises(HealthError, match="step 2: a ratio"):
+        vapi_task.check_health(2, {**HEALTHY, "ratio_max_deviation": deviation})
+    dropout = make_tiny_method("vapi", vapi_task.mesh, preset="reference")
+    dropout.check_health(2, {**HEALTHY, "ratio_max_deviation": 0.5})  # dropout moves it rightly
 
 
 def test_messages_say_what_to_look_at(vapi_task):
     with pytest.raises(HealthError, match="entropy"):
-        vapi_task.check(1, {**HEALTHY, "advantages_nonzero": 0.0})
+        vapi_task.check_health(1, {**HEALTHY, "advantages_nonzero": 0.0})
     with pytest.raises(HealthError, match="learning rate"):
-        vapi_task.check(1, {**HEALTHY, "grad_norm": math.nan})
+        vapi_task.check_health(1, {**HEALTHY, "grad_norm": math.nan})

@@ -121,7 +121,7 @@ def _run() -> None:
     from vapi_jax.training import run
 
     config = resolve(CONFIG.value)
-    if _PLAIN.value and not config.vapi.fused:
+    if _PLAIN.value and not getattr(config.options, "fused", True):
         raise ConfigError("config.vapi.fused=False is the plain step already: leave --plain out")
     result = _measure(config, run.prepare_devices(config))
     if _JSON.value is not None:

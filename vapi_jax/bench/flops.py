@@ -21,6 +21,8 @@ from vapi_jax.models import head, lpips
 from vapi_jax.models.policy import JanusPolicy, Policy, TextPolicy
 from vapi_jax.models.transformer import BlockConfig
 from vapi_jax.models.vq import VQConfig
+from vapi_jax.rewards import make_terms
+from vapi_jax.rewards.reconstruction import LPIPS
 
 WAYS = ("fused", "plain", "reference")
 
@@ -220,7 +222,7 @@ def step_flops(
     """What one step of VA-π spends.
 
     Args:
-      config: the run, of task "vapi".
+      config: the run, of method "vapi".
       policy: its generator.
       way: "fused": one sequence an image. "plain": `plain_vapi_loss`, a sampling forward and G
         sequences an image. "reference": the authors' code, which also runs a base generator that
@@ -231,21 +233,24 @@ def step_flops(
     Raises:
       ValueError: for another way, or a Janus policy without a prompt length.
     """
-    way = way or ("fused" if config.vapi.fused else "plain")
+    way = way or ("fused" if config.options.fused else "plain")
     if way not in WAYS:
         raise ValueError(f"way {way!r}: choose one of {WAYS}")
-    images, group, side = config.batch_size, config.vapi.group_size, config.data.image_size
+    images, group, side = config.batch_size, config.options.group_size, config.data.image_size
     samples = images * group
     sequences = images if way == "fused" else samples
     one = policy_flops(policy, prompt_length)
     targets = samples if way == "reference" else images
-    base = {"reference": samples}.get(way, images if config.vapi.needs_base else 0)
-    judged, encoded = config.reward.lpips != 0.0, source_class(config.data.name).brings_tokens
+    base = {"reference": samples}.get(way, images if config.options.needs_base else 0)
+    nets = [
+        term.reward.net for term in make_terms(config.rewards) if isinstance(term.reward, LPIPS)
+    ]
+    encoded = source_class(config.data.name).brings_tokens
     return StepFlops(
         encode=0.0 if encoded else images * encoder_flops(config.tokenizer, side),
         sampling=0.0 if way == "fused" else images * one.total,
         decode=samples * decoder_flops(config.tokenizer, side),
-        lpips=(samples + targets) * lpips_flops(config.perceptual_net, side) if judged else 0.0,
+        lpips=(samples + targets) * sum(lpips_flops(net, side) for net in nets),
         forward=sequences * one.total,
         backward=2 * sequences * one.total,
         base=base * one.total,

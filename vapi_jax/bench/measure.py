@@ -56,9 +56,9 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
     """FLOPs and communication of a compiled step, over all devices unless said otherwise."""
-    config, devices = rig.task.config, rig.task.mesh.size
+    config, devices = rig.method.config, rig.method.mesh.size
     text = compiled.as_text()
-    analytic, found = step_flops(config, rig.task.policy), matmul_flops(text)
+    analytic, found = step_flops(config, rig.method.policy), matmul_flops(text)
     xla = (compiled.cost_analysis() or {}).get("flops")
     return {
         "model_flops": analytic.model,
@@ -69,7 +69,7 @@ def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
         "compiled_flops_exact": found.exact,
         "compiled_flops_uncounted_calls": found.uncounted,
         "cost_analysis_flops": None if xla is None else xla * devices,
-        "parameters": dataclasses.asdict(count_parameters(rig.state.params, rig.task.mesh)),
+        "parameters": dataclasses.asdict(count_parameters(rig.state.params, rig.method.mesh)),
         "collectives_per_device": {
             kind: dataclasses.asdict(total)
             for kind, total in hlo.totals(hlo.collectives(text)).items()
@@ -83,15 +83,15 @@ def scaling(rig: rigs.Rig) -> list[dict[str, Any]] | None:
     The recipe's batch on 1, 8 and 64 devices, and as many images for each device on 64 and 512 as on 8.
     None unless the mesh splits parameters over a node of 8, for which the model is made.
     """
-    config, mesh = rig.task.config, rig.task.mesh
+    config, mesh = rig.method.config, rig.method.mesh
     if mesh.shape[AXIS] != H100.node or mesh.size != H100.node:
         return None
     batch = config.batch_size
     cases = [(1, batch), (8, batch), (64, batch), (64, 8 * batch), (512, 64 * batch)]
     parameters = count_parameters(rig.state.params, mesh)
-    flops = step_flops(config, rig.task.policy).hardware / batch
+    flops = step_flops(config, rig.method.policy).hardware / batch
     own = (config.microbatch_size or batch) // mesh.size
-    dtype = rig.task.policy.compute_dtype
+    dtype = rig.method.policy.compute_dtype
     return [
         dataclasses.asdict(found) | {"hidden": found.hidden, "exposed": found.exposed}
         for devices, images in cases
@@ -113,7 +113,7 @@ def compile_only(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """What the compiler says of a step of shapes alone; nothing is run and no weights exist."""
     rig = rigs.abstract(config, mesh)
     say("compiling")
-    compiled, seconds = rigs.compile_step(rig, config.vapi.fused)
+    compiled, seconds = rigs.compile_step(rig, config.options.fused)
     return {
         "name": config.name,
         **environment(mesh),
@@ -130,7 +130,7 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
     """Times the recipe's step, its phases and, in turns with it, the B·G oracle.
 
     Args:
-      config: of task "vapi".
+      config: of method "vapi".
       mesh: devices.
       steps: timed steps of each kind.
       plain: also time the step with `vapi.fused` False.
@@ -143,7 +143,7 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
     """
     say("weights and data")
     rig = rigs.build(config, mesh)
-    config, fused = rig.task.config, rig.task.config.vapi.fused
+    config, fused = rig.method.config, rig.method.config.options.fused
     say("compiling the step")
     compiled, compile_seconds = rigs.compile_step(rig, fused)
     result: dict[str, Any] = {"name": config.name, **environment(mesh), "notes": rig.notes}
@@ -193,7 +193,7 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
             result["plain_seconds_of_processor_per_step"] / result["seconds_of_processor_per_step"]
         )
     say("the device's peak")
-    most, peak_source = peak(rig.task.policy.compute_dtype, mesh.size)
+    most, peak_source = peak(rig.method.policy.compute_dtype, mesh.size)
     achieved = result["model_flops"] / result["seconds_per_step"]
     return result | {
         "images_per_second": config.batch_size / result["seconds_per_step"],

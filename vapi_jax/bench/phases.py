@@ -38,10 +38,7 @@ class _Parts:
 
 
 def _parts(rig: Rig) -> _Parts:
-    task, config = rig.task, rig.task.config
-    policy, pixels, method = task.policy, task.pixels, task.config.vapi
-    # A chunk counts images whose samples are decoded together; `decode` alone counts samples.
-    samples_at_once = dataclasses.replace(pixels, chunk=pixels.chunk * method.group_size)
+    policy, pixels, method = rig.method.policy, rig.method.pixels, rig.method.options
 
     def forward(params: Any, condition: Any, context: Any) -> Any:
         return jax.vjp(lambda p: policy.hidden(p, condition, context), params)
@@ -53,15 +50,15 @@ def _parts(rig: Rig) -> _Parts:
     def backward(
         pull: Callable[..., Any], hidden: Any, params: Any, found: Any, entropy: Any, keys: Any
     ) -> Any:
-        rollout = vapi.Rollout(**found)
+        judged = vapi.Judged(**found)
 
         def loss(hidden: Any, params: Any) -> Any:
             head = policy.head(params)
-            logps, true_logps = vapi.score(hidden, head, rollout.samples, rollout.tokens, method)
+            logps, true_logps = vapi.score(hidden, head, judged.samples, judged.tokens, method)
             no_base = dataclasses.replace(method, kl_weight=0.0, monitor_kl=False)
             return vapi.objective(
                 logps, jax.lax.stop_gradient(logps), -true_logps.mean(axis=-1), entropy,
-                rollout, {}, keys, policy, no_base, None,
+                judged, {}, keys, policy, no_base, None,
             )[0]  # fmt: skip
 
         to_hidden, to_head = jax.grad(loss, argnums=(0, 1))(hidden, params)
@@ -75,12 +72,12 @@ def _parts(rig: Rig) -> _Parts:
         encode=jax.jit(pixels.encode),
         forward=jax.jit(forward),
         sampling=jax.jit(sampling),
-        decode=jax.jit(samples_at_once.decode),
+        decode=jax.jit(pixels.decode),
         rewards=jax.jit(
-            lambda frozen, samples, tokens, images, keys: vars(
-                vapi.roll_out(
-                    samples, tokens, tokens, images, keys, method, config.reward,
-                    lambda s, i: pixels.losses(frozen, s, i),
+            lambda frozen, samples, tokens, batch, keys: vars(
+                vapi.judge_samples(
+                    samples, tokens, tokens, batch, keys, method, rig.method.terms,
+                    rig.method.parts(frozen)["judge"],
                 )
             )
         ),
@@ -98,13 +95,13 @@ class PhaseTimer:
     """
 
     def __init__(self, rig: Rig):
-        config = rig.task.config
+        config = rig.method.config
         micro = config.microbatch_size or config.batch_size
         self._repeats = config.batch_size // micro
-        batch = train.split_microbatches(rig.batch, self._repeats, rig.task.mesh)
+        batch = train.split_microbatches(rig.batch, self._repeats, rig.method.mesh)
         self._batch = {name: jax.tree.map(lambda x: x[0], part) for name, part in batch.items()}
         self._keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(micro))
-        self._policy, self._frozen, self._parts = rig.task.policy, rig.frozen, _parts(rig)
+        self._policy, self._frozen, self._parts = rig.method.policy, rig.frozen, _parts(rig)
 
     def once(self, state: train.TrainState) -> dict[str, float]:
         """Seconds that each phase takes in a step: those of one microbatch times their number."""
@@ -120,10 +117,10 @@ class PhaseTimer:
         (samples, entropy), found["sampling"] = timed(parts.sampling, hidden, head, keys[1], tokens)
         flat = samples.reshape(-1, samples.shape[-1])
         _, found["decode"] = timed(parts.decode, frozen, flat)
-        rollout, rewarded = timed(parts.rewards, frozen, samples, tokens, images, keys)
+        judged, rewarded = timed(parts.rewards, frozen, samples, tokens, batch, keys)
         found["lpips"] = max(rewarded - found["decode"], 0.0)
         grads, found["backward"] = timed(
-            parts.backward, pull, hidden, params, rollout, entropy, keys
+            parts.backward, pull, hidden, params, judged, entropy, keys
         )
         del hidden, pull
         found = {name: seconds * self._repeats for name, seconds in found.items()}

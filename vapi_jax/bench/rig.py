@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,16 @@ from jax.sharding import Mesh
 
 from vapi_jax.data import DataError, make_dataset, num_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import VAPiTask
-from vapi_jax.models.policy import ClassPolicy
+from vapi_jax.methods.generator import with_classes
+from vapi_jax.methods.resolve import changed
+from vapi_jax.methods.vapi import VAPi
 from vapi_jax.parallel.sharding import batch_sharding, shard_batch, tree_shardings
 from vapi_jax.training import train
-from vapi_jax.training.memory import frozen_shapes
-from vapi_jax.training.readiness import with_classes
 from vapi_jax.weights.names import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomTokenizerTask(VAPiTask):
+class RandomTokenizer(VAPi):
     """VA-π over a tokenizer with random weights: its speed does not depend on their values."""
 
     def load_tokenizer(self) -> Any:
@@ -40,7 +39,7 @@ class Rig:
     """What a step takes.
 
     Attributes:
-      task: the recipe's, of task "vapi".
+      method: the recipe's, of method "vapi".
       optimizer: its AdamW.
       state: on the mesh; a step consumes it and gives the next.
       shardings: of the state.
@@ -49,7 +48,7 @@ class Rig:
       notes: what is real and what stands in for it, by subject.
     """
 
-    task: VAPiTask
+    method: VAPi
     optimizer: optax.GradientTransformation
     state: train.TrainState
     shardings: Any
@@ -59,10 +58,9 @@ class Rig:
 
     def step(self, fused: bool) -> Any:
         """The jitted step, of one sequence an image or of G."""
-        vapi = dataclasses.replace(self.task.config.vapi, fused=fused)
-        config = dataclasses.replace(self.task.config, vapi=vapi)
-        task = dataclasses.replace(self.task, config=config)
-        return train.make_train_step(task, self.optimizer, self.shardings)
+        config = changed(self.method.config, fused=fused)
+        method = dataclasses.replace(self.method, config=config)
+        return train.make_train_step(method, self.optimizer, self.shardings)
 
 
 def _classes(config: TrainConfig) -> int:
@@ -73,43 +71,39 @@ def _classes(config: TrainConfig) -> int:
         return 1000
 
 
-def batch_shapes(task: VAPiTask) -> dict[str, Any]:
+def batch_shapes(method: VAPi) -> dict[str, Any]:
     """Shapes of a batch over all devices.
 
     Raises:
       ConfigError: for a policy whose conditions are not labels: this version trains on none other.
     """
-    config, side = task.config, task.config.data.image_size
-    if not isinstance(task.policy, ClassPolicy):
+    config = method.config
+    if method.policy.condition.num_classes is None:
         raise ConfigError(
             f"config.policy.kind={config.policy.get('kind')!r}: no batches of captions can be made; "
             "the benchmark takes class-conditional recipes"
         )
-    image = (config.batch_size, side, side, 3)
-    return {
-        "image": jax.ShapeDtypeStruct(image, jnp.float32),
-        "condition": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
+    return method.example_batch(config.batch_size)
 
 
-def random_batch(task: VAPiTask, seed: int) -> dict[str, Any]:
+def random_batch(method: VAPi, seed: int) -> dict[str, Any]:
     """A process's batch of noise images and random labels."""
-    rng, shapes, processes = np.random.default_rng(seed), batch_shapes(task), jax.process_count()
+    rng, shapes, processes = np.random.default_rng(seed), batch_shapes(method), jax.process_count()
     batch, *image = shapes["image"].shape
-    classes = cast(ClassPolicy, task.policy).config.num_classes
+    classes = method.policy.condition.num_classes
     return {
         "image": rng.uniform(-1, 1, (batch // processes, *image)).astype(np.float32),
         "condition": rng.integers(0, classes, batch // processes).astype(np.int32),
     }
 
 
-def host_batches(task: VAPiTask) -> Iterator[dict[str, Any]]:
+def host_batches(method: VAPi) -> Iterator[dict[str, Any]]:
     """The recipe's own input pipeline.
 
     Raises:
       DataError: where its data are not to be had.
     """
-    config, count = task.config, jax.process_count()
+    config, count = method.config, jax.process_count()
     return iter(
         make_dataset(
             config.data,
@@ -122,12 +116,12 @@ def host_batches(task: VAPiTask) -> Iterator[dict[str, Any]]:
     )
 
 
-def _first_batch(task: VAPiTask) -> tuple[dict[str, Any], str]:
+def _first_batch(method: VAPi) -> tuple[dict[str, Any], str]:
     try:
-        return dict(next(host_batches(task))), f"the recipe's data ({task.config.data.name})"
+        return dict(next(host_batches(method))), f"the recipe's data ({method.config.data.name})"
     except DataError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return random_batch(task, 0), f"random images and labels; the recipe's data: {reason}"
+        return random_batch(method, 0), f"random images and labels; the recipe's data: {reason}"
 
 
 def _random_head(state: train.TrainState, shardings: Any) -> train.TrainState:
@@ -149,13 +143,13 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
     Raises:
       ConfigError: as `build`.
     """
-    _check_task(config)
-    task = RandomTokenizerTask(with_classes(config, lambda: _classes(config)), mesh)
+    _check_method(config)
+    method = RandomTokenizer(with_classes(config, lambda: _classes(config)), mesh)
     optimizer = train.make_optimizer(config.optimizer, config.steps)
-    state = train.abstract_state(task, optimizer, config.seed)
+    state = train.abstract_state(method, optimizer, config.seed)
     shardings = train.state_shardings(state, mesh)
-    frozen = frozen_shapes(config)
-    if config.vapi.needs_base:
+    frozen = method.frozen_shapes()
+    if method.keeps_start:
         frozen["base"] = state.params
 
     def placed(tree: Any, layout: Any) -> Any:
@@ -163,9 +157,9 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
         )
 
-    batch = batch_shapes(task)
+    batch = batch_shapes(method)
     return Rig(
-        task,
+        method,
         optimizer,
         placed(state, shardings),
         shardings,
@@ -175,45 +169,45 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
     )
 
 
-def _check_task(config: TrainConfig) -> None:
-    if config.task != "vapi":
-        raise ConfigError(f"config.task={config.task!r}: the benchmark times task 'vapi'")
+def _check_method(config: TrainConfig) -> None:
+    if config.method != "vapi":
+        raise ConfigError(f"config.method={config.method!r}: the benchmark times method 'vapi'")
 
 
 def build(config: TrainConfig, mesh: Mesh) -> Rig:
     """Everything that a step of the recipe takes, real where it can be had.
 
     Raises:
-      ConfigError: for a recipe of another task than "vapi", or one whose batches cannot be made.
+      ConfigError: for a recipe of another method than "vapi", or one whose batches cannot be made.
       WeightsError: if weights exist and do not fit.
     """
-    _check_task(config)
+    _check_method(config)
     config, notes = with_classes(config, lambda: _classes(config)), {}
-    task = VAPiTask(config, mesh)
-    batch_shapes(task)  # refuses before any weights are read
+    method = VAPi(config, mesh)
+    batch_shapes(method)  # refuses before any weights are read
     optimizer = train.make_optimizer(config.optimizer, config.steps)
     notes["generator"] = config.init.gpt or "random weights"
     try:
-        state, shardings = train.init_state(task, optimizer, config.seed)
+        state, shardings = train.init_state(method, optimizer, config.seed)
     except WeightsError as error:
         notes["generator"] = f"random weights; {str(error).splitlines()[0]}"
         init = dataclasses.replace(config.init, gpt="")
-        task = VAPiTask(dataclasses.replace(config, init=init), mesh)
-        state, shardings = train.init_state(task, optimizer, config.seed)
+        method = VAPi(dataclasses.replace(config, init=init), mesh)
+        state, shardings = train.init_state(method, optimizer, config.seed)
     if notes["generator"].startswith("random"):
         state = _random_head(state, shardings)
     notes["tokenizer"] = config.init.vq or "random weights"
     try:
-        frozen = train.load_frozen(task)
+        frozen = train.load_frozen(method)
     except WeightsError as error:
         if config.init.vq:
             notes["tokenizer"] = f"random weights; {str(error).splitlines()[0]}"
-        task = RandomTokenizerTask(task.config, mesh)
-        frozen = train.load_frozen(task)
-    if config.vapi.needs_base:
+        method = RandomTokenizer(method.config, mesh)
+        frozen = train.load_frozen(method)
+    if method.keeps_start:
         frozen["base"] = jax.tree.map(jnp.copy, state.params)
-    batch, notes["data"] = _first_batch(task)
-    return Rig(task, optimizer, state, shardings, frozen, shard_batch(batch, mesh), notes)
+    batch, notes["data"] = _first_batch(method)
+    return Rig(method, optimizer, state, shardings, frozen, shard_batch(batch, mesh), notes)
 
 
 # --- timing ---------------------------------------------------------------------------------------
@@ -288,9 +282,9 @@ def input_wait(rig: Rig, step: Any, count: int, tick: Callable[[], None]) -> flo
 
     None where the recipe's data are not to be had.
     """
-    mesh, waits = rig.task.mesh, []
+    mesh, waits = rig.method.mesh, []
     try:
-        batches = host_batches(rig.task)
+        batches = host_batches(rig.method)
         first = next(batches)
     except DataError:
         return None

@@ -50,17 +50,16 @@ from vapi_jax.common.tables import format_table
 from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import make_conditions
-from vapi_jax.methods import make_task
+from vapi_jax.methods import make_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import GeneratorTask
-from vapi_jax.methods.task import tokenizer_source
+from vapi_jax.methods.generator import GeneratorMethod, with_classes
+from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.models.loading import WeightsSource, load_weights
+from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel.sharding import shard_whole, tree_shardings
-from vapi_jax.rewards.pixels import PixelSpace
 from vapi_jax.sample import Sampler, draw_options, parse
-from vapi_jax.training.readiness import with_classes
 from vapi_jax.weights.names import WeightsError
 
 SEED = 0
@@ -104,13 +103,10 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
     Raises:
       ConfigError: for a recipe that has no generator to draw from.
     """
-    task = make_task(with_classes(config, lambda: _classes(config)), mesh)
-    if not isinstance(task, GeneratorTask):
-        raise ConfigError(
-            f"config.task={config.task!r} trains no generator: --mode=sample takes a recipe of task "
-            "'vapi' or 'base'"
-        )
-    config, side, policy = task.config, task.config.data.image_size, task.policy
+    method = make_method(with_classes(config, lambda: _classes(config)), mesh)
+    if not isinstance(method, GeneratorMethod):
+        raise ConfigError(f"config.method={config.method!r} trains no generator for --mode=sample")
+    config, side, policy = method.config, method.config.data.image_size, method.policy
     tokenizer = VQModel(config.tokenizer)
 
     def fresh(key: Array) -> Any:
@@ -120,7 +116,7 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
         return tree_shardings({"tokenizer": shapes}, mesh)["tokenizer"]
 
     params, generator_note = _weights(
-        task.init_from, policy.init, lambda shapes: tree_shardings(shapes, mesh)
+        method.init_from, policy.init, lambda shapes: tree_shardings(shapes, mesh)
     )
     tokenizer_params, tokenizer_note = _weights(tokenizer_source(config), fresh, tokenizer_layout)
     generator = Generator(
@@ -170,7 +166,7 @@ def measure(
     """Times whole batches, their tokens alone and their pixels alone, taking turns.
 
     Args:
-      config: of task "vapi" or "base".
+      config: of method "vapi" or "base".
       mesh: devices.
       batches: timed ones of each kind.
       batch: images at once, rounded up to the devices as `Sampler` does; None is the recipe's.

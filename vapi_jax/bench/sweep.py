@@ -22,22 +22,21 @@ from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
 from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
 from vapi_jax.common.progress import Progress
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.resolve import resolve
+from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.parallel.sharding import shard_batch
 from vapi_jax.report.svg import Series
 from vapi_jax.training import train
-from vapi_jax.training.memory import frozen_shapes
 
 AXES = ("batch", "group", "microbatch")
 HEADERS = ("varied", "batch", "G", "microbatch", "model FLOP", "seconds", "images/s", "memory")
 
 
-_FIXED = ("mesh", "cpu_devices", "data", "init", "checkpoint", "eval", "task")
+_FIXED = ("mesh", "cpu_devices", "data", "init", "checkpoint", "eval", "method")
 
 
 def points(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
     """(what is varied, configuration): the recipe itself, and one change at a time."""
-    batch, group = config.batch_size, config.vapi.group_size
+    batch, group = config.batch_size, config.options.group_size
     whole = dataclasses.replace(config, microbatch_size=0)
 
     def fits(images: int) -> bool:
@@ -51,8 +50,7 @@ def points(config: TrainConfig, devices: int) -> list[tuple[str, TrainConfig]]:
     ]
     for size in (2, 4, 8, 16):
         if size != group:
-            vapi = dataclasses.replace(config.vapi, group_size=size)
-            found.append(("group", dataclasses.replace(config, vapi=vapi)))
+            found.append(("group", changed(config, group_size=size)))
     for images in (batch // 4, batch // 2, batch):
         given = config.microbatch_size or batch
         if fits(images) and batch % images == 0 and images != given:
@@ -107,13 +105,13 @@ def _resized(rig: rigs.Rig, config: TrainConfig, host: dict[str, Any]) -> rigs.R
     """The same weights under another configuration, with a batch of its size."""
     rows = np.arange(config.batch_size // jax.process_count()) % len(host["condition"])
     batch = {name: value[rows] for name, value in host.items()}
-    task = dataclasses.replace(rig.task, config=config)
-    shapes = train.abstract_state(task, rig.optimizer, config.seed).params
+    method = dataclasses.replace(rig.method, config=config)
+    shapes = train.abstract_state(method, rig.optimizer, config.seed).params
     if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, rig.state.params):
         raise ConfigError("an option that changes the generator's size cannot be varied in one run")
-    if frozen_shapes(config) != frozen_shapes(rig.task.config):
+    if method.frozen_shapes() != rig.method.frozen_shapes():
         raise ConfigError("an option that changes a frozen network cannot be varied in one run")
-    return dataclasses.replace(rig, task=task, batch=shard_batch(batch, task.mesh))
+    return dataclasses.replace(rig, method=method, batch=shard_batch(batch, method.mesh))
 
 
 @dataclasses.dataclass
@@ -144,16 +142,16 @@ class _Point:
                 self.rounds.append(found)
 
     def row(self) -> dict[str, Any]:
-        config, ours = self.rig.task.config, rigs.spread(self.seconds["ours"])
+        config, ours = self.rig.method.config, rigs.spread(self.seconds["ours"])
         row = {
             "varied": self.axis,
             "batch_size": config.batch_size,
-            "group_size": config.vapi.group_size,
+            "group_size": config.options.group_size,
             "microbatch_size": config.microbatch_size or config.batch_size,
             "seconds_per_step": ours.median,
             "seconds_quartiles": [ours.low, ours.high],
             "images_per_second": config.batch_size / ours.median,
-            "model_flops": step_flops(config, self.rig.task.policy).model,
+            "model_flops": step_flops(config, self.rig.method.policy).model,
             "planned_memory_bytes": planned_memory(self.steps["ours"]),
         }
         if "plain" in self.seconds:
@@ -185,15 +183,15 @@ def sweep(
     Raises:
       ConfigError, WeightsError: as `rig.build`.
     """
-    if not config.vapi.fused:
-        raise ConfigError("config.vapi.fused=False: a sweep varies the fused step")
+    if not config.options.fused:
+        raise ConfigError("config.options.fused=False: a sweep varies the fused step")
     say("weights and data")
     rig = rigs.build(config, mesh)
     host = {name: np.asarray(value) for name, value in jax.device_get(rig.batch).items()}
     todo = (
-        variants(recipe or {}, rig.task.config, options)
+        variants(recipe or {}, rig.method.config, options)
         if options
-        else points(rig.task.config, mesh.size)
+        else points(rig.method.config, mesh.size)
     )
     compiled: list[_Point] = []
     turns = WARM_UP + steps

@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 from absl import flags
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.options import Convert
 
 # A scheme; of the two slashes after it one is lost where the text has been a path before.
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -65,6 +67,10 @@ def local_folder(text: str | Path) -> Path:
             f"{there} is a file; {'wants' if there == path else path} is to be a folder"
         )
     return path
+
+
+PathText = Annotated[str, Convert(lambda text: local_text(text) if text else text)]
+"""A recipe's option that names a file or folder; "" names none."""
 
 
 class _PathParser(flags.ArgumentParser):

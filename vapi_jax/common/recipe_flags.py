@@ -12,8 +12,8 @@ from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.paths import local_text
 
 SECTIONS = (
-    "mesh", "data", "tokenizer", "tokenizer_training", "policy", "vapi", "reward", "optimizer",
-    "init", "eval", "checkpoint",
+    "mesh", "data", "tokenizer", "tokenizer_training", "policy", "condition", "vapi", "base",
+    "method_options", "optimizer", "init", "eval", "checkpoint",
 )  # fmt: skip
 
 

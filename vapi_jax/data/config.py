@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.options import Count, Limits, Natural, Share
+from vapi_jax.common.paths import PathText
 from vapi_jax.data.images import PILLOW_PIXELS
 
 SOURCES = {
@@ -18,7 +20,9 @@ SOURCES = {
 """`data.name` -> where its class is; see `vapi_jax.data.sources`."""
 
 SPLITS = ("train", "val", "test")
-CROPS = ("center", "random")
+
+HoldOut = Annotated[float, Limits(0, 0.5, open_low=True)]
+Pixels = Annotated[int, Limits(1, 2 * PILLOW_PIXELS)]  # Pillow reads nothing larger
 
 
 class DataError(ExpectedError, ValueError):
@@ -67,63 +71,49 @@ class DataConfig:
     """
 
     name: str = "photos"
-    image_size: int = 32
-    path: str = ""
+    image_size: Count = 32
+    path: PathText = ""
     dataset: str = ""
     train_split: str = ""
     val_split: str = ""
     test_split: str = ""
     image_feature: str = "image"
     label_feature: str = "label"
-    crop: str = "center"
+    crop: Literal["center", "random"] = "center"
     flip: bool = True
     shuffle: bool = True
     photo_min_scale: float = 0.3
     photo_max_scale: float = 0.45
-    photo_holdout: float = 0.375
-    photo_crops_per_class: int = 1024
-    folder_holdout: float = 0.1
-    max_unreadable: float = 0.01
-    max_image_pixels: int = PILLOW_PIXELS
-    num_threads: int = 1
+    photo_holdout: HoldOut = 0.375
+    photo_crops_per_class: Count = 1024
+    folder_holdout: HoldOut = 0.1
+    max_unreadable: Share = 0.01
+    max_image_pixels: Pixels = PILLOW_PIXELS
+    num_threads: Natural = 1
     prefetch: int = 4
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError with a line for everything that is wrong."""
-        checks = {
-            f"name must be one of {tuple(SOURCES)}, or 'package.module:Class' of your own, got "
-            f"{self.name!r}": self.name in SOURCES or ":" in self.name,
-            f"options are read by sources of your own, not by {self.name!r}": (
-                not (self.options and self.name in SOURCES)
-            ),
-            f"crop must be one of {CROPS}, got {self.crop!r}": self.crop in CROPS,
-            f"image_size must be at least 1, got {self.image_size}": self.image_size >= 1,
-            # Above one half, a crop would not fit into the val or the test half of the strip.
-            "photo scales must satisfy 0 < photo_min_scale <= photo_max_scale <= 0.5, got "
-            f"{self.photo_min_scale} and {self.photo_max_scale}": (
-                0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5
-            ),
-            f"photo_holdout must be in (0, 0.5], got {self.photo_holdout}": (
-                0.0 < self.photo_holdout <= 0.5
-            ),
-            f"folder_holdout must be in (0, 0.5], got {self.folder_holdout}": (
-                0.0 < self.folder_holdout <= 0.5
-            ),
-            f"photo_crops_per_class must be at least 1, got {self.photo_crops_per_class}": (
-                self.photo_crops_per_class >= 1
-            ),
-            f"max_unreadable must be in [0, 1], got {self.max_unreadable}": (
-                0.0 <= self.max_unreadable <= 1.0
-            ),
-            f"max_image_pixels must be in [1, {2 * PILLOW_PIXELS}], got {self.max_image_pixels}; "
-            "Pillow reads nothing larger": 1 <= self.max_image_pixels <= 2 * PILLOW_PIXELS,
-            "num_threads must not be negative and prefetch must be at least max(1, num_threads), "
-            f"got num_threads={self.num_threads}, prefetch={self.prefetch}": (
-                self.num_threads >= 0 and self.prefetch >= max(1, self.num_threads)
-            ),
-        }
-        wrong = [message for message, holds in checks.items() if not holds]
+        wrong = []
+        if self.name not in SOURCES and ":" not in self.name:
+            wrong.append(
+                f"name must be one of {tuple(SOURCES)}, or 'package.module:Class' of your own, got "
+                f"{self.name!r}"
+            )
+        if self.options and self.name in SOURCES:
+            wrong.append(f"options are read by sources of your own, not by {self.name!r}")
+        # Above one half, a crop would not fit into the val or the test half of the strip.
+        if not 0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5:
+            wrong.append(
+                "photo scales must satisfy 0 < photo_min_scale <= photo_max_scale <= 0.5, got "
+                f"{self.photo_min_scale} and {self.photo_max_scale}"
+            )
+        if self.prefetch < max(1, self.num_threads):
+            wrong.append(
+                f"prefetch must be at least max(1, num_threads), got num_threads={self.num_threads}, "
+                f"prefetch={self.prefetch}"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ from vapi_jax.data import fixed_batch, num_classes
 from vapi_jax.evaluation.features import FEATURES, extract_features
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import GeneratorTask
 from vapi_jax.models.sampling import generate
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
@@ -63,17 +63,19 @@ class Sampler:
     """Free-running samples on the mesh, in batches of one size so that one program is compiled.
 
     Args:
-      task: the run's task.
+      method: the run's.
       frozen: its frozen weights on the mesh.
       batch: samples drawn at once, a multiple of the devices.
     """
 
-    def __init__(self, task: GeneratorTask, frozen: Mapping[str, Any], batch: int):
-        self.task, self.frozen, self.batch = task, frozen, batch
-        self._decode = jax.jit(task.pixels.decode)
+    def __init__(self, method: Method, frozen: Mapping[str, Any], batch: int):
+        found = method.sampled()
+        assert found is not None, "a method that trains no generator has no samples"
+        self.method, self.frozen, self.batch, self._found = method, frozen, batch, found
+        self._decode = jax.jit(found.pixels.decode)
 
     def _put(self, value: Any) -> jax.Array:
-        return replicate(value, self.task.mesh)
+        return replicate(value, self.method.mesh)
 
     def __call__(
         self, params: Any, labels: np.ndarray, seed: int, temperature: float = 1.0
@@ -90,10 +92,12 @@ class Sampler:
             part = labels[start : start + self.batch].astype(np.int32)
             padded = np.pad(part, (0, self.batch - len(part)))
             ids = np.arange(start, start + self.batch, dtype=np.int32)
-            batch = shard_whole({"condition": padded, "ids": ids}, self.task.mesh)
+            batch = shard_whole(
+                {**self.method.prepare({"condition": padded}), "ids": ids}, self.method.mesh
+            )
             tokens, entropy = generate(
-                self.task.policy,
-                params,
+                self._found.policy,
+                self._found.params(params),
                 batch["condition"],
                 rng,
                 temperature=self._put(np.float32(temperature)),
@@ -116,25 +120,25 @@ class Judge:
     """Samples policies and measures them against real crops, always on the same terms.
 
     Attributes:
-      task: the run's task.
+      method: the run's.
       frozen: its frozen weights on the mesh.
       held_out: teacher-forced metrics on the run's held-out images.
       batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
     """
 
-    task: GeneratorTask
+    method: Method
     frozen: Mapping[str, Any]
     held_out: HeldOut
     batch: int = 0
 
     def __post_init__(self) -> None:
-        samples, devices = self.task.config.eval.samples, self.task.mesh.size
+        samples, devices = self.method.config.eval.samples, self.method.mesh.size
         self.batch = self.batch or even_batch(samples, devices)
-        self.sample_labels = Sampler(self.task, self.frozen, self.batch)
+        self.sample_labels = Sampler(self.method, self.frozen, self.batch)
 
     def real(self, number: int) -> np.ndarray:
         """As many real crops as `eval.samples`, set `number`; set 0 is the reference."""
-        config = self.task.config
+        config = self.method.config
         return real_crops(config, config.eval.samples, number)
 
     @cached_property
@@ -168,7 +172,7 @@ class Judge:
         self, params: Any, count: int, seed: int, temperature: float
     ) -> tuple[np.ndarray, float]:
         """Samples of all classes in turn, and their mean entropy in nats per token."""
-        labels = np.arange(count) % num_classes(self.task.config.data)
+        labels = np.arange(count) % num_classes(self.method.config.data)
         images, entropies = self.sample_labels(params, labels, seed, temperature)
         return images, float(entropies.mean())
 
@@ -193,7 +197,7 @@ class Judge:
         self, entry: Entry, tick: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """A row of the table, over `eval.seeds` sampling seeds, and the features of the first seed."""
-        config = self.task.config.eval
+        config = self.method.config.eval
         first: dict[str, np.ndarray] = {}
         found: dict[str, list[float]] = {SEEN: [], UNSEEN: []}
         entropies = []
@@ -221,7 +225,7 @@ class Judge:
     def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
         """Real crops, or their reconstructions, in place of samples: what a row can reach."""
         found: dict[str, list[float]] = {SEEN: [], UNSEEN: []}
-        for seed in range(self.task.config.eval.seeds):
+        for seed in range(self.method.config.eval.seeds):
             images = self.real(seed + 1)
             if through_tokenizer:
                 images = self.reconstruct(images)
@@ -233,14 +237,12 @@ class Judge:
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """D(Q(E(I))) of any number of images, clamped to [-1, 1]."""
-        there_and_back = jax.jit(
-            lambda frozen, x: self.task.pixels.decode(frozen, self.task.pixels.encode(frozen, x))
-        )
+        there_and_back = jax.jit(partial(self.method.reconstruct, None))
         out = []
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
-            decoded = there_and_back(self.frozen, shard_whole(padded, self.task.mesh))
+            decoded = there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
             out.append(host_array(decoded)[: len(part)])
         return np.clip(np.concatenate(out), -1.0, 1.0)
 
@@ -266,7 +268,7 @@ def compare(
       The rows; and for the networks `SEEN` and `UNSEEN` label -> features of the reference crops and
       of the first samples of base and post-trained policy, float32 [`eval.samples`, D].
     """
-    config: TrainConfig = judge.task.config
+    config: TrainConfig = judge.method.config
     seeds, temperatures = config.eval.seeds, config.eval.temperatures
     total = seeds * (len(temperatures) + 3 + len(controls))
     with Progress(total, "evaluation") as progress:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vapi_jax.data import fixed_batch
-from vapi_jax.methods import Task
+from vapi_jax.methods import Method
 from vapi_jax.parallel.sharding import replicate, shard_whole
 
 HELD_OUT = "held_out/"
@@ -16,14 +16,14 @@ HELD_OUT = "held_out/"
 class HeldOut:
     """The fixed held-out batch of a run and its metrics, the same images and keys at every call."""
 
-    def __init__(self, task: Task, frozen: Mapping[str, Any]):
-        config = task.config
+    def __init__(self, method: Method, frozen: Mapping[str, Any]):
+        config = method.config
         batch = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
-        self._batch = shard_whole(batch, task.mesh)
+        self._batch = shard_whole(method.prepare(batch), method.mesh)
         self._frozen = frozen
-        self._rng = replicate(jax.random.key(config.seed), task.mesh)
-        self._metrics = jax.jit(task.held_out)
-        self._mesh, self._temperature = task.mesh, config.vapi.temperature
+        self._rng = replicate(jax.random.key(config.seed), method.mesh)
+        self._metrics = jax.jit(method.held_out)
+        self._mesh, self._temperature = method.mesh, method.temperature
 
     def __call__(self, params: Any, temperature: float | None = None) -> dict[str, float]:
         """The metrics; samples are drawn at the configured temperature unless told otherwise."""

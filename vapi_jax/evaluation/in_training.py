@@ -19,8 +19,7 @@ from vapi_jax.evaluation.compare import SEEN, Sampler, even_batch, real_crops
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.kernel_distance import kernel_distance
-from vapi_jax.methods import Task
-from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods import Method
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 SAMPLED = "sampled/"
@@ -37,22 +36,22 @@ class Sampled:
     """Judges samples of a policy, with programs that are compiled at the first call.
 
     Args:
-      task: the run's task.
+      method: the run's.
       frozen: its frozen weights on the mesh.
 
     Raises:
       DataError: the training split has fewer than `eval.sampled` images.
     """
 
-    def __init__(self, task: GeneratorTask, frozen: Mapping[str, Any]):
-        config = task.config
+    def __init__(self, method: Method, frozen: Mapping[str, Any]):
+        config = method.config
         count = config.eval.sampled
-        self._every, self._mesh = config.eval.sampled_every, task.mesh
+        self._every, self._mesh = config.eval.sampled_every, method.mesh
         self._labels = np.arange(count) % num_classes(config.data)
-        self._sampler = Sampler(task, frozen, even_batch(count, task.mesh.size))
+        self._sampler = Sampler(method, frozen, even_batch(count, method.mesh.size))
         extractor = FEATURES[SEEN]
         self._extract = jax.jit(extractor.apply)
-        self._weights = replicate(extractor.load(), task.mesh)
+        self._weights = replicate(extractor.load(), method.mesh)
         self._real = self._features(real_crops(config, count))
         # With no more samples than features the covariance would be singular.
         enough = count > extractor.dim
@@ -96,8 +95,8 @@ class Sampled:
         return found, image_grid(to_uint8(images[:GRID]), columns=8, scale=scale)
 
 
-def sampled_of(task: Task, frozen: Mapping[str, Any]) -> Sampled | None:
-    """What `eval.sampled_every` asks for; None where it is 0 or the task draws no samples."""
-    if not isinstance(task, GeneratorTask) or not task.config.eval.sampled_every:
+def sampled_of(method: Method, frozen: Mapping[str, Any]) -> Sampled | None:
+    """What `eval.sampled_every` asks for; None where it is 0 or the method draws no samples."""
+    if method.sampled() is None or not method.config.eval.sampled_every:
         return None
-    return Sampled(task, frozen)
+    return Sampled(method, frozen)

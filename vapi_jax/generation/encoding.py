@@ -15,17 +15,17 @@ from vapi_jax.common.folders import new_folder
 from vapi_jax.data import class_names, fixed_batch, make_dataset
 from vapi_jax.data.encoded import write_encoded
 from vapi_jax.data.sources import Encoder, source_class
-from vapi_jax.methods import Task
+from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
-from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 
-def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
+def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
     """Writes `out`/train and the recipe's held-out split; returns how many images each has.
 
     Args:
-      task: of the recipe; its mesh does the encoding.
+      method: of the recipe; its mesh does the encoding.
       out: must not exist; appears when complete.
       num: training images, 0 for as many as the run sees.
 
@@ -34,9 +34,9 @@ def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
       FolderExistsError: if `out` exists.
       DataError, WeightsError: if its data or its tokenizer cannot be had.
     """
-    config = task.config
-    if not isinstance(task, GeneratorTask):
-        raise ConfigError(f"config.task={config.task!r}: only generators read tokens")
+    config = method.config
+    if not isinstance(method, GeneratorMethod):
+        raise ConfigError(f"config.method={config.method!r}: only generators read tokens")
     if source_class(config.data.name).brings_tokens:
         raise ConfigError(f"config.data.name={config.data.name!r}: it brings tokens already")
     num = num or config.steps * config.batch_size
@@ -47,14 +47,14 @@ def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
             "train": (num, train),
             config.eval.split: (config.eval.images, [held_out]),
         }
-        params = task.load_tokenizer()
+        params = method.load_tokenizer()
         write = partial(
             write_encoded,
             encoder=Encoder(params_digest(params), config.tokenizer.encoder_dtype),
             class_names=class_names(config.data),
             more={"data": dataclasses.asdict(config.data), "seed": config.seed},
         )
-        encode = _encoding(task, params)
+        encode = _encoding(method, params)
         for split, (count, batches) in splits.items():
             with_tokens = ({**batch, "tokens": encode(batch["image"])} for batch in batches)
             write(folder / split, with_tokens, count)
@@ -62,11 +62,11 @@ def encode_dataset(task: Task, out: Path, num: int = 0) -> dict[str, int]:
 
 
 def _encoding(
-    task: GeneratorTask, params: Any
+    method: GeneratorMethod, params: Any
 ) -> Callable[[Float[np.ndarray, "B H W 3"]], Int[np.ndarray, "B T"]]:
     """The frozen tokenizer on the task's mesh; the last rows are padded to the devices."""
-    frozen, mesh = {"tokenizer": replicate(params, task.mesh)}, task.mesh
-    encode = jax.jit(task.pixels.encode)
+    frozen, mesh = {"tokenizer": replicate(params, method.mesh)}, method.mesh
+    encode = jax.jit(method.pixels.encode)
 
     def tokens(images: np.ndarray) -> np.ndarray:
         padded = np.pad(images, ((0, -len(images) % mesh.size), (0, 0), (0, 0), (0, 0)))

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,17 +24,16 @@ from jaxtyping import Array, Float, Int
 
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.data import DataConfig, class_names
-from vapi_jax.methods import make_task
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.generator import sized_policy
+from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.methods.task import tokenizer_source
 from vapi_jax.models import vq
 from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights, read_manifest
-from vapi_jax.models.policy import ClassPolicy, Policy, make_policy
+from vapi_jax.models.pixels import PixelSpace
+from vapi_jax.models.policy import Policy, make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import tree_shardings
-from vapi_jax.rewards.pixels import PixelSpace
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import load_metadata, resolve_shipped
 from vapi_jax.weights.tensors import open_tensors
@@ -93,7 +93,7 @@ class Generator:
     @property
     def num_classes(self) -> int | None:
         """How many labels there are; None for a generator of another condition."""
-        return self.policy.config.num_classes if isinstance(self.policy, ClassPolicy) else None
+        return self.policy.condition.num_classes
 
     def decode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
         """Images of tokens, unclamped; B is a multiple of the device count."""
@@ -209,17 +209,16 @@ def _demo(dtype: str | None) -> _Found:
 
 def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
     """What a run of `vapi_jax.main` has trained."""
+    del mesh
     summary = _read_summary(directory / SUMMARY)
-    config = _run_config(directory, summary, dtype)
-    task = make_task(config, mesh)
-    if not isinstance(task, GeneratorTask):
-        raise WeightsError(
-            f"{directory} is a run of task {config.task!r}, which trains no generator; give a run "
-            "of task 'vapi' or 'base'"
-        )
     weights = directory / "weights" / "policy.safetensors"
     if not weights.is_file():
-        raise WeightsError(f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}")
+        raise WeightsError(
+            f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}: it trained no "
+            "generator"
+        )
+    config = _run_config(directory, summary, dtype)
+    policy = make_policy(**sized_policy(config))
     found, noted = sha256_file(weights), summary.get("weights", {}).get(weights.name)
     if noted is not None and found != noted:
         raise WeightsError(
@@ -229,14 +228,15 @@ def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
     tokenizer = tokenizer_source(config)
     if tokenizer is None:
         raise WeightsError(f"{directory / SUMMARY} names no weights of a tokenizer in init.vq")
-    trained = {name: getattr(config, name) for name in ("name", "task", "preset", "steps", "seed")}
+    told = summary["config"]
+    trained = {name: told.get(name) for name in ("name", "method", "preset", "steps", "seed")}
     return _Found(
-        policy=task.policy,
+        policy=policy,
         tokenizer=config.tokenizer,
-        weights=_policy_source(str(weights), task.policy),
+        weights=_policy_source(str(weights), policy),
         tokenizer_weights=tokenizer,
         image_size=config.data.image_size,
-        class_names=_class_names(config.data, task.policy),
+        class_names=_class_names(config.data, policy),
         facts={
             "kind": "run",
             "path": str(directory),
@@ -303,8 +303,26 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _run_config(directory: Path, summary: Mapping[str, Any], dtype: str | None) -> TrainConfig:
-    raw = dict(summary["config"])
+    """What sampling needs of a run's configuration: generator, tokenizer and data.
+
+    How it was trained is left out, and with it every name of code that only training needs. Other code of
+    the user's own has to be imported already: a file does not decide what is run.
+    """
+    told = summary["config"]
+    kept = ("name", "policy", "condition", "tokenizer", "data", "init")
+    raw = {**{name: told[name] for name in kept if name in told}, "method": "base"}
     raw["policy"] = {**(raw.get("policy") or {}), **_dtype_option(dtype)}
+    named = (
+        raw["policy"].get("kind"),
+        *((raw.get(part) or {}).get("name") for part in ("condition", "data")),
+    )
+    for name in filter(None, named):
+        module, colon, _ = str(name).partition(":")
+        if colon and module not in sys.modules:
+            raise WeightsError(
+                f"{directory / SUMMARY} names {name!r}, code that this program has not loaded, and a "
+                f"file is not trusted to: import {module} first, from Python"
+            )
     try:
         return resolve(raw)
     except ConfigError as error:
@@ -334,11 +352,11 @@ def _digests(source: WeightsSource) -> dict[str, str]:
 
 def _class_names(config: DataConfig, policy: Policy) -> tuple[str, ...] | None:
     """Names from the data that the generator was trained on, where it can still be found."""
-    if not isinstance(policy, ClassPolicy):
+    if policy.condition.num_classes is None:
         return None
     try:
         names = class_names(config)
     except (OSError, ImportError, TypeError, ValueError) as error:
         logger.info("class names are unknown, so classes go by number: %s", error)
         return None
-    return names if len(names) == policy.config.num_classes else None
+    return names if len(names) == policy.condition.num_classes else None

@@ -16,7 +16,7 @@ from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.generation.files import map_npz_array
 from vapi_jax.generation.loading import Generator
-from vapi_jax.models.policy import Condition, TextPolicy
+from vapi_jax.models.conditions import Caption, Tree
 
 _RANDOM_LABELS = 0xFFFF_FFFF  # no sample has this number, so labels share no key with tokens
 
@@ -44,7 +44,7 @@ class Conditions:
     features: np.ndarray | None = None
     mask: np.ndarray | None = None
 
-    def of(self, samples: Int[np.ndarray, " B"]) -> Condition:
+    def of(self, samples: Int[np.ndarray, " B"]) -> Tree:
         """The condition of these samples, as the policy takes it, in NumPy arrays."""
         rows = self.rows[samples]
         if self.features is None or self.mask is None:
@@ -87,7 +87,7 @@ def make_conditions(
         return _by_label(
             labels or "balanced", count, seed, generator.num_classes, generator.class_names
         )
-    if not isinstance(generator.policy, TextPolicy):
+    if not isinstance(generator.policy.condition, Caption):
         raise ConditionsError(
             f"this checkpoint is a generator of kind {generator.facts['policy']['kind']!r}; only "
             "class labels and caption features can be sampled from here"
@@ -99,7 +99,7 @@ def make_conditions(
             "this checkpoint is text-conditional: give --conditions FILE.npz with features [N, P, W] "
             "of encoded captions and mask [N, P]"
         )
-    return _by_caption(captions, count, generator.policy)
+    return _by_caption(captions, count, generator.policy.condition)
 
 
 def random_labels(seed: int, count: int, classes: int) -> Int[np.ndarray, " N"]:
@@ -157,9 +157,9 @@ def _label(item: str, classes: int, names: tuple[str, ...] | None) -> int:
     )
 
 
-def _by_caption(path: Path, count: int, policy: TextPolicy) -> Conditions:
+def _by_caption(path: Path, count: int, condition: Caption) -> Conditions:
     features, mask = (map_npz_array(path, name) for name in ("features", "mask"))
-    wanted, captions = (policy.config.cls_token_num, policy.config.caption_dim), len(features)
+    wanted, captions = (condition.length, condition.width), len(features)
     if features.shape[1:] != wanted or mask.shape != (captions, wanted[0]) or not captions:
         raise ConditionsError(
             f"{path}: features {features.shape} and mask {mask.shape}; this generator takes features "

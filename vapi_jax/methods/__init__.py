@@ -1,17 +1,37 @@
-"""What can be trained: each task is a config, a conditioning and a loss for the one trainer."""
+"""What can be trained: a file a method, on the one trainer.
+
+`vapi_jax.methods.vapi` is VA-π on one page; start there. `vapi_jax.methods.method` is the contract.
+"""
+
+from __future__ import annotations
 
 from jax.sharding import Mesh
 
+from vapi_jax.common.plugins import find
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import BaseTask, VAPiTask
-from vapi_jax.methods.task import HealthError, Task
-from vapi_jax.methods.tokenizer import TokenizerTask
+from vapi_jax.methods.method import HealthError, Method
+from vapi_jax.methods.next_token import NextToken
+from vapi_jax.methods.tokenizer import TokenizerTraining
+from vapi_jax.methods.vapi import VAPi
 
-__all__ = ["HealthError", "Task", "make_task"]
+__all__ = ["METHODS", "HealthError", "Method", "find_method", "make_method"]
 
-_TASKS: dict[str, type[Task]] = {"vapi": VAPiTask, "tokenizer": TokenizerTask, "base": BaseTask}
+METHODS: dict[str, type[Method]] = {
+    "vapi": VAPi,
+    "tokenizer": TokenizerTraining,
+    "base": NextToken,
+}
 
 
-def make_task(config: TrainConfig, mesh: Mesh) -> Task:
-    """The task that `config.task` names, on these devices."""
-    return _TASKS[config.task](config, mesh)
+def find_method(name: str) -> type[Method]:
+    """The class of a method: of `METHODS`, or a user's own as "module:Class".
+
+    Raises:
+      UnknownNameError: there is none of that name.
+    """
+    return find(name, METHODS, "method")
+
+
+def make_method(config: TrainConfig, mesh: Mesh) -> Method:
+    """The method that `config.method` names, on these devices."""
+    return find_method(config.method)(config, mesh)

@@ -1,36 +1,35 @@
-"""Tasks that train an autoregressive generator over a frozen tokenizer: VA-π and the base."""
+"""What methods that train an autoregressive generator over a frozen tokenizer have in common."""
+
+from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.digests import params_digest
+from vapi_jax.common.options import Errors, build
+from vapi_jax.common.plugins import UnknownNameError, find
 from vapi_jax.data.pipeline import encoder_of
 from vapi_jax.data.sources import Encoder
-from vapi_jax.methods import grpo, vapi
-from vapi_jax.methods.task import Aux, HealthError, Scalars, Task, mean_of, tokenizer_source
-from vapi_jax.models import categorical
-from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.method import Method, Network, SampledPolicy, tokenizer_source
+from vapi_jax.models import conditions
+from vapi_jax.models.conditions import CONDITIONS, Condition
+from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.loading import WeightsSource, load_weights
-from vapi_jax.models.lpips import load_lpips_params
-from vapi_jax.models.policy import Policy, drop_condition, make_policy
+from vapi_jax.models.pixels import PixelSpace
+from vapi_jax.models.policy import Policy, find_policy, make_policy
 from vapi_jax.models.vq import VQModel
-from vapi_jax.rewards.pixels import PixelSpace
-from vapi_jax.weights.names import WeightsError, check_like
-from vapi_jax.weights.store import load_safetensors
-
-# A bf16 update forward over B·G rows may round unlike its sampling forward over B rows.
-_RATIO_TOLERANCE = 0.02
+from vapi_jax.weights.names import WeightsError
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneratorTask(Task):
-    """What the two have in common: a policy, and a frozen tokenizer to see images through."""
+class GeneratorMethod(Method):
+    """A policy that is trained, and a frozen tokenizer to see images through."""
 
     independent_images: ClassVar[bool] = True
 
@@ -41,36 +40,37 @@ class GeneratorTask(Task):
     @cached_property
     def policy(self) -> Policy:
         """The generator, with sizes it takes from the data and the tokenizer where not given."""
-        config, options = self.config, dict(self.config.policy)
-        options.setdefault("vocab_size", config.tokenizer.codebook_size)
-        length = "num_tokens" if options["kind"] == "janus" else "block_size"
-        options.setdefault(
-            length, (config.data.image_size // config.tokenizer.downsample_factor) ** 2
-        )
-        return make_policy(**options)
+        return make_policy(**sized_policy(self.config))
+
+    @cached_property
+    def condition(self) -> Condition:
+        """What turns raw conditions of the data into those that the policy takes."""
+        return make_condition(self.config, self.policy)
+
+    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {**batch, "condition": self.condition.prepare(batch["condition"])}
+
+    def example_batch(self, rows: int) -> dict[str, Any]:
+        condition = jax.eval_shape(lambda: self.policy.condition.example(rows))
+        return {**super().example_batch(rows), "condition": condition}
+
+    def drop_conditions(self, rng: PRNGKeyArray, batch: Mapping[str, Any], rate: float) -> Any:
+        """The batch's conditions, each unconditional with probability `rate`."""
+        keys = jax.vmap(partial(jax.random.fold_in, rng))(batch["index"])
+        return conditions.drop(self.policy.condition, keys, batch["condition"], rate)
 
     @cached_property
     def pixels(self) -> PixelSpace:
-        """The frozen tokenizer and the reward's terms."""
-        config = self.config
+        """The frozen tokenizer."""
         return PixelSpace(
-            tokenizer=VQModel(config.tokenizer),
+            tokenizer=VQModel(self.config.tokenizer),
             mesh=None if self.local else self.mesh,
-            weights=config.reward,
-            perceptual_net=config.perceptual_net,
-            mse_reduction=config.vapi.mse_reduction,
-            chunk=config.decode_chunk,
-            dtype=config.tokenizer.decoder_dtype,
-            discriminator=self._discriminator,
+            chunk=self.config.decode_chunk,
         )
 
-    @property
-    def _discriminator(self) -> PatchGAN | None:
-        """The frozen network of the GAN reward, where it is asked for."""
-        training = self.config.tokenizer_training
-        if self.config.reward.gan == 0.0:
-            return None
-        return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
+    def true_tokens(self, frozen: Mapping[str, Any], batch: Mapping[str, Any]) -> Array:
+        """x* [B, T]: encoded here, or where the batch brings them, beforehand."""
+        return batch["tokens"] if "tokens" in batch else self.pixels.encode(frozen, batch["image"])
 
     @property
     def init_from(self) -> WeightsSource | None:
@@ -97,13 +97,7 @@ class GeneratorTask(Task):
                 "config.init.vq: name weights of a tokenizer (a released file, a converted directory, "
                 "a run of configs/demo_tokenizer.py), or 'demo' for the shipped ones"
             )
-        side = self.config.data.image_size
-
-        def fresh() -> Any:
-            key = jax.random.key(0)
-            return self.pixels.tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"]
-
-        params = load_weights(source, jax.eval_shape(fresh))
+        params = load_weights(source, model_shapes(self.config.tokenizer))
         if (made := encoder_of(self.config.data)) is not None:
             own = Encoder(params_digest(params), self.config.tokenizer.encoder_dtype)
             if made != own:
@@ -117,166 +111,157 @@ class GeneratorTask(Task):
     def load_frozen(self) -> dict[str, Any]:
         return {"tokenizer": self.load_tokenizer()}
 
+    def frozen_shapes(self) -> dict[str, Any]:
+        return {"tokenizer": model_shapes(self.config.tokenizer)}
+
+    def networks(self) -> list[Network]:
+        policy = partial(jax.eval_shape, self.policy.init, jax.random.key(0))
+        tokenizer = partial(model_shapes, self.config.tokenizer)
+        return [
+            Network("policy", "init.gpt", policy, self.init_from),
+            Network("tokenizer", "init.vq", tokenizer, tokenizer_source(self.config)),
+        ]
+
     def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
         del extra
         return {"policy": params}
 
+    def sampled(self) -> SampledPolicy:
+        return SampledPolicy(self.policy, lambda params: params, self.pixels)
 
-@dataclasses.dataclass(frozen=True)
-class BaseTask(GeneratorTask):
-    """Next-token cross-entropy with label dropout: how LlamaGen trains its generators."""
+    def reconstruct(
+        self, params: Any, frozen: Mapping[str, Any], images: Float[Array, "B H W 3"]
+    ) -> Float[Array, "B H W 3"]:
+        del params
+        return self.pixels.decode(frozen, self.pixels.encode(frozen, images))
 
-    def loss(
-        self,
-        params: Any,
-        extra: Any,
-        frozen: Mapping[str, Any],
-        batch: Mapping[str, Any],
-        rng: PRNGKeyArray,
-        step: Array,
-    ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
-        del step
-        tokens = vapi.true_tokens(dict(batch), partial(self.pixels.encode, frozen))
-        label_rng, dropout_rng = jax.random.split(rng)
-        label_keys = jax.vmap(partial(jax.random.fold_in, label_rng))(batch["index"])
-        condition = drop_condition(
-            self.policy, label_keys, batch["condition"], self.config.label_dropout
-        )
-        dropout_rng = jax.random.fold_in(dropout_rng, batch["index"][0])
-        context = tokens[:, : self.policy.context_length]
-        logits = self.policy.logits(params, condition, context, dropout_rng=dropout_rng)
-        ce = categorical.cross_entropy(logits, tokens)
-        entropy = categorical.entropy(jax.lax.stop_gradient(logits)).mean(axis=-1)
-        return ce.mean(), ({"ce": ce, "entropy": entropy}, extra)
-
-    def summarize(self, aux: Aux) -> Scalars:
-        scalars = mean_of(aux, "ce", "entropy")
-        return {"loss": scalars["ce"], **scalars}
-
-    def held_out(
-        self,
-        params: Any,
-        frozen: Mapping[str, Any],
-        batch: Mapping[str, Any],
-        rng: PRNGKeyArray,
-        temperature: Float[Array, ""],
-    ) -> Scalars:
-        del rng
-        tokens = vapi.true_tokens(dict(batch), partial(self.pixels.encode, frozen))
-        context = tokens[:, : self.policy.context_length]
-        logits = self.policy.logits(params, batch["condition"], context)
-        ce, entropy = (
-            categorical.cross_entropy(logits, tokens),
-            categorical.entropy(logits, temperature),
-        )
-        return {"ce": ce.mean(), "entropy": entropy.mean()}
+    @classmethod
+    def check(cls, config: TrainConfig, errors: Errors) -> None:
+        super().check(config, errors)
+        check_policy(config, errors)
 
 
-@dataclasses.dataclass(frozen=True)
-class VAPiTask(GeneratorTask):
-    """VA-π: `vapi_jax.methods.vapi` with its parts bound to a policy, a tokenizer and a mesh."""
+def make_condition(config: TrainConfig, policy: Policy) -> Condition:
+    """The kind of condition that a configuration names, or the policy's own.
 
-    headline: tuple[str, ...] = dataclasses.field(default=("reward", "ce", "entropy"), init=False)
+    Raises:
+      ValueError: there is none of that name, or its options are wrong.
+    """
+    asked = config.condition
+    if not asked.name:
+        return policy.condition
+    errors = Errors()
+    made = build(
+        find(asked.name, CONDITIONS, "condition"),
+        asked.options,
+        "condition.options.",
+        errors,
+        droppable=policy.condition.droppable,
+    )
+    if errors:
+        raise ValueError("\n".join(errors))
+    return made
 
-    def load_frozen(self) -> dict[str, Any]:
-        frozen = super().load_frozen()
-        if self.config.reward.lpips:
-            frozen["perceptual"] = load_lpips_params(
-                self.config.perceptual_net, self.config.init.perceptual
+
+def sized_policy(config: TrainConfig) -> dict[str, Any]:
+    """The policy's options, "kind" among them, with sizes that tokenizer and image size decide."""
+    options = dict(config.policy)
+    kind = find_policy(options["kind"])
+    options.setdefault("vocab_size", config.tokenizer.codebook_size)
+    grid = config.data.image_size // config.tokenizer.downsample_factor
+    options.setdefault(kind.length_option, grid * grid)
+    return options
+
+
+def with_classes(config: TrainConfig, count: Callable[[], int | None]) -> TrainConfig:
+    """The class count of the data, where a class-conditional generator does not name its own.
+
+    Args:
+      config: the run.
+      count: asked for the data's where it is needed; None for unknown.
+    """
+    policy = dict(config.policy)
+    try:
+        option = find_policy(policy["kind"]).classes_option
+    except (KeyError, UnknownNameError):
+        return config
+    if not option or option in policy:
+        return config
+    classes = count()
+    if classes is None:
+        return config
+    return dataclasses.replace(config, policy={**policy, option: classes})
+
+
+def check_policy(config: TrainConfig, errors: Errors) -> None:
+    """Adds what is wrong with the options of a generator and its condition."""
+    kind = config.policy.get("kind")
+    if errors.concern("policy"):
+        return
+    try:
+        found = find_policy(str(kind))
+    except UnknownNameError as error:
+        errors.append(f"policy.kind={kind!r}: {error}")
+        return
+    length = found.length_option
+    if not errors.concern("data", "tokenizer"):
+        side, codes = config.data.image_size, config.tokenizer.codebook_size
+        grid, options = side // config.tokenizer.downsample_factor, sized_policy(config)
+        if options[length] != grid * grid:
+            errors.append(
+                f"policy.{length}={options[length]}: images of {side} px give {grid}x{grid} tokens, "
+                f"so {grid * grid}"
             )
-        if self._discriminator is not None:
-            path, side = self.config.init.discriminator, self.config.data.image_size
-            frozen["discriminator"] = load_safetensors(path, "float32")
-            init = partial(self._discriminator.init, train=False)
-            example = jnp.zeros((1, side, side, 3))
-            wanted = jax.eval_shape(init, jax.random.key(0), example)
-            check_like(frozen["discriminator"], wanted, f"the discriminator weights {path}")
-        return frozen
-
-    def _parts(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "policy": self.policy,
-            "encode": partial(self.pixels.encode, frozen),
-            "reward_losses": partial(self.pixels.losses, frozen),
-            "weights": self.config.reward,
-            "config": self.config.vapi,
-        }
-
-    def loss(
-        self,
-        params: Any,
-        extra: Any,
-        frozen: Mapping[str, Any],
-        batch: Mapping[str, Any],
-        rng: PRNGKeyArray,
-        step: Array,
-    ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
-        del step
-        method, dropout_rng = (
-            vapi.vapi_loss if self.config.vapi.fused else vapi.plain_vapi_loss,
-            None,
-        )
-        if self.config.vapi.update_dropout:
-            dropout_rng = jax.random.fold_in(jax.random.fold_in(rng, 1 << 20), batch["index"][0])
-        loss, aux = method(
-            params,
-            dict(batch),
-            rng,
-            base_params=frozen.get("base"),
-            dropout_rng=dropout_rng,
-            **self._parts(frozen),
-        )
-        return loss, (aux, extra)
-
-    def summarize(self, aux: Aux) -> Scalars:
-        rewards, ratios = aux["reward"], aux["ratio"]
-        group_std = jnp.std(rewards, axis=-1, ddof=1)
-        low, median, high = jnp.quantile(ratios, jnp.array([0.01, 0.5, 0.99]))
-        names = [name for name in aux if name.startswith("reward_")]
-        names += [name for name in ("kl_to_base",) if name in aux]
-        return {
-            **mean_of(aux, "loss", "reward", "ce", "entropy", *names),
-            "reward_std": jnp.std(rewards),
-            "reward_group_std": group_std.mean(),
-            "advantages_nonzero": jnp.mean(aux["advantage"] != 0.0),
-            "ratio_p01": low,
-            "ratio_p50": median,
-            "ratio_p99": high,
-            "ratio_max_deviation": jnp.abs(ratios - 1.0).max(),
-            "clip_fraction": grpo.clip_fraction(ratios, self.config.vapi.clip_epsilon),
-        }
-
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.config.vapi.policy_gradient and metrics["advantages_nonzero"] == 0.0:
-            raise HealthError(
-                f"step {step}: all samples of every group have the same reward, so there is no "
-                "policy gradient. The policy may have collapsed to one token per position (look at "
-                "the entropy), or the tokenizer decodes everything to the same image."
+        if options["vocab_size"] != codes:
+            errors.append(
+                f"policy.vocab_size={options['vocab_size']}: the tokenizer has {codes} codes"
             )
-        deviation = metrics["ratio_max_deviation"]
-        if not self.config.vapi.update_dropout and not deviation <= _RATIO_TOLERANCE:
-            raise HealthError(
-                f"step {step}: the first ratio of new to old policy is off 1 by {deviation:.3g}. With "
-                "one update per rollout and no dropout it must be 1: sampling and update forwards "
-                "disagree."
-            )
-        super().check(step, metrics)
-
-    def held_out(
-        self,
-        params: Any,
-        frozen: Mapping[str, Any],
-        batch: Mapping[str, Any],
-        rng: PRNGKeyArray,
-        temperature: Float[Array, ""],
-    ) -> Scalars:
-        """Reward and entropy are those of sampling at this temperature, CE is the model's own."""
-        batch = {**batch, "index": jnp.arange(batch["image"].shape[0])}
-        traced = cast(float, temperature)  # a traced value does where a float does
-        config = dataclasses.replace(
-            self.config.vapi, temperature=traced, kl_weight=0.0, monitor_kl=False
+    if errors.concern(f"policy.{length}", "policy.vocab_size", "data.image_size", "tokenizer"):
+        return
+    try:
+        policy = make_policy(**sized_policy(config))
+    except ValueError as error:
+        errors.append(f"policy: {error}")
+        return
+    try:
+        given = make_condition(config, policy)
+    except UnknownNameError as error:
+        errors.append(f"condition.name: {error}")
+        return
+    except ValueError as error:
+        errors += str(error).splitlines()
+        return
+    if given.num_classes is None and not config.condition.name:
+        errors.append(
+            f"policy.kind={kind!r}: the data sources give class labels, and this generator takes none; "
+            "choose 'class', or name a condition that makes what it takes (config.condition.name)"
         )
-        parts = {**self._parts(frozen), "config": config}
-        _, aux = vapi.vapi_loss(params, batch, rng, **parts)
-        names = [name for name in aux if name.startswith("reward_")]
-        return mean_of(aux, "reward", "ce", "entropy", *names)
+
+
+def check_dropout(config: TrainConfig, errors: Errors, option: str, rate: float) -> None:
+    """Adds what only shows when dropout is on.
+
+    Args:
+      config: the run.
+      errors: added to.
+      option: that asks for dropped conditions.
+      rate: its value.
+    """
+    if errors.concern("policy", "tokenizer", "data.image_size", "condition"):
+        return
+    policy = make_policy(**sized_policy(config))
+    if rate > 0.0 and not policy.condition.droppable:
+        errors.append(
+            f"policy.class_dropout_prob=0.0: this generator has no embedding for dropped labels; set "
+            f"{option}=0.0"
+        )
+    dropout = getattr(getattr(policy, "config", None), "attn_dropout_p", 0.0)
+    if dropout > 0.0:
+        errors.append(
+            f"policy.attn_dropout_p={dropout}: attention kernels have no dropout; set it to 0"
+        )
+
+
+def logits_bytes(rows: int, length: int, vocab: int) -> int:
+    """Of a block of float32 logits and its companions in the backward pass."""
+    return 4 * 3 * rows * length * vocab

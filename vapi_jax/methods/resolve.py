@@ -1,25 +1,36 @@
-"""From a recipe's ConfigDict to the typed configuration, or a line for everything that is wrong with it."""
+"""From a recipe to the typed configuration, or a line for everything that is wrong with it.
+
+A recipe under `configs/` returns an `ml_collections.ConfigDict`; `resolve` turns it into the frozen
+dataclasses of `vapi_jax.methods.config`. Limits of single options stand where the option is; how options
+fit together is checked here and by the method. Nothing here touches a device or a file.
+"""
+
+from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vapi_jax.common.paths import PathError, local_text
+from vapi_jax import rewards
+from vapi_jax.common.options import Errors, build, coerce, nearest
+from vapi_jax.common.plugins import UnknownNameError
+from vapi_jax.methods import METHODS, find_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.config_checks import TASKS, Errors, broken_limit, check_together
-from vapi_jax.methods.vapi import PRESETS
-from vapi_jax.models.janus import JanusConfig
-from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.policy import POLICIES
+from vapi_jax.methods.method import Method
+from vapi_jax.models.lpips import least_side
+from vapi_jax.models.policy import find_policy
+
+COMPARED_FEATURES = 512
+"""Width of the widest features of the final table: a covariance needs more samples than that."""
+
+OWN_SECTION = "method_options"
+"""Where a recipe has the options of a method that names no section of its own."""
 
 
 def resolve(config: ConfigDict | Mapping[str, Any]) -> TrainConfig:
-    """The typed configuration of a recipe, with its VA-π preset applied under its explicit choices.
+    """The typed configuration of a recipe, with its method's preset applied under its explicit choices.
 
     Raises:
       ConfigError: listing every unknown name, wrong type and impossible value.
@@ -44,124 +55,127 @@ def examine(config: ConfigDict | Mapping[str, Any]) -> tuple[TrainConfig, Errors
     """
     raw = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     errors = Errors()
-    preset = raw.get("preset", "paper")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        errors.append(f"preset={preset!r}: choose one of {tuple(PRESETS)}")
-        raw["preset"] = preset = "paper"
-    if isinstance(raw.setdefault("vapi", {}), Mapping):
-        raw["vapi"] = {**PRESETS[preset], **raw["vapi"]}
-    errors += [f"{required}: missing" for required in _STAND_INS if required not in raw]
-    resolved = _build(TrainConfig, raw, "", errors)
-    check_together(resolved, errors)
+    method = _method(raw, errors)
+    raw = _with_preset(raw, method, errors)
+    more: dict[str, Any] = {"method": raw.pop("method", "vapi"), "section": _section(method)}
+    more["options"] = build(
+        method.Options, raw.pop(more["section"], {}), f"{more['section']}.", errors
+    )
+    for section in (*(other.section for other in METHODS.values()), OWN_SECTION):
+        if section in raw and not raw[section]:  # an empty section says nothing
+            del raw[section]
+    more["rewards"] = rewards.parse(raw.pop("rewards", rewards.DEFAULT), errors)
+    more["policy"] = _policy(raw.pop("policy", {}), errors)
+    if "name" not in raw:
+        errors.append("name: missing")
+        more["name"] = "unnamed"
+    resolved = build(TrainConfig, raw, "", errors, **more)
+    check_together(resolved, method, errors)
     return resolved, errors
 
 
-PATHS = ("data.path", "init.gpt", "init.vq", "init.perceptual", "init.discriminator")
-"""Options that name files or folders."""
-
-_STAND_INS = {"name": "unnamed", "task": TASKS[0]}  # for the two options without a default
-
-
-def _build(kind: type, values: Any, where: str, errors: Errors) -> Any:
-    """A dataclass from a mapping, collecting errors instead of stopping at the first."""
-    if not isinstance(values, Mapping):
-        errors.append(f"{where.rstrip('.')}={values!r}: wants options of its own, not a value")
-        return kind()
-    hints = typing.get_type_hints(kind)
-    kwargs: dict[str, Any] = dict(_STAND_INS) if kind is TrainConfig else {}
-    for name, value in values.items():
-        path = f"{where}{name}"
-        if name not in hints:
-            errors.append(f"{path}: nothing reads this option{_nearest(name, hints, where)}")
-        elif dataclasses.is_dataclass(hints[name]):
-            kwargs[name] = _build(hints[name], value, f"{path}.", errors)
-        elif path == "policy":
-            kwargs[name] = _build_policy(value, values.get("task"), errors)
-        else:
-            _keep(kwargs, name, value, hints[name], path, errors)
+def _method(raw: Mapping[str, Any], errors: Errors) -> type[Method]:
+    found: Any
+    if "method" not in raw:
+        errors.append("method: missing")
+        return METHODS["vapi"]
     try:
-        return kind(**kwargs)
-    except ValueError as error:  # the dataclass's own check, one line for each finding
-        errors += [f"{where.rstrip('.')}: {line}" for line in str(error).splitlines()]
-        return kind()
+        found = find_method(str(raw["method"]))
+    except UnknownNameError as error:
+        errors.append(f"method={raw['method']!r}: {error}")
+        return METHODS["vapi"]
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        errors.append(f"method={raw['method']!r}: is no class of vapi_jax.methods.Method")
+        return METHODS["vapi"]
+    return found
 
 
-def _build_policy(values: Any, task: Any, errors: Errors) -> dict[str, Any]:
+def _section(method: type[Method]) -> str:
+    return method.section or OWN_SECTION
+
+
+def _with_preset(raw: dict[str, Any], method: type[Method], errors: Errors) -> dict[str, Any]:
+    """The recipe over its preset's fragment."""
+    preset = raw.get("preset", "paper")
+    if preset not in method.PRESETS:
+        errors.append(f"preset={preset!r}: choose one of {tuple(method.PRESETS)}")
+        raw = {**raw, "preset": "paper"}
+        preset = "paper"
+    merged = dict(raw)
+    for name, value in method.PRESETS[preset].items():
+        given = raw.get(name)
+        if isinstance(value, Mapping) and isinstance(given, Mapping):
+            merged[name] = {**value, **given}
+        else:
+            merged.setdefault(name, value)
+    return merged
+
+
+def _policy(values: Any, errors: Errors) -> dict[str, Any]:
     """The generator's options, which are those of its own kind."""
     if not isinstance(values, Mapping):
         errors.append(f"policy={values!r}: wants options of its own, not a value")
         return {}
-    kind = values.get("kind")
-    if kind not in POLICIES:
-        if task != "tokenizer":
-            errors.append(f"policy.kind={kind!r}: choose one of {tuple(POLICIES)}")
-        return dict(values)
-    hints = {"kind": str, **typing.get_type_hints(JanusConfig if kind == "janus" else LlamaConfig)}
-    more = ("alignment", "padding") if kind == "janus" else ("size",)
-    hints |= dict.fromkeys(more, str)
     kept: dict[str, Any] = {}
+    try:
+        hints = {"kind": str, **find_policy(str(values.get("kind"))).option_hints()}
+    except UnknownNameError:
+        return dict(values)  # a method that has a generator will say so
     for name, value in values.items():
-        if name in hints:
-            _keep(kept, name, value, hints[name], f"policy.{name}", errors)
-        else:
-            near = _nearest(name, hints, "policy.")
+        if name not in hints:
+            near = nearest(name, hints, "policy.")
             errors.append(f"policy.{name}: nothing reads this option{near}")
+            continue
+        before = len(errors)
+        found = coerce(value, hints[name], f"policy.{name}", errors)
+        if len(errors) == before:
+            kept[name] = found
     return kept
 
 
-def _keep(
-    kept: dict[str, Any], name: str, value: Any, hint: Any, path: str, errors: Errors
-) -> None:
-    """Adds an option's value under its name, if it is of the right type and within its limits."""
-    before = len(errors)
-    value = _coerce(value, hint, path, errors)
-    if len(errors) == before and path in PATHS:
-        value = _local(value, path, errors)
-    if len(errors) == before:
-        broken = broken_limit(path, value)
-        if broken is None:
-            kept[name] = value
-        else:
-            errors.append(broken)
+def check_together(config: TrainConfig, method: type[Method], errors: Errors) -> None:
+    """Adds what is wrong with options that do not fit one another."""
+    if not config.name:
+        errors.append("name='': wants a name")
+    micro = config.microbatch_size or config.batch_size
+    if not errors.concern("batch_size", "microbatch_size") and config.batch_size % micro:
+        errors.append(
+            f"microbatch_size={micro}: batch_size={config.batch_size} is not a multiple of it"
+        )
+    if not errors.concern("tokenizer", "data"):
+        side, factor = config.data.image_size, config.tokenizer.downsample_factor
+        if not config.tokenizer.encoder_ch_mult:
+            errors.append("tokenizer.encoder_ch_mult=(): wants a width for at least one resolution")
+        elif side % factor:
+            errors.append(
+                f"data.image_size={side}: the tokenizer reduces by {factor}; take a multiple of it"
+            )
+    _check_evaluation(config, errors)
+    if not errors.concern(_section(method)):
+        method.check(config, errors)
 
 
-def _local(value: Any, path: str, errors: list[str]) -> Any:
-    """A path, or each of several, with `~` expanded; "" names none."""
-    if isinstance(value, tuple):
-        return tuple(_local(part, path, errors) for part in value)
-    try:
-        return local_text(value) if value else value
-    except PathError as error:
-        errors.append(f"{path}={error}")
-        return value
-
-
-def _nearest(name: str, known: Iterable[str], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(known)}"
-
-
-def _coerce(value: Any, hint: Any, where: str, errors: list[str]) -> Any:
-    """A value of the field's type; whole floats pass for ints and ints for floats."""
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            errors.append(f"{where}={value!r}: wants a tuple, not {type(value).__name__}")
-            return value
-        inner = typing.get_args(hint)[0]
-        return tuple(_coerce(item, inner, where, errors) for item in value)
-    if typing.get_origin(hint) is Mapping:
-        if not isinstance(value, Mapping):
-            errors.append(f"{where}={value!r}: wants options of its own, not a value")
-        return value
-    if typing.get_origin(hint) is types.UnionType:  # "int | None"
-        return value if value is None else _coerce(value, typing.get_args(hint)[0], where, errors)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        errors.append(f"{where}={value!r}: wants {hint.__name__}, not {type(value).__name__}")
-    return value
+def _check_evaluation(config: TrainConfig, errors: Errors) -> None:
+    judged, side, least = config.eval, config.data.image_size, least_side("vgg")
+    if judged.controls and not judged.compare:
+        errors.append("eval.controls: they are rows of the table; set eval.compare=True as well")
+    if judged.compare and judged.samples <= COMPARED_FEATURES and not errors.concern("eval"):
+        errors.append(
+            f"eval.samples={judged.samples}: the table compares {COMPARED_FEATURES} features; wants "
+            f"at least {COMPARED_FEATURES + 1}"
+        )
+    if errors.concern("data.image_size") or side >= least:
+        return
+    if judged.compare:
+        errors.append(
+            f"eval.compare: images of {side} pixels are too small for its features; wants at least "
+            f"{least}"
+        )
+    if judged.sampled_every:
+        errors.append(
+            f"eval.sampled_every: images of {side} pixels are too small for the features that judge "
+            f"samples; wants at least {least}, or set it to 0"
+        )
 
 
 def device_errors(config: TrainConfig, devices: int) -> list[str]:
@@ -172,8 +186,8 @@ def device_errors(config: TrainConfig, devices: int) -> list[str]:
         errors.append(_uneven("batch_size", batch, devices, -(-batch // devices) * devices))
     elif micro % devices:
         fitting = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
-        nearest = next((n for n in fitting if n >= micro), batch)
-        errors.append(_uneven("microbatch_size", micro, devices, nearest))
+        nearest_fit = next((n for n in fitting if n >= micro), batch)
+        errors.append(_uneven("microbatch_size", micro, devices, nearest_fit))
     images = config.eval.images
     if images % devices:
         errors.append(_uneven("eval.images", images, devices, -(-images // devices) * devices))
@@ -182,3 +196,8 @@ def device_errors(config: TrainConfig, devices: int) -> list[str]:
 
 def _uneven(name: str, size: int, devices: int, fix: int) -> str:
     return f"{name}={size}: not a multiple of the {devices} devices; take {fix}"
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A configuration with other values of its method's options."""
+    return dataclasses.replace(config, options=dataclasses.replace(config.options, **changes))

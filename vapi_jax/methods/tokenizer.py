@@ -1,28 +1,62 @@
-"""The task that trains the tokenizer with its discriminator, as LlamaGen does (Eq. 30-33)."""
+"""Training of the tokenizer with its discriminator, as LlamaGen does it (Eq. 30-33)."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vapi_jax.methods.task import Aux, Scalars, Task, tokenizer_source
-from vapi_jax.methods.tokenizer_loss import discriminator_step_loss, generator_loss
+from vapi_jax.common.options import Count, Errors, Natural, NotNegative, Share
+from vapi_jax.common.paths import PathText
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.method import Aux, Curve, Method, Network, Scalars, tokenizer_source
+from vapi_jax.methods.tokenizer_loss import (
+    AdversarialKind,
+    DiscriminatorKind,
+    LossWeights,
+    discriminator_step_loss,
+    tokenizer_loss,
+)
+from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.discriminator import PatchGAN, apply_train
 from vapi_jax.models.loading import WeightsSource
-from vapi_jax.models.lpips import load_lpips_params, lpips
+from vapi_jax.models.lpips import least_side, load_lpips_params, lpips, lpips_shapes
 from vapi_jax.models.quantize import codebook_usage, restart_dead_codes
 from vapi_jax.models.vq import VQModel, VQOutput
 from vapi_jax.rewards import reconstruction as reward
+from vapi_jax.rewards.reconstruction import patches, perceptual_origin
 
 _USAGE_DECAY = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerTask(Task):
+class TokenizerOptions:
+    """Section `tokenizer_training` of a recipe (Eq. 30-33), beside the tokenizer's sizes."""
+
+    loss: LossWeights = LossWeights()
+    perceptual_net: Literal["vgg", "alex"] = "vgg"  # LPIPS backbone
+    perceptual_files: tuple[
+        PathText, ...
+    ] = ()  # its files, backbone and heads; () for the bundled ones
+    discriminator_kind: DiscriminatorKind = "hinge"
+    adversarial_kind: AdversarialKind = "hinge"
+    discriminator_start: Natural = 20_000  # step at which the adversarial term sets in
+    discriminator_ndf: Count = 64  # width of its first layer
+    discriminator_layers: Count = 3
+    restart_below: NotNegative = (
+        0.0  # restart codes used less than this share of the mean use; 0 never
+    )
+    restart_every: Count = 50  # steps
+    restart_until: Share = 0.5  # share of the run after which codes are left alone
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTraining(Method):
     """Tokenizer and discriminator updated at once from one pass.
 
     Each sees the other as it was before the update, and the discriminator sees reconstructions of
@@ -30,9 +64,66 @@ class TokenizerTask(Task):
     parts share no parameter.
     """
 
-    headline: tuple[str, ...] = dataclasses.field(
-        default=("loss", "reconstruction_loss", "perceptual_loss", "codebook_usage"), init=False
+    title: ClassVar[str] = "training of a tokenizer"
+    section: ClassVar[str] = "tokenizer_training"
+    Options: ClassVar[type] = TokenizerOptions
+    headline: ClassVar[tuple[str, ...]] = (
+        "loss", "reconstruction_loss", "perceptual_loss", "codebook_usage",
+    )  # fmt: skip
+    curves: ClassVar[tuple[Curve, ...]] = (
+        ("loss", "Loss", "loss"),
+        ("mse", "Reconstruction error", "MSE, images in [−1, 1]"),
+        ("lpips", "Perceptual error", "LPIPS"),
+        ("codebook_usage", "Codebook usage", "share of codes"),
+        ("grad_norm", "Gradient norm", "L2 norm, unclipped"),
     )
+
+    @property
+    def options(self) -> TokenizerOptions:
+        return self.config.options
+
+    @classmethod
+    def depends_on_steps(cls, options: TokenizerOptions) -> bool:
+        return options.restart_below > 0.0
+
+    @classmethod
+    def check(cls, config: TrainConfig, errors: Errors) -> None:
+        super().check(config, errors)
+        options, side = config.options, config.data.image_size
+        if config.eval.sampled_every:
+            errors.append("eval.sampled_every: a tokenizer draws no samples; set it to 0")
+        least = least_side(options.perceptual_net)
+        if side < least:
+            net = options.perceptual_net
+            errors.append(f"data.image_size={side}: LPIPS ({net}) wants at least {least} pixels")
+        layers = options.discriminator_layers
+        if options.loss.adversarial != 0.0 and patches(side, layers) < 1:
+            errors.append(
+                f"tokenizer_training.discriminator_layers={layers}: nothing is left of {side} pixels; "
+                "take fewer"
+            )
+        if len(options.perceptual_files) not in (0, 2):
+            errors.append(
+                "tokenizer_training.perceptual_files: wants two files, the backbone's and the heads' "
+                f"(or none), not {len(options.perceptual_files)}"
+            )
+
+    def networks(self) -> list[Network]:
+        options = self.options
+        return [
+            Network(
+                "tokenizer",
+                "init.vq",
+                partial(model_shapes, self.config.tokenizer),
+                tokenizer_source(self.config),
+            ),
+            Network(
+                "perceptual",
+                "tokenizer_training.perceptual_files",
+                partial(lpips_shapes, options.perceptual_net),
+                origin=partial(perceptual_origin, options.perceptual_net, options.perceptual_files),
+            ),
+        ]
 
     @cached_property
     def tokenizer(self) -> VQModel:
@@ -42,10 +133,11 @@ class TokenizerTask(Task):
     @cached_property
     def discriminator(self) -> PatchGAN | None:
         """The adversary, or None where its weight is 0."""
-        training = self.config.tokenizer_training
-        if training.loss.adversarial == 0.0:
+        if self.options.loss.adversarial == 0.0:
             return None
-        return PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
+        return PatchGAN(
+            ndf=self.options.discriminator_ndf, n_layers=self.options.discriminator_layers
+        )
 
     @property
     def init_from(self) -> WeightsSource | None:
@@ -72,21 +164,23 @@ class TokenizerTask(Task):
         return params
 
     def init_extra(self, params: Any) -> Any:
-        config, extra = self.config, {}
+        extra: dict[str, Any] = {}
         if self.discriminator is not None:
             # Zeros and ones whatever the key: no batch has been seen.
             variables = self.discriminator.init(jax.random.key(0), self._example(), train=False)
             extra["batch_stats"] = variables["batch_stats"]
-        if config.tokenizer_training.restart_below > 0.0:
+        if self.options.restart_below > 0.0:
             codes = params["tokenizer"]["codebook"]["embedding"]
             extra["usage"] = jnp.ones(codes.shape[0], jnp.float32)
             extra["latents"] = jnp.zeros_like(codes)
         return extra
 
     def load_frozen(self) -> dict[str, Any]:
-        return {
-            "perceptual": load_lpips_params(self.config.perceptual_net, self.config.init.perceptual)
-        }
+        options = self.options
+        return {"perceptual": load_lpips_params(options.perceptual_net, options.perceptual_files)}
+
+    def frozen_shapes(self) -> dict[str, Any]:
+        return {"perceptual": lpips_shapes(self.options.perceptual_net)}
 
     def _apply(self, rng: PRNGKeyArray, params: Any, images: Array) -> VQOutput:
         deterministic = self.config.tokenizer.dropout_p == 0.0
@@ -102,7 +196,7 @@ class TokenizerTask(Task):
         rng: PRNGKeyArray,
         step: Array,
     ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
-        config, training = self.config, self.config.tokenizer_training
+        config, training = self.config, self.options
         on = (step >= training.discriminator_start).astype(jnp.float32)
         extra, images = dict(extra), batch["image"]
 
@@ -111,11 +205,11 @@ class TokenizerTask(Task):
             discriminate = partial(apply_train, self.discriminator)
             now = jax.lax.stop_gradient(params["discriminator"]), extra["batch_stats"]
             fool = lambda x: discriminate(*now, x)[0]  # noqa: E731
-        loss, aux = generator_loss(
+        loss, aux = tokenizer_loss(
             params["tokenizer"],
             images,
             apply_tokenizer=partial(self._apply, jax.random.fold_in(rng, batch["index"][0])),
-            perceptual_fn=lambda a, b: lpips(frozen["perceptual"], a, b, config.perceptual_net),
+            perceptual_fn=lambda a, b: lpips(frozen["perceptual"], a, b, training.perceptual_net),
             codebook_size=config.tokenizer.codebook_size,
             disc_logits_fn=fool,
             weights=training.loss,
@@ -152,7 +246,7 @@ class TokenizerTask(Task):
     def after_update(
         self, params: Any, extra: Any, rng: PRNGKeyArray, step: Array
     ) -> tuple[Any, Any]:
-        training = self.config.tokenizer_training
+        training = self.options
         if "usage" not in extra:
             return params, extra
         last = training.restart_until * self.config.steps
@@ -169,9 +263,6 @@ class TokenizerTask(Task):
         tokenizer = {**params["tokenizer"], "codebook": {"embedding": codes}}
         return {**params, "tokenizer": tokenizer}, {**extra, "usage": usage}
 
-    def summarize(self, aux: Aux) -> Scalars:
-        return {name: jnp.mean(value) for name, value in aux.items()}
-
     def held_out(
         self,
         params: Any,
@@ -184,7 +275,7 @@ class TokenizerTask(Task):
         output = self._apply(rng, params["tokenizer"], batch["image"])
         mse = reward.mse(output.reconstruction, batch["image"])
         distance = lpips(
-            frozen["perceptual"], batch["image"], output.reconstruction, self.config.perceptual_net
+            frozen["perceptual"], batch["image"], output.reconstruction, self.options.perceptual_net
         )
         return {
             "reward": -(mse + distance).mean(),  # Eq. 10 of the true tokens: the ceiling of VA-π
@@ -202,3 +293,9 @@ class TokenizerTask(Task):
                 "batch_stats": extra["batch_stats"],
             }
         return found
+
+    def reconstruct(
+        self, params: Any, frozen: Mapping[str, Any], images: Float[Array, "B H W 3"]
+    ) -> Float[Array, "B H W 3"]:
+        del frozen
+        return self.tokenizer.apply({"params": params["tokenizer"]}, images).reconstruction

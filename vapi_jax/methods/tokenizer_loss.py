@@ -1,6 +1,6 @@
 """Losses that train the tokenizer: Eq. 30-33 of the paper, with LlamaGen's adversarial term.
 
-Two players take turns. The tokenizer minimises `generator_loss` (pixels, perception, codebook, and
+Two players take turns. The tokenizer minimises `tokenizer_loss` (pixels, perception, codebook, and
 fooling the discriminator); the discriminator minimises `discriminator_step_loss`. Both are pure:
 networks come in as functions.
 """
@@ -9,43 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vapi_jax.common.options import NotNegative
 from vapi_jax.models.layers import conv2d
 from vapi_jax.models.quantize import codebook_usage
 from vapi_jax.models.vq import VQOutput
 
 Scalar = Float[Array, ""]
 
-DISCRIMINATOR_KINDS = ("hinge", "vanilla", "non-saturating", "non-saturating-llamagen")
-ADVERSARIAL_KINDS = ("hinge", "non-saturating", "non-saturating-llamagen")
+DiscriminatorKind = Literal["hinge", "vanilla", "non-saturating", "non-saturating-llamagen"]
+AdversarialKind = Literal["hinge", "non-saturating", "non-saturating-llamagen"]
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneratorWeights:
-    """Weights of the tokenizer's loss.
+class LossWeights:
+    """Weights of the tokenizer's loss."""
 
-    Raises:
-      ValueError: if `reconstruction_norm` is not "l1" or "l2".
-    """
-
-    reconstruction: float = 1.0
-    perceptual: float = 1.0  # lambda_p in Eq. 30
-    codebook: float = 1.0  # lambda_q in Eq. 30
-    adversarial: float = 0.5
+    reconstruction: NotNegative = 1.0
+    perceptual: NotNegative = 1.0  # lambda_p in Eq. 30
+    codebook: NotNegative = 1.0  # lambda_q in Eq. 30
+    adversarial: NotNegative = 0.5
     adaptive: bool = True  # scale the adversarial term to the gradient of the other terms
-    reconstruction_norm: str = "l2"  # "l2": mean squared error | "l1": mean absolute error
-
-    def __post_init__(self) -> None:
-        if self.reconstruction_norm not in ("l1", "l2"):
-            raise ValueError(f"reconstruction_norm {self.reconstruction_norm!r} is not l1 or l2")
+    reconstruction_norm: Literal["l1", "l2"] = (
+        "l2"  # "l2": mean squared error | "l1": mean absolute error
+    )
 
 
-class GeneratorAux(NamedTuple):
+class TokenizerAux(NamedTuple):
     """What a trainer wants beside the loss."""
 
     metrics: dict[str, Scalar]
@@ -80,7 +75,7 @@ def discriminator_loss(
     elif kind == "non-saturating-llamagen":
         on_real, on_fake = _swapped_cross_entropy(1.0, real), _swapped_cross_entropy(0.0, fake)
     else:
-        raise ValueError(f"discriminator loss {kind!r} is not one of {DISCRIMINATOR_KINDS}")
+        raise ValueError(f"discriminator loss {kind!r} is not one of {get_args(DiscriminatorKind)}")
     return 0.5 * (on_real + on_fake)
 
 
@@ -101,7 +96,7 @@ def generator_adversarial_loss(fake: Float[Array, "*fake"], kind: str = "hinge")
         return jax.nn.softplus(-fake).mean()
     if kind == "non-saturating-llamagen":
         return _swapped_cross_entropy(1.0, fake)
-    raise ValueError(f"adversarial loss {kind!r} is not one of {ADVERSARIAL_KINDS}")
+    raise ValueError(f"adversarial loss {kind!r} is not one of {get_args(AdversarialKind)}")
 
 
 def adaptive_weight(nll_grad: Float[Array, "*shape"], adv_grad: Float[Array, "*shape"]) -> Scalar:
@@ -125,7 +120,7 @@ def last_kernel_gradient(
     return pull_back(image_gradient.astype(features.dtype))[0].astype(jnp.float32)
 
 
-def generator_loss(
+def tokenizer_loss(
     params: Mapping[str, Any],
     images: Float[Array, "B H W 3"],
     *,
@@ -133,10 +128,10 @@ def generator_loss(
     perceptual_fn: Callable[[Array, Array], Float[Array, " B"]] | None,
     codebook_size: int,
     disc_logits_fn: Callable[[Array], Array] | None = None,
-    weights: GeneratorWeights = GeneratorWeights(),
+    weights: LossWeights = LossWeights(),
     adversarial_kind: str = "hinge",
     disc_on: float | Scalar = 1.0,
-) -> tuple[Scalar, GeneratorAux]:
+) -> tuple[Scalar, TokenizerAux]:
     """The tokenizer's loss on one batch; differentiate it with respect to `params`.
 
     The perceptual network and the discriminator run forward and backward once, down to the image;
@@ -157,7 +152,7 @@ def generator_loss(
       disc_on: 0 or 1, may be traced: LlamaGen starts the adversarial term after some steps.
 
     Returns:
-      The loss and `GeneratorAux`; its metrics are unweighted, except the codebook terms, which
+      The loss and `TokenizerAux`; its metrics are unweighted, except the codebook terms, which
       carry the tokenizer's own weights (beta, entropy ratio).
     """
     output = apply_tokenizer(params, images)
@@ -205,7 +200,7 @@ def generator_loss(
         "codebook_usage": codebook_usage(output.indices, codebook_size),
         "loss": loss,
     }
-    return loss, GeneratorAux(metrics, output)
+    return loss, TokenizerAux(metrics, output)
 
 
 def discriminator_step_loss(

@@ -16,43 +16,62 @@ gradient is the same, and the tests hold the two together.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vapi_jax.common.options import Errors, NotNegative, Positive, Rate, Rule, Share
 from vapi_jax.methods import grpo
+from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.corruption import corrupt
+from vapi_jax.methods.generator import GeneratorMethod, check_dropout, logits_bytes
+from vapi_jax.methods.method import (
+    Aux,
+    Curve,
+    HealthError,
+    Network,
+    Scalars,
+    mean_of,
+)
 from vapi_jax.models import categorical
 from vapi_jax.models.categorical import sample_group, uniforms_24
-from vapi_jax.models.head import Head, draw, token_log_probs
-from vapi_jax.models.policy import Policy, drop_condition
-from vapi_jax.rewards.reconstruction import RewardWeights, reward
+from vapi_jax.models.conditions import drop
+from vapi_jax.models.head import Head, block_length, draw, token_log_probs
+from vapi_jax.models.pixels import PixelSpace
+from vapi_jax.models.policy import Policy
+from vapi_jax.rewards import Term, check_rewards, make_terms, total
 
 
 @dataclasses.dataclass(frozen=True)
-class VAPiConfig:
-    """Hyper-parameters of the method; the defaults are the paper's (Table 7, C2I)."""
+class VAPiOptions:
+    """Section `vapi` of a recipe: the method's hyper-parameters, by default the paper's (Table 7, C2I)."""
 
-    group_size: int = 8  # G >= 2
-    noise_rate: float = 0.0  # ξ in [0, 1]
-    corruption: str = "paper"  # "paper": Eq. 28, without the true token | "full": all of V
-    temperature: float = 1.0  # of sampling and of log-probabilities, > 0
-    ce_weight: float = 0.1  # β
-    clip_epsilon: float = 0.2  # ε
-    advantage_clip: float = 5.0
-    ratio: str = "token"  # "token" | "sequence" (Eq. 11 as written; gradient T times larger)
-    mse_reduction: str = "mean"  # "mean" | "sum" (Eq. 31 as written)
-    kl_weight: float = 0.0  # k3 KL to the frozen base
+    group_size: Annotated[int, Rule(lambda g: g >= 2, "at least 2, for advantages")] = 8  # G
+    noise_rate: Share = 0.0  # ξ
+    corruption: Literal["paper", "full"] = "paper"  # Eq. 28, without the true token | all of V
+    temperature: Positive = 1.0  # of sampling and of log-probabilities
+    ce_weight: NotNegative = 0.1  # β
+    clip_epsilon: Positive = 0.2  # ε
+    advantage_clip: Positive = 5.0
+    advantage: Literal["sum", "per_reward"] = (
+        "sum"  # of the sum of rewards | sum of each reward's own
+    )
+    ratio: Literal["token", "sequence"] = (
+        "token"  # sequence: Eq. 11 as written; gradient T times larger
+    )
+    kl_weight: NotNegative = 0.0  # k3 KL to the frozen base
     monitor_kl: bool = False  # log the KL to the base though its weight is 0 (a second model)
-    token_dropout: float = 0.0  # share of tokens left out of the policy loss, in [0, 1)
+    token_dropout: Rate = 0.0  # share of tokens left out of the policy loss
     shuffle_advantages: bool = False  # a control: advantages permuted inside each group
     policy_gradient: bool = True  # False leaves the CE term alone: a control
     fused: bool = True  # False: B·G sequences and a separate sampling forward
     update_dropout: bool = False  # the model's dropout in the update; needs fused=False
-    label_dropout: float = 0.1  # conditions dropped in an update with dropout
+    label_dropout: Share = 0.1  # conditions dropped in an update with dropout
 
     @property
     def needs_base(self) -> bool:
@@ -64,29 +83,26 @@ class VAPiConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "reference": {
-        "corruption": "full",
-        "fused": False,
-        "update_dropout": True,
-        "monitor_kl": True,
+        "vapi": {"corruption": "full", "fused": False, "update_dropout": True, "monitor_kl": True}
     },
-    "equations": {"ratio": "sequence", "mse_reduction": "sum"},
+    "equations": {
+        "vapi": {"ratio": "sequence"},
+        "rewards": ({"name": "mse", "options": {"reduction": "sum"}}, "lpips"),
+    },
 }
 
-Aux = dict[str, Array]
 Encode = Callable[[Float[Array, "B H W 3"]], Int[Array, "B T"]]
-RewardLosses = Callable[
-    [Int[Array, "B G T"], Float[Array, "B H W 3"]], dict[str, Float[Array, "B G"]]
-]
+Judge = Callable[[Int[Array, "B G T"], Mapping[str, Any]], dict[str, Float[Array, "B G"]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollout:
+class Judged:
     """What one image batch gives before any gradient."""
 
     tokens: Int[Array, "B T"]  # x* = Q(E(I))
     context: Int[Array, "B T"]  # x̃ ~ K_ξ(. | x*)
     samples: Int[Array, "B G T"]  # x_g ~ π_old(. | x̃)
-    losses: dict[str, Float[Array, "B G"]]  # the reward's terms
+    values: dict[str, Float[Array, "B G"]]  # each reward by itself
     rewards: Float[Array, "B G"]  # R, Eq. 10
     advantages: Float[Array, "B G"]  # A, Eq. 4
 
@@ -97,13 +113,13 @@ def purpose_keys(rng: PRNGKeyArray, index: Int[Array, " B"]) -> PRNGKeyArray:
     return jnp.swapaxes(keys, 0, 1)
 
 
-def true_tokens(batch: dict[str, Any], encode: Encode) -> Int[Array, "B T"]:
+def true_tokens(batch: Mapping[str, Any], encode: Encode) -> Int[Array, "B T"]:
     """x*: encoded here, or where the batch brings them, beforehand."""
     return batch["tokens"] if "tokens" in batch else encode(batch["image"])
 
 
 def make_context(
-    keys: PRNGKeyArray, tokens: Int[Array, "B T"], vocab_size: int, config: VAPiConfig
+    keys: PRNGKeyArray, tokens: Int[Array, "B T"], vocab_size: int, config: VAPiOptions
 ) -> Int[Array, "B T"]:
     """x̃ ~ K_ξ(. | x*), Eq. 28."""
     return jax.vmap(
@@ -111,23 +127,27 @@ def make_context(
     )(keys, tokens)
 
 
-def roll_out(
+def judge_samples(
     samples: Int[Array, "B G T"],
     tokens: Int[Array, "B T"],
     context: Int[Array, "B T"],
-    images: Float[Array, "B H W 3"],
+    batch: Mapping[str, Any],
     keys: PRNGKeyArray,
-    config: VAPiConfig,
-    weights: RewardWeights,
-    reward_losses: RewardLosses,
-) -> Rollout:
+    config: VAPiOptions,
+    terms: Sequence[Term],
+    judge: Judge,
+) -> Judged:
     """Decodes and rewards the G samples of each image; no gradient."""
-    losses = jax.lax.stop_gradient(reward_losses(samples, images))
-    rewards = reward(losses, weights)
-    advantages = grpo.group_advantages(rewards, config.advantage_clip)
+    values = jax.lax.stop_gradient(judge(samples, batch))
+    rewards = total(values, terms)
+    if config.advantage == "sum":
+        advantages = grpo.group_advantages(rewards, config.advantage_clip)
+    else:
+        each = {t.name: grpo.group_advantages(values[t.name], math.inf) for t in terms}
+        advantages = jnp.clip(total(each, terms), -config.advantage_clip, config.advantage_clip)
     if config.shuffle_advantages:
         advantages = jax.vmap(jax.random.permutation)(keys[2], advantages)
-    return Rollout(tokens, context, samples, losses, rewards, advantages)
+    return Judged(tokens, context, samples, values, rewards, advantages)
 
 
 def vapi_loss(
@@ -137,9 +157,9 @@ def vapi_loss(
     *,
     policy: Policy,
     encode: Encode,
-    reward_losses: RewardLosses,
-    weights: RewardWeights,
-    config: VAPiConfig,
+    judge: Judge,
+    terms: Sequence[Term],
+    config: VAPiOptions,
     base_params: Any = None,
     dropout_rng: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Aux]:
@@ -153,8 +173,8 @@ def vapi_loss(
       rng: key of this step.
       policy: the generator's contract.
       encode: the frozen tokenizer's E and Q.
-      reward_losses: the reward's terms of samples [B, G, T] against their images.
-      weights: of those terms.
+      judge: what each reward says of samples [B, G, T], decoded, given the batch.
+      terms: the rewards and their weights.
       config: the method's hyper-parameters.
       base_params: the frozen base generator, where config.needs_base.
       dropout_rng: unused here; `plain_vapi_loss` takes it.
@@ -171,19 +191,17 @@ def vapi_loss(
     samples, entropy = draw(
         hidden, head, group_uniforms(keys[1], tokens, config), config.temperature
     )
-    rollout = roll_out(
-        samples, tokens, context, batch["image"], keys, config, weights, reward_losses
-    )
+    judged = judge_samples(samples, tokens, context, batch, keys, config, terms, judge)
     logps, true_logps = score(hidden, head, samples, tokens, config)  # of π_θ(. | x̃_<t), Eq. 7
     old_logps = jax.lax.stop_gradient(logps)  # one update per rollout: π_old is π_θ
     ce = -true_logps.mean(axis=-1)  # L_prior, Eq. 9
     return objective(
-        logps, old_logps, ce, entropy, rollout, batch, keys, policy, config, base_params
-    )
+        logps, old_logps, ce, entropy, judged, batch, keys, policy, config, base_params
+    )  # ρ is 1 and no metric
 
 
 def group_uniforms(
-    keys: PRNGKeyArray, tokens: Int[Array, "B T"], config: VAPiConfig
+    keys: PRNGKeyArray, tokens: Int[Array, "B T"], config: VAPiOptions
 ) -> Float[Array, "B T G"]:
     """What the draws of each image are made from; its own, whatever the batch around it."""
     shape = (tokens.shape[1], config.group_size)
@@ -195,7 +213,7 @@ def score(
     head: Head,
     samples: Int[Array, "B G T"],
     tokens: Int[Array, "B T"],
-    config: VAPiConfig,
+    config: VAPiOptions,
 ) -> tuple[Float[Array, "B G T"], Float[Array, "B T"]]:
     """Log-probabilities of the samples at the sampling temperature, and of the truth at 1."""
     if isinstance(config.temperature, float) and config.temperature == 1.0:
@@ -215,9 +233,9 @@ def plain_vapi_loss(
     *,
     policy: Policy,
     encode: Encode,
-    reward_losses: RewardLosses,
-    weights: RewardWeights,
-    config: VAPiConfig,
+    judge: Judge,
+    terms: Sequence[Term],
+    config: VAPiOptions,
     base_params: Any = None,
     dropout_rng: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Aux]:
@@ -234,10 +252,8 @@ def plain_vapi_loss(
     samples = jax.vmap(
         lambda key, row: sample_group(key, row, config.group_size, config.temperature)
     )(keys[1], old_logits)
-    rollout = roll_out(
-        samples, tokens, context, batch["image"], keys, config, weights, reward_losses
-    )
-    old_logps = categorical.token_log_probs(old_logits, rollout.samples, config.temperature)
+    judged = judge_samples(samples, tokens, context, batch, keys, config, terms, judge)
+    old_logps = categorical.token_log_probs(old_logits, judged.samples, config.temperature)
 
     def per_sample(x: Array) -> Array:  # [B, ...] -> [B·G, ...], image-major
         return jnp.repeat(x, config.group_size, axis=0)
@@ -248,17 +264,18 @@ def plain_vapi_loss(
         label_keys = jax.vmap(lambda key: jax.random.split(key, config.group_size))(
             jax.vmap(lambda i: jax.random.fold_in(label_rng, i))(batch["index"])
         ).reshape(-1)
-        condition = drop_condition(policy, label_keys, condition, config.label_dropout)
+        condition = drop(policy.condition, label_keys, condition, config.label_dropout)
     logits = policy.logits(params, condition, per_sample(fed), dropout_rng=dropout_rng)
-    sequences = rollout.samples.reshape(-1, 1, rollout.samples.shape[-1])
+    sequences = judged.samples.reshape(-1, 1, judged.samples.shape[-1])
     logps = categorical.token_log_probs(logits, sequences, config.temperature)
-    logps = logps.reshape(rollout.samples.shape)
+    logps = logps.reshape(judged.samples.shape)
     ce = categorical.cross_entropy(logits, per_sample(tokens))
-    ce = ce.reshape(rollout.rewards.shape).mean(axis=1)
+    ce = ce.reshape(judged.rewards.shape).mean(axis=1)
     entropy = categorical.entropy(jax.lax.stop_gradient(old_logits), config.temperature)
-    return objective(
-        logps, old_logps, ce, entropy, rollout, batch, keys, policy, config, base_params
+    loss, aux = objective(
+        logps, old_logps, ce, entropy, judged, batch, keys, policy, config, base_params
     )
+    return loss, {**aux, "ratio": jnp.exp(jax.lax.stop_gradient(logps) - old_logps)}
 
 
 def objective(
@@ -266,29 +283,27 @@ def objective(
     old_logps: Float[Array, "B G T"],
     ce: Float[Array, " B"],
     entropy: Float[Array, "B T"],
-    rollout: Rollout,
+    judged: Judged,
     batch: dict[str, Any],
     keys: PRNGKeyArray,
     policy: Policy,
-    config: VAPiConfig,
+    config: VAPiOptions,
     base_params: Any,
 ) -> tuple[Float[Array, ""], Aux]:
     """Eq. 11: mean over images and samples of the clipped surrogate, plus β CE (plus KL)."""
-    ratios = jnp.exp(jax.lax.stop_gradient(logps) - old_logps)
-    aux: Aux = {f"reward_{name}": -value for name, value in rollout.losses.items()}
+    aux: Aux = {f"reward_{name}": value for name, value in judged.values.items()}
     aux |= {
-        "reward": rollout.rewards,
-        "advantage": rollout.advantages,
-        "ratio": ratios,
+        "reward": judged.rewards,
+        "advantage": judged.advantages,
         "ce": ce,
         "entropy": entropy.mean(axis=-1),
     }
     penalty = None
     if config.needs_base:
-        fed = rollout.context[:, : policy.context_length]
+        fed = judged.context[:, : policy.context_length]
         base = policy.hidden(base_params, batch["condition"], fed)
         head = policy.head(base_params)
-        base_logps = token_log_probs(base, head, rollout.samples, config.temperature)
+        base_logps = token_log_probs(base, head, judged.samples, config.temperature)
         kl = grpo.k3_kl(logps, jax.lax.stop_gradient(base_logps))
         aux["kl_to_base"] = kl.mean(axis=(1, 2))
         penalty = config.kl_weight * kl if config.kl_weight > 0.0 else None
@@ -300,7 +315,215 @@ def objective(
     loss = config.ce_weight * ce.mean()
     if config.policy_gradient:
         loss += grpo.clipped_surrogate(
-            logps, old_logps, rollout.advantages, config.clip_epsilon, config.ratio, mask, penalty
+            logps, old_logps, judged.advantages, config.clip_epsilon, config.ratio, mask, penalty
         ).mean()
     aux["loss"] = jnp.broadcast_to(loss, ce.shape)
     return loss, aux
+
+
+# --- the method as the trainer asks for it --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class VAPi(GeneratorMethod):
+    """VA-π: the functions above, bound to a policy, a tokenizer, rewards and devices."""
+
+    title: ClassVar[str] = "VA-π post-training"
+    section: ClassVar[str] = "vapi"
+    Options: ClassVar[type] = VAPiOptions
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    headline: ClassVar[tuple[str, ...]] = ("reward", "ce", "entropy")
+    curves: ClassVar[tuple[Curve, ...]] = (
+        ("reward", "Reward", "reward"),
+        # On a scale of its own: held-out images are harder, and their curve is without sampling noise.
+        ("held_out/reward", "Reward, held-out", "reward"),
+        ("ce", "Cross-entropy", "nats per token"),
+        ("entropy", "Policy entropy", "nats per token"),
+        ("grad_norm", "Gradient norm", "L2 norm, unclipped"),
+    )
+    compares: ClassVar[bool] = True
+
+    @property
+    def options(self) -> VAPiOptions:
+        return self.config.options
+
+    @property
+    def samples_per_image(self) -> int:
+        return self.options.group_size
+
+    @property
+    def keeps_start(self) -> bool:
+        return self.options.needs_base
+
+    @property
+    def temperature(self) -> float:
+        return self.options.temperature
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The recipe's rewards."""
+        return make_terms(self.config.rewards, self.pixels.tokenizer)
+
+    @cached_property
+    def judged_pixels(self) -> PixelSpace:
+        """`pixels`, its chunks sized for the rewards' networks too."""
+        width = max((term.reward.width for term in self.terms), default=0)
+        return dataclasses.replace(self.pixels, judge_width=width)
+
+    @classmethod
+    def check(cls, config: TrainConfig, errors: Errors) -> None:
+        super().check(config, errors)
+        options = config.options
+        if options.fused and options.update_dropout:
+            errors.append(
+                "vapi.update_dropout: the fused step samples from its training forward; set "
+                "vapi.fused=False to run dropout in the update"
+            )
+        if options.update_dropout:
+            check_dropout(config, errors, "vapi.label_dropout", options.label_dropout)
+        check_rewards(config.rewards, config.data.image_size, errors)
+
+    def networks(self) -> list[Network]:
+        found = super().networks()
+        for term in self.terms:
+            reward = term.reward
+            if jax.tree.leaves(reward.shapes()):
+                name = f"reward {term.name}"
+                found.append(
+                    Network(name, f"rewards.{term.name}", reward.shapes, origin=reward.origin)
+                )
+        return found
+
+    def controls(self) -> dict[str, TrainConfig]:
+        changes: dict[str, dict[str, Any]] = {
+            "CE only": {"policy_gradient": False},
+            "shuffled advantages": {"shuffle_advantages": True},
+        }
+        return {
+            name: dataclasses.replace(
+                self.config,
+                options=dataclasses.replace(self.options, **change),
+                name=f"control {name}",
+            )
+            for name, change in changes.items()
+        }
+
+    def load_frozen(self) -> dict[str, Any]:
+        rewards = {term.name: term.reward.load() for term in self.terms}
+        return {**super().load_frozen(), "rewards": {n: w for n, w in rewards.items() if w}}
+
+    def frozen_shapes(self) -> dict[str, Any]:
+        rewards = {term.name: term.reward.shapes() for term in self.terms}
+        return {**super().frozen_shapes(), "rewards": {n: w for n, w in rewards.items() if w}}
+
+    def parts(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `vapi_loss` that this run decides."""
+        seen = {name: frozen[name] for name in ("tokenizer", "rewards")}
+        judges = {term.name: partial(says, term) for term in self.terms}
+        return {
+            "policy": self.policy,
+            "encode": partial(self.pixels.encode, seen),
+            "judge": lambda samples, batch: self.judged_pixels.judge(
+                seen, samples, {name: batch[name] for name in ("image", "condition")}, judges
+            ),
+            "terms": self.terms,
+            "config": self.options,
+        }
+
+    def loss(
+        self,
+        params: Any,
+        extra: Any,
+        frozen: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: PRNGKeyArray,
+        step: Array,
+    ) -> tuple[Float[Array, ""], tuple[Aux, Any]]:
+        del step
+        page, dropout_rng = (vapi_loss if self.options.fused else plain_vapi_loss), None
+        if self.options.update_dropout:
+            dropout_rng = jax.random.fold_in(jax.random.fold_in(rng, 1 << 20), batch["index"][0])
+        base = frozen.get("base")
+        parts = self.parts(frozen)
+        loss, aux = page(
+            params, dict(batch), rng, base_params=base, dropout_rng=dropout_rng, **parts
+        )
+        return loss, (aux, extra)
+
+    def summarize(self, aux: Aux) -> Scalars:
+        rewards = aux["reward"]
+        names = [name for name in aux if name.startswith("reward_") or name == "kl_to_base"]
+        found = {
+            **mean_of(aux, "loss", "reward", "ce", "entropy", *names),
+            "reward_std": jnp.std(rewards),
+            "reward_group_std": jnp.std(rewards, axis=-1, ddof=1).mean(),
+            "advantages_nonzero": jnp.mean(aux["advantage"] != 0.0),
+        }
+        if "ratio" not in aux:
+            return found
+        ratios = aux["ratio"]
+        low, median, high = jnp.quantile(ratios, jnp.array([0.01, 0.5, 0.99]))
+        return {
+            **found,
+            "ratio_p01": low,
+            "ratio_p50": median,
+            "ratio_p99": high,
+            "ratio_max_deviation": jnp.abs(ratios - 1.0).max(),
+            "clip_fraction": grpo.clip_fraction(ratios, self.options.clip_epsilon),
+        }
+
+    def check_health(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.options.policy_gradient and metrics["advantages_nonzero"] == 0.0:
+            raise HealthError(
+                f"step {step}: all samples of every group have the same reward, so there is no "
+                "policy gradient. The policy may have collapsed to one token per position (look at "
+                "the entropy), or the tokenizer decodes everything to the same image."
+            )
+        deviation = metrics.get("ratio_max_deviation", 0.0)
+        if not self.options.update_dropout and not deviation <= _RATIO_TOLERANCE:
+            raise HealthError(
+                f"step {step}: a ratio of new to old policy is off 1 by {deviation:.3g}. With one "
+                "update per rollout and no dropout it must be 1: sampling and update forwards "
+                "disagree."
+            )
+        super().check_health(step, metrics)
+
+    def held_out(
+        self,
+        params: Any,
+        frozen: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        rng: PRNGKeyArray,
+        temperature: Float[Array, ""],
+    ) -> Scalars:
+        """Reward and entropy are those of sampling at this temperature, CE is the model's own."""
+        batch = {**batch, "index": jnp.arange(batch["image"].shape[0])}
+        traced = cast(float, temperature)  # a traced value does where a float does
+        config = dataclasses.replace(
+            self.options, temperature=traced, kl_weight=0.0, monitor_kl=False
+        )
+        _, aux = vapi_loss(params, batch, rng, **{**self.parts(frozen), "config": config})
+        names = [name for name in aux if name.startswith("reward_")]
+        return mean_of(aux, "reward", "ce", "entropy", *names)
+
+    def memory(self, rows: int) -> Sequence[tuple[str, int, str]]:
+        policy, options, side = self.policy, self.options, self.config.data.image_size
+        group, length, vocab = options.group_size, policy.num_tokens, policy.vocab_size
+        at_once = block_length(rows, length, vocab) if options.fused else length
+        logits = logits_bytes(rows if options.fused else rows * group, at_once, vocab)
+        images, maps = self.judged_pixels.at_once(rows, group, side)
+        return [
+            ("logits", logits, f"float32, of {at_once} position(s) at a time"),
+            ("decoding", maps, f"{images} sample(s) at a time, and their reward"),
+        ]
+
+
+# A bf16 update forward over B·G rows may round unlike its sampling forward over B rows.
+_RATIO_TOLERANCE = 0.02
+
+
+def says(term: Term, frozen: Mapping[str, Any], pixels: Array, batch: Mapping[str, Any]) -> Array:
+    """What a reward says, given its own weights and the networks that it shares."""
+    own, shared = frozen["rewards"].get(term.name, {}), term.reward.shares
+    weights = {"own": own, **{name: frozen[name] for name in shared}} if shared else own
+    return term.reward(weights, pixels, batch)

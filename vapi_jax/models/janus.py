@@ -15,9 +15,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vapi_jax.common.options import (
+    Count,
+    Dtype,
+    Natural,
+    NotNegative,
+    Positive,
+    Vocabulary,
+)
 from vapi_jax.models.transformer import (
     BlockConfig,
+    Kernel,
     KVCache,
+    Remat,
     RMSNorm,
     causal_mask,
     head_matmul,
@@ -40,22 +50,22 @@ class JanusConfig:
     pad_id: the prompt token that stands for "no prompt" in classifier-free guidance.
     """
 
-    dim: int = 2048
-    n_layer: int = 24
-    n_head: int = 16
-    n_kv_head: int | None = None
-    hidden_dim: int = 5632
-    text_vocab_size: int = 102400
-    vocab_size: int = 16384
-    image_embed_dim: int = 8
-    num_tokens: int = 576
-    pad_id: int = 100015
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
+    dim: Count = 2048
+    n_layer: Count = 24
+    n_head: Count = 16
+    n_kv_head: Count | None = None
+    hidden_dim: Count = 5632
+    text_vocab_size: Count = 102400
+    vocab_size: Vocabulary = 16384
+    image_embed_dim: Count = 8
+    num_tokens: Count = 576
+    pad_id: Natural = 100015
+    rope_base: Positive = 10000.0
+    norm_eps: Positive = 1e-6
+    initializer_range: NotNegative = 0.02
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
+    attention: Kernel = "auto"
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
@@ -214,14 +224,6 @@ def rope_table(config: JanusConfig, at: Int[Array, "B S"]) -> Float[Array, "B S 
     freqs = config.rope_base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = at[..., None].astype(jnp.float32) * freqs
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def unconditional(config: JanusConfig, condition: Condition) -> Condition:
-    """All real prompt tokens but the first and the last become `pad_id`, and stay visible."""
-    real = condition["mask"]
-    count = jnp.cumsum(real.astype(jnp.int32), axis=1)
-    inner = real & (count > 1) & (count < count[:, -1:])
-    return {**condition, "tokens": jnp.where(inner, config.pad_id, condition["tokens"])}
 
 
 def prefill(

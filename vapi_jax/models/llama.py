@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vapi_jax.common.options import Count, Dtype, NotNegative, Positive, Rate, Share, Vocabulary
 from vapi_jax.models.transformer import (
     BlockConfig,
+    Kernel,
     KVCache,
+    Remat,
     RMSNorm,
     causal_mask,
     dense,
@@ -46,30 +49,30 @@ class LlamaConfig:
     Raises ValueError when the numbers do not fit together.
     """
 
-    dim: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.0
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0
-    num_classes: int = 1000
-    caption_dim: int = 2048
-    class_dropout_prob: float = 0.1
-    model_type: str = "c2i"
-    vocab_size: int = 16384
-    cls_token_num: int = 1
-    block_size: int = 256
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "auto"
+    dim: Count = 768
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_kv_head: Count | None = None
+    multiple_of: Count = 256
+    ffn_dim_multiplier: Positive | None = None
+    rope_base: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    initializer_range: NotNegative = 0.02
+    token_dropout_p: Rate = 0.1
+    attn_dropout_p: Rate = 0.0
+    resid_dropout_p: Rate = 0.1
+    ffn_dropout_p: Rate = 0.1
+    drop_path_rate: Rate = 0.0
+    num_classes: Count = 1000
+    caption_dim: Count = 2048
+    class_dropout_prob: Share = 0.1
+    model_type: Literal["c2i", "t2i"] = "c2i"
+    vocab_size: Vocabulary = 16384
+    cls_token_num: Count = 1
+    block_size: Count = 256
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
+    attention: Kernel = "auto"
 
     def __post_init__(self) -> None:
         if self.model_type not in ("c2i", "t2i"):

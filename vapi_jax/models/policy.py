@@ -1,10 +1,8 @@
 """What a generator must offer to be sampled from and trained: one contract, three kinds of it.
 
-A policy is a frozen dataclass of hyper-parameters and holds no arrays; parameters are passed to
-every call. A *condition* is whatever pytree the kind defines, with a leading batch axis on every
-leaf; callers pass it along, gather rows of it (`jax.tree.map(lambda x: x[rows], condition)`) and
-never look inside. A new kind needs this contract and an entry in `POLICIES`, nothing else:
-`tests/models/test_policy.py` runs over all of them.
+A policy is a frozen dataclass of hyper-parameters and holds no arrays; parameters are passed to every call.
+What it is asked for is a pytree of its `condition`. A new kind needs this contract and an entry in
+`POLICIES`, or is named as "module:Class"; `tests/models/test_policy.py` runs over all of them.
 """
 
 from __future__ import annotations
@@ -12,20 +10,21 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from vapi_jax.common.options import hints_of
+from vapi_jax.common.plugins import find
 from vapi_jax.models import janus, llama
+from vapi_jax.models.conditions import Caption, Condition, Label, Prompt, Tree
 from vapi_jax.models.head import Head, project
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
 from vapi_jax.weights.names import Rule
 
 Params = dict[str, Any]
-Condition = Any
 Cache = Any
 
 
@@ -62,23 +61,49 @@ class Policy(abc.ABC):
     def ignored_names(self) -> tuple[str, ...]:
         """Regular expressions of checkpoint names that are no parameters of this policy."""
 
+    @property
     @abc.abstractmethod
-    def example_condition(self, batch: int) -> Condition:
+    def condition(self) -> Condition:
+        """The kind of condition that it takes."""
+
+    def example_condition(self, batch: int) -> Tree:
         """A valid condition of this batch size, for initialisation and shape inference."""
+        return self.condition.example(batch)
+
+    @classmethod
+    @abc.abstractmethod
+    def option_hints(cls) -> dict[str, Any]:
+        """The options of a recipe's `policy` section -> annotated types with their limits."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_options(cls, **options: Any) -> Policy:
+        """The policy that these options describe.
+
+        Raises:
+          ValueError: fields that contradict each other, or an unknown size.
+          TypeError: an unknown field.
+        """
+
+    length_option: ClassVar[str] = "num_tokens"
+    """The option that says how many tokens an image has."""
+
+    classes_option: ClassVar[str] = ""
+    """The option that says how many classes there are; "" for a kind without classes."""
 
     @abc.abstractmethod
     def init(self, rng: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, a nested dict; the same for the same key."""
 
     @abc.abstractmethod
-    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+    def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         """The conditioning positions as the transformer gets them."""
 
     @abc.abstractmethod
     def hidden(
         self,
         params: Params,
-        condition: Condition,
+        condition: Tree,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
@@ -95,7 +120,7 @@ class Policy(abc.ABC):
     def logits(
         self,
         params: Params,
-        condition: Condition,
+        condition: Tree,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
@@ -104,15 +129,12 @@ class Policy(abc.ABC):
         hidden = self.hidden(params, condition, context, dropout_rng=dropout_rng)
         return project(hidden, self.head(params))
 
-    @abc.abstractmethod
-    def unconditional(self, condition: Condition) -> Condition:
-        """The other half of classifier-free guidance: same structure, shapes and dtypes.
-
-        Raises ValueError where the model has no unconditional embedding.
-        """
+    def unconditional(self, condition: Tree) -> Tree:
+        """The other half of classifier-free guidance; see `Condition.unconditional`."""
+        return self.condition.unconditional(condition)
 
     @abc.abstractmethod
-    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+    def prefill(self, params: Params, condition: Tree) -> tuple[Float[Array, "B V"], Cache]:
         """Float32 logits of token 0, and the cache to decode from (leading axis B or 1)."""
 
     @abc.abstractmethod
@@ -126,7 +148,13 @@ class Policy(abc.ABC):
 class _LlamaPolicy(Policy):
     """What class and text conditioning share."""
 
+    length_option: ClassVar[str] = "block_size"
+
     config: LlamaConfig
+
+    @classmethod
+    def option_hints(cls) -> dict[str, Any]:
+        return {**hints_of(LlamaConfig), "size": Literal[tuple(LLAMA_SIZES)]}
 
     @property
     def vocab_size(self) -> int:
@@ -153,13 +181,13 @@ class _LlamaPolicy(Policy):
         variables = llama.Llama(self.config).init(rng, self.example_condition(1), context)
         return variables["params"]
 
-    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+    def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
 
     def hidden(
         self,
         params: Params,
-        condition: Condition,
+        condition: Tree,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
@@ -176,7 +204,7 @@ class _LlamaPolicy(Policy):
     def head(self, params: Params) -> Head:
         return Head(params["output"]["kernel"])
 
-    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+    def prefill(self, params: Params, condition: Tree) -> tuple[Float[Array, "B V"], Cache]:
         return llama.prefill(self.config, params, condition)
 
     def decode(
@@ -184,65 +212,47 @@ class _LlamaPolicy(Policy):
     ) -> tuple[Float[Array, "B V"], Cache]:
         return llama.decode(self.config, params, cache, token, index)
 
-    def _require_unconditional(self) -> None:
-        if self.config.class_dropout_prob <= 0:
-            raise ValueError(
-                "class_dropout_prob is 0: this model has no unconditional embedding, so neither "
-                "guidance nor dropping of conditions is possible"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class ClassPolicy(_LlamaPolicy):
-    """Class-conditional LlamaGen. Condition: Int[B], labels 0 .. num_classes - 1."""
+    """Class-conditional LlamaGen, under a `Label`."""
+
+    classes_option: ClassVar[str] = "num_classes"
 
     def __post_init__(self) -> None:
         if self.config.model_type != "c2i":
             raise ValueError(f"ClassPolicy wants model_type 'c2i', not {self.config.model_type!r}")
 
-    def example_condition(self, batch: int) -> Int[Array, " B"]:
-        return jnp.zeros((batch,), dtype=jnp.int32)
+    @property
+    def condition(self) -> Label:
+        return Label(self.config.num_classes, droppable=self.config.class_dropout_prob > 0)
 
-    def unconditional(self, condition: Int[Array, " B"]) -> Int[Array, " B"]:
-        self._require_unconditional()
-        return jnp.full_like(condition, self.config.num_classes)
+    @classmethod
+    def from_options(cls, **options: Any) -> ClassPolicy:
+        return cls(_llama_config("c2i", options))
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPolicy(_LlamaPolicy):
-    """Text-conditional LlamaGen.
-
-    Condition: dict of features Float[B, P, W] (encoded caption, LEFT padded), mask Bool[B, P]
-    (False = padding) and dropped Bool[B] (True = the unconditional embedding replaces the
-    features, under the same mask). `text_condition` builds one.
-    """
+    """Text-conditional LlamaGen, under a `Caption`."""
 
     def __post_init__(self) -> None:
         if self.config.model_type != "t2i":
             raise ValueError(f"TextPolicy wants model_type 't2i', not {self.config.model_type!r}")
 
-    def example_condition(self, batch: int) -> Condition:
+    @property
+    def condition(self) -> Caption:
         c = self.config
-        return text_condition(
-            jnp.zeros((batch, c.cls_token_num, c.caption_dim), dtype=jnp.float32),
-            jnp.ones((batch, c.cls_token_num), dtype=bool),
-        )
+        return Caption(c.cls_token_num, c.caption_dim, droppable=c.class_dropout_prob > 0)
 
-    def unconditional(self, condition: Condition) -> Condition:
-        self._require_unconditional()
-        return {**condition, "dropped": jnp.ones_like(condition["dropped"])}
-
-
-def text_condition(features: Float[Array, "B P W"], mask: Array) -> Condition:
-    """The condition of a `TextPolicy` from caption features and their mask [B, P] (bool or 0/1)."""
-    mask = jnp.asarray(mask).astype(bool)
-    dropped = jnp.zeros(mask.shape[:1], dtype=bool)
-    return {"features": jnp.asarray(features), "mask": mask, "dropped": dropped}
+    @classmethod
+    def from_options(cls, **options: Any) -> TextPolicy:
+        return cls(_llama_config("t2i", {"cls_token_num": 120, **options}))
 
 
 @dataclasses.dataclass(frozen=True)
 class JanusPolicy(Policy):
-    """Janus-Pro. Condition: dict of tokens Int[B, P] (prompt) and mask Bool[B, P].
+    """Janus-Pro, under a `Prompt`.
 
     alignment: "shifted_by_one" reads token t's logits one position before it, as pretraining and
       inference do. "same_position" reads them where x_t itself has been fed, as the reference
@@ -255,6 +265,14 @@ class JanusPolicy(Policy):
     config: JanusConfig
     alignment: str = "shifted_by_one"
     padding: str = "exact"
+
+    @classmethod
+    def option_hints(cls) -> dict[str, Any]:
+        own = {
+            "alignment": Literal["shifted_by_one", "same_position"],
+            "padding": Literal["exact", "counted"],
+        }
+        return {**hints_of(JanusConfig), **own}
 
     def __post_init__(self) -> None:
         if self.alignment not in ("shifted_by_one", "same_position"):
@@ -286,21 +304,27 @@ class JanusPolicy(Policy):
     def ignored_names(self) -> tuple[str, ...]:
         return janus.IGNORED_NAMES
 
-    def example_condition(self, batch: int) -> Condition:
-        tokens = jnp.zeros((batch, 2), dtype=jnp.int32)
-        return {"tokens": tokens, "mask": jnp.ones_like(tokens, dtype=bool)}
+    @property
+    def condition(self) -> Prompt:
+        return Prompt(self.config.pad_id)
+
+    @classmethod
+    def from_options(
+        cls, alignment: str = "shifted_by_one", padding: str = "exact", **options: Any
+    ) -> JanusPolicy:
+        return cls(JanusConfig(**options), alignment, padding)
 
     def init(self, rng: PRNGKeyArray) -> Params:
         context = jnp.zeros((1, 1), dtype=jnp.int32)
         return janus.Janus(self.config).init(rng, self.example_condition(1), context)["params"]
 
-    def embed(self, params: Params, condition: Condition) -> Float[Array, "B P D"]:
+    def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
 
     def hidden(
         self,
         params: Params,
-        condition: Condition,
+        condition: Tree,
         context: Int[Array, "B S"],
         *,
         dropout_rng: PRNGKeyArray | None = None,
@@ -319,10 +343,7 @@ class JanusPolicy(Policy):
         last = params["gen_head"]["fc2"]
         return Head(last["kernel"], last["bias"])
 
-    def unconditional(self, condition: Condition) -> Condition:
-        return janus.unconditional(self.config, condition)
-
-    def prefill(self, params: Params, condition: Condition) -> tuple[Float[Array, "B V"], Cache]:
+    def prefill(self, params: Params, condition: Tree) -> tuple[Float[Array, "B V"], Cache]:
         if self.alignment == "same_position":
             raise ValueError("alignment 'same_position' has seen the token it scores: no sampling")
         return janus.prefill(self.config, params, condition, self.padding == "counted")
@@ -331,20 +352,6 @@ class JanusPolicy(Policy):
         self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
     ) -> tuple[Float[Array, "B V"], Cache]:
         return janus.decode(self.config, params, cache, token, index)
-
-
-def drop_condition(
-    policy: Policy, keys: PRNGKeyArray, condition: Condition, rate: float
-) -> Condition:
-    """Makes each sample unconditional with probability `rate`, decided by its own key of `keys` [B]."""
-    if rate <= 0:
-        return condition
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-
-    def pick(without: Array, given: Array) -> Array:
-        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), without, given)
-
-    return jax.tree.map(pick, policy.unconditional(condition), condition)
 
 
 def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
@@ -359,33 +366,31 @@ def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**fields)
 
 
-def _make_class(**config: Any) -> Policy:
-    return ClassPolicy(_llama_config("c2i", config))
+POLICIES: dict[str, type[Policy]] = {
+    "class": ClassPolicy,
+    "text": TextPolicy,
+    "janus": JanusPolicy,
+}
 
 
-def _make_text(**config: Any) -> Policy:
-    return TextPolicy(_llama_config("t2i", {"cls_token_num": 120, **config}))
+def find_policy(kind: str) -> type[Policy]:
+    """The class of a kind of generator: of `POLICIES`, or a user's own as "module:Class".
+
+    Raises:
+      UnknownNameError: there is no such kind.
+    """
+    return find(kind, POLICIES, "policy")
 
 
-def _make_janus(alignment: str = "shifted_by_one", padding: str = "exact", **config: Any) -> Policy:
-    return JanusPolicy(JanusConfig(**config), alignment, padding)
-
-
-POLICIES = {"class": _make_class, "text": _make_text, "janus": _make_janus}
-
-
-def make_policy(kind: str, **config: Any) -> Policy:
+def make_policy(kind: str, **options: Any) -> Policy:
     """A policy by name, so that a trainer names no class.
 
     Args:
-      kind: "class", "text" or "janus".
-      config: fields of `LlamaConfig` (and `size`, a key of `LLAMA_SIZES`) or of `JanusConfig`
-        (and `alignment`, `padding`).
+      kind: see `find_policy`.
+      options: of that kind, see its `option_hints`.
 
     Raises:
       ValueError: for an unknown kind or size, or fields that contradict each other.
       TypeError: for an unknown field.
     """
-    if kind not in POLICIES:
-        raise ValueError(f"unknown policy {kind!r}, known are {', '.join(POLICIES)}")
-    return POLICIES[kind](**config)
+    return find_policy(kind).from_options(**options)

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vapi_jax.models.categorical import entropy, scaled_heights, uniforms_24
-from vapi_jax.models.policy import Condition, Params, Policy
+from vapi_jax.models.conditions import Tree
+from vapi_jax.models.policy import Params, Policy
 
 SCHEDULES = ("constant", "interval", "cosine")
 """How the guidance scale runs over the tokens of an image: see `guidance_scales`."""
@@ -142,7 +143,7 @@ def draw(uniforms: Float[Array, "B L"], logits: Float[Array, "B V"]) -> Int[Arra
 def generate(
     policy: Policy,
     params: Params,
-    condition: Condition,
+    condition: Tree,
     rng: PRNGKeyArray,
     *,
     temperature: float | Float[Array, ""] = 1.0,
@@ -210,7 +211,7 @@ def generate(
 def _generate(
     policy: Policy,
     params: Params,
-    condition: Condition,
+    condition: Tree,
     rng: PRNGKeyArray,
     sample_ids: Int[Array, " B"],
     temperature: Float[Array, ""],

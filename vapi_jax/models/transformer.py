@@ -18,6 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vapi_jax.parallel import fsdp
 
+Remat = Literal["none", "full", "dots"]
+"""What is kept of a layer for the backward pass: everything, its input, outputs of matmuls."""
+
+Kernel = Literal["auto", "xla", "cudnn"]
+
 
 @dataclass(frozen=True)
 class BlockConfig:

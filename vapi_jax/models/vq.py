@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vapi_jax.common.options import Count, Dtype, NotNegative, Positive, Rate, Vocabulary
 from vapi_jax.models.layers import Conv, GroupNorm
 from vapi_jax.models.quantize import entropy_loss, l2_normalize, nearest_codes, squared_distances
 from vapi_jax.weights.names import Rule
@@ -30,23 +31,23 @@ class VQConfig:
       ValueError: if the two halves differ in depth, or a width does not divide into the groups.
     """
 
-    codebook_size: int = 16384  # K, the vocabulary
-    codebook_embed_dim: int = 8  # D, width of a code
+    codebook_size: Vocabulary = 16384  # K, the vocabulary
+    codebook_embed_dim: Count = 8  # D, width of a code
     codebook_l2_norm: bool = True  # compare and decode unit vectors
-    commit_loss_beta: float = 0.25  # weight of the commitment term, beta in Eq. 33
-    entropy_loss_ratio: float = 0.0  # weight of the entropy term; 0 = not computed
-    entropy_temperature: float = 0.01
-    ch: int = 128  # width at full resolution
-    encoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a resolution, finest first
-    decoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2  # per resolution; the decoder has one more
-    z_channels: int = 256
-    dropout_p: float = 0.0
-    groupnorm_groups: int = 32
-    # Of the convolutions, "float32" | "bfloat16". An encoder in bfloat16 gives other tokens: 2 % of
-    # the demo's differ. So x* is that of float32 unless a recipe says otherwise.
-    encoder_dtype: str = "float32"
-    decoder_dtype: str = "float32"
+    commit_loss_beta: NotNegative = 0.25  # weight of the commitment term, beta in Eq. 33
+    entropy_loss_ratio: NotNegative = 0.0  # weight of the entropy term; 0 = not computed
+    entropy_temperature: Positive = 0.01
+    ch: Count = 128  # width at full resolution
+    encoder_ch_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)  # one entry a resolution, finest first
+    decoder_ch_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: Count = 2  # per resolution; the decoder has one more
+    z_channels: Count = 256
+    dropout_p: Rate = 0.0
+    groupnorm_groups: Count = 32
+    # Of the convolutions. An encoder in bfloat16 gives other tokens: 2 % of the demo's differ. So x* is
+    # that of float32 unless a recipe says otherwise.
+    encoder_dtype: Dtype = "float32"
+    decoder_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         for name in ("encoder_ch_mult", "decoder_ch_mult"):

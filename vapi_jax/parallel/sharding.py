@@ -5,7 +5,7 @@ The batch is split over both axes; parameters, their gradients and optimizer mom
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,13 @@ from vapi_jax.common.trees import flatten, unflatten
 AXES = ("data", "fsdp")
 BATCH_AXES = AXES
 
+Rules = Sequence[tuple[str, PartitionSpec]]
+"""(pattern of a path, layout of what it matches)."""
+
 # First match wins; searched in the "/"-joined path, so that optimizer moments follow their
 # parameters. Scanned layers carry a leading layer axis, which is never split.
-PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(^|/)(tokenizer|discriminator|perceptual)/", PartitionSpec()),
+PARTITION_RULES: Rules = (
+    (r"(^|/)(tokenizer|discriminator|perceptual|rewards)/", PartitionSpec()),
     (r"norm\w*/", PartitionSpec()),
     (r"/bias$", PartitionSpec()),
     (r"layers/attention/(wqkv|wq|wk|wv)/kernel$", PartitionSpec(None, "fsdp", None)),
@@ -65,17 +68,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = ()) -> PartitionSpec:
     """The layout of a parameter by its name.
 
-    An axis that the mesh does not divide stays whole; scalars are replicated.
+    `rules` go before the table. An axis that the mesh does not divide stays whole; scalars are replicated.
 
     Raises:
       ValueError: for a name that no row of the table matches, or a row of another rank.
     """
     if not shape:
         return PartitionSpec()
-    for pattern, spec in PARTITION_RULES:
+    for pattern, spec in (*rules, *PARTITION_RULES):
         if re.search(pattern, path):
             if len(spec) not in (0, len(shape)):
                 raise ValueError(f"{path} has shape {shape}, its rule {pattern} is {spec}")
@@ -87,12 +90,12 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     raise ValueError(f"no partition rule for {path!r}: add a row to PARTITION_RULES")
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of arrays or ShapeDtypeStructs, by the table above."""
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """NamedShardings for a tree of arrays or ShapeDtypeStructs, by `rules` and the table above."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -149,6 +152,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
 
     return jax.tree.map(put, tree)
+
+
+def local_rows(leaf: jax.Array) -> np.ndarray:
+    """This process's rows of an array whose leading axis is split over all devices."""
+    shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def host_array(leaf: Any) -> np.ndarray:

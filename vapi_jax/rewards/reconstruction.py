@@ -1,28 +1,30 @@
-"""The reconstruction reward (Eq. 10) and its optional extras, one value per sample.
+"""The reconstruction reward (Eq. 10) and its optional extras: pure functions, and rewards made of them.
 
 Images are NHWC in [-1, 1]. A target is given once for its group: its arrays carry a group axis of
 length 1 and broadcast against the samples' G.
 """
 
-import dataclasses
+from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
+from vapi_jax.common.options import Count, Dtype
+from vapi_jax.common.paths import PathText
+from vapi_jax.models import lpips
+from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.rewards.reward import Batch, Reward, Rewards
+from vapi_jax.weights.names import WeightsError, check_like
+from vapi_jax.weights.store import load_metadata, load_safetensors
 
-@dataclasses.dataclass(frozen=True)
-class RewardWeights:
-    """Weights of the reward's terms; the paper uses MSE and LPIPS alone, both with weight 1."""
-
-    mse: float = 1.0
-    lpips: float = 1.0
-    l1: float = 0.0
-    codebook_cosine: float = 0.0
-    gan: float = 0.0
-
-    def used(self) -> tuple[str, ...]:
-        """Names of the terms with a non-zero weight."""
-        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != 0.0)
+# --- pure functions: losses, lower is better ------------------------------------------------------
 
 
 def mse(
@@ -60,10 +62,152 @@ def gan(fake_logits: Float[Array, "*b h w c"]) -> Float[Array, "*b"]:
     return -jnp.mean(fake_logits.astype(jnp.float32), axis=(-3, -2, -1))
 
 
-def reward(losses: dict[str, Float[Array, "*b"]], weights: RewardWeights) -> Float[Array, "*b"]:
-    """R = -Σ weight·loss over the terms in use (Eq. 10 with MSE and LPIPS).
+# --- rewards: their negatives ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE(Reward):
+    """-MSE of pixels, the first term of Eq. 10."""
+
+    reduction: Literal["mean", "sum"] = "mean"  # "sum": Eq. 31 as written
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        return -mse(pixels, batch["image"][:, None], self.reduction)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1(Reward):
+    """-mean absolute difference of pixels."""
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        return -l1(pixels, batch["image"][:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class LPIPS(Reward):
+    """-LPIPS, the second term of Eq. 10 (Eq. 32). An image's features are computed once for its G samples."""
+
+    width: ClassVar[int] = 64
+
+    net: Literal["vgg", "alex"] = (
+        "vgg"  # the paper: VGG; the reference implementation for Janus: AlexNet
+    )
+    files: tuple[
+        str, ...
+    ] = ()  # the well-known files of backbone and heads; () for the bundled ones
+    dtype: Dtype = "float32"  # of the convolutions
+
+    @property
+    def least_side(self) -> int:
+        return lpips.least_side(self.net)
+
+    def problems(self, side: int) -> list[str]:
+        lines = super().problems(side)
+        if self.files and len(self.files) != 2:
+            lines.append(
+                f"files: wants two, the backbone's and the heads' (or none), not {len(self.files)}"
+            )
+        return lines
+
+    def load(self) -> Any:
+        return lpips.load_lpips_params(self.net, self.files)
+
+    def shapes(self) -> Any:
+        return lpips.lpips_shapes(self.net)
+
+    def origin(self) -> tuple[str, str] | None:
+        return perceptual_origin(self.net, self.files)
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        group = pixels.shape[1]
+        flat = rearrange(pixels, "b g h w c -> (b g) h w c")
+        with jax.named_scope("lpips"):
+            real = lpips.lpips_features(weights, batch["image"], self.net, self.dtype)
+            fake = lpips.lpips_features(weights, flat, self.net, self.dtype)
+            return -lpips.lpips_from_features(
+                weights,
+                tuple(f[:, None] for f in real),
+                tuple(rearrange(f, "(b g) h w c -> b g h w c", g=group) for f in fake),
+                self.net,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookCosine(Reward):
+    """-`codebook_cosine` of a sample's codes and its image's latents."""
+
+    shares: ClassVar[tuple[str, ...]] = ("tokenizer",)
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        assert self.tokenizer is not None, "set by the method"
+        params, samples = {"params": weights["tokenizer"]}, batch["samples"]
+        codes = self.tokenizer.apply(params, method="codes")
+        latents = self.tokenizer.apply(params, batch["image"], method="encode_latents")
+        latents = latents.reshape(samples.shape[0], 1, samples.shape[-1], -1)
+        return -codebook_cosine(codes[samples], latents)
+
+
+@dataclasses.dataclass(frozen=True)
+class GAN(Reward):
+    """The mean logit of a frozen discriminator that a tokenizer was trained with."""
+
+    weights: PathText = ""  # weights/discriminator.safetensors of a tokenizer run
+    ndf: Count = 64  # width of its first layer
+    layers: Count = 3
+
+    @property
+    def network(self) -> PatchGAN:
+        return PatchGAN(ndf=self.ndf, n_layers=self.layers)
+
+    @property
+    def least_side(self) -> int:
+        return next(side for side in range(1, 1 << 12) if patches(side, self.layers) >= 1)
+
+    def problems(self, side: int) -> list[str]:
+        lines = super().problems(side)
+        if not self.weights:
+            lines.append(
+                "weights='': name the discriminator's, RUN/weights/discriminator.safetensors"
+            )
+        return lines
+
+    def shapes(self) -> Any:
+        image = jax.ShapeDtypeStruct((1, self.least_side, self.least_side, 3), jnp.float32)
+        return jax.eval_shape(
+            lambda image: self.network.init(jax.random.key(0), image, train=False), image
+        )
+
+    def load(self) -> Any:
+        found = load_safetensors(self.weights, "float32")
+        check_like(found, self.shapes(), f"the discriminator weights {self.weights}")
+        return found
+
+    def origin(self) -> tuple[str, str] | None:
+        load_metadata(self.weights)
+        return self.weights, "no digest known"
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        flat = rearrange(pixels, "b g h w c -> (b g) h w c")
+        logits = self.network.apply(weights, flat, train=False)
+        return -gan(rearrange(logits, "(b g) h w c -> b g h w c", g=pixels.shape[1]))
+
+
+def patches(side: int, layers: int) -> int:
+    """Side of the discriminator's logits: `layers` 4x4 convolutions of stride 2, two of stride 1."""
+    for stride in (*[2] * layers, 1, 1):
+        side = (side + 2 - 4) // stride + 1
+    return side
+
+
+def perceptual_origin(net: str, files: Sequence[str]) -> tuple[str, str]:
+    """Where LPIPS's weights are from and what vouches for them, after a look.
 
     Raises:
-      KeyError: if a term with a non-zero weight was not computed.
+      WeightsError: a file is missing, or the bundled ones are not as they were shipped.
     """
-    return -sum(getattr(weights, name) * losses[name] for name in weights.used())
+    if files:
+        if missing := [path for path in files if not Path(path).is_file()]:
+            raise WeightsError(f"there is no file {', '.join(missing)}")
+        return ", ".join(files), "no digest known"
+    lpips.load_lpips_params(net)
+    return f"bundled LPIPS ({net})", "digest verified"

@@ -126,12 +126,12 @@ def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...]]:
     """Which part of a model a run trains, and its table of names."""
     try:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        task, policy = config["task"], dict(config["policy"])
+        method, policy = config["method"], dict(config["policy"])
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{workdir} is neither the workdir of a run nor a converted directory: {error}"
         ) from error
-    if task == "tokenizer":
+    if method == "tokenizer":
         return "vq", name_rules("vq")[0]
     return "gpt", make_policy(**policy).name_rules
 

@@ -24,7 +24,7 @@ from vapi_jax.common.progress import Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
 from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
-from vapi_jax.methods import HealthError, Task
+from vapi_jax.methods import HealthError, Method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.loading import CONFIG
 from vapi_jax.parallel import distributed
@@ -60,7 +60,7 @@ class _Clock:
 class Run:
     """What a finished run hands to its report."""
 
-    task: Task
+    method: Method
     params: Any
     start_params: Any  # the parameters at step 0, where they were asked for
     frozen: dict[str, Any]
@@ -82,20 +82,20 @@ def _batches(config: TrainConfig, workdir: Path) -> Any:
 
 
 def fit(
-    task: Task,
+    method: Method,
     workdir: Path,
     *,
     keep_start: bool = False,
     stop: StopRequest | None = None,
     resume_with_changes: bool = False,
 ) -> Run:
-    """Trains a task to its last step and saves the weights under `workdir`/weights.
+    """Trains to its last step and saves the weights under `workdir`/weights.
 
     A run whose `workdir`/checkpoints holds a checkpoint goes on from it, and ends with the bits that
     it would have had without the break.
 
     Args:
-      task: what to train.
+      method: what to train.
       workdir: receives config.json, metrics.jsonl, tensorboard/, checkpoints/ and weights/.
       keep_start: also hand back the parameters of step 0 (a second copy on the mesh).
       stop: asked after every step whether to save and stop.
@@ -111,7 +111,7 @@ def fit(
       Stopped: it was asked to stop, and has saved.
       WeightsError: weights to start from are missing or do not fit.
     """
-    config = task.config
+    config = method.config
     checkpoints = config.checkpoint
     with (
         Checkpointer(
@@ -127,14 +127,14 @@ def fit(
                 saver.directory,
             )
         with timer.phase("setup"):
-            optimizer = train.make_optimizer(config.optimizer, config.steps)
-            frozen = train.load_frozen(task)
-            shapes = train.abstract_state(task, optimizer, config.seed)
-            shardings = train.state_shardings(shapes, task.mesh)
-            based = config.task == "vapi" and config.vapi.needs_base
+            optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+            frozen = train.load_frozen(method)
+            shapes = train.abstract_state(method, optimizer, config.seed)
+            shardings = train.state_shardings(shapes, method.mesh, method.partition_rules)
+            based = method.keeps_start
             state, start = None, None
             if facts is None or keep_start or based:
-                state, _ = train.init_state(task, optimizer, config.seed)
+                state, _ = train.init_state(method, optimizer, config.seed)
                 start = jax.tree.map(jnp.copy, state.params) if keep_start or based else None
             origin = resume.origin_facts(frozen, start)
             progress = resume.Progress()
@@ -157,10 +157,10 @@ def fit(
         )
         with writer:
             trainer = _Trainer(
-                task=task,
-                step_fn=train.make_train_step(task, optimizer, shardings),
-                held_out=HeldOut(task, frozen),
-                sampled=sampled_of(task, frozen),
+                method=method,
+                step_fn=train.make_train_step(method, optimizer, shardings),
+                held_out=HeldOut(method, frozen),
+                sampled=sampled_of(method, frozen),
                 frozen=frozen,
                 batches=batches,
                 saver=saver,
@@ -172,13 +172,13 @@ def fit(
             )
             state = trainer.finish(state)
     with timer.phase("checkpoint"):
-        weights = _save_weights(task, state, workdir)
+        weights = _save_weights(method, state, workdir)
     parameters = {
-        name: count(tree) for name, tree in task.weights_of(state.params, state.extra).items()
+        name: count(tree) for name, tree in method.weights_of(state.params, state.extra).items()
     }
     parameters |= {name: count(tree) for name, tree in frozen.items() if name == "tokenizer"}
     return Run(
-        task=task,
+        method=method,
         params=state.params,
         start_params=start if keep_start else None,
         frozen=frozen,
@@ -204,7 +204,7 @@ def _write_description(workdir: Path, config: TrainConfig, params: Any) -> None:
 class _Trainer:
     """The steps of one life of a run. Everything that a later life needs is in `progress`."""
 
-    task: Task
+    method: Method
     step_fn: Any
     held_out: HeldOut
     sampled: Sampled | None
@@ -222,7 +222,7 @@ class _Trainer:
 
     def finish(self, state: TrainState) -> TrainState:
         """The state after the last step, saved."""
-        config, progress = self.task.config, self.progress
+        config, progress = self.method.config, self.progress
         if not progress.first:
             progress.first = self._judge(0, state.params)
             self._sample(0, state.params)
@@ -260,7 +260,7 @@ class _Trainer:
 
     def _step(self, step: int, state: TrainState) -> TrainState:
         with self.timer.phase("input"):
-            batch = shard_batch(next(self.batches), self.task.mesh)
+            batch = shard_batch(next(self.batches), self.method.mesh)
         with self.timer.phase("step"), jax.transfer_guard("disallow"):
             state, values = self.step_fn(state, self.frozen, batch)
         self._settle()
@@ -271,24 +271,24 @@ class _Trainer:
         """Metrics of a step, when another has followed already: nothing waits for them."""
         if self.pending is None:
             return
-        config, (step, values) = self.task.config, self.pending
+        config, (step, values) = self.method.config, self.pending
         self.pending = None
         with self.timer.phase("step"):
             scalars = {name: float(value) for name, value in jax.device_get(values).items()}
         if scalars["nonfinite"]:
             self._skip(step, scalars)
         else:
-            self.task.check(step, scalars)
+            self.method.check_health(step, scalars)
         self.progress.images += config.batch_size
         scalars["images_per_second"] = config.batch_size / self.clock.lap()
         if step % config.log_every == 0 or step == config.steps or scalars["nonfinite"]:
             self.writer.write(step, scalars)
-        shown = {name: scalars[name] for name in self.task.headline if name in scalars}
+        shown = {name: scalars[name] for name in self.method.headline if name in scalars}
         self.line.update(step, config.batch_size, shown)
 
     def _skip(self, step: int, scalars: Mapping[str, float]) -> None:
         """Counts a step whose gradient was not finite, and which therefore changed nothing."""
-        config = self.task.config
+        config = self.method.config
         what = f"step {step}: the gradient is not finite (norm {scalars['grad_norm']})"
         if config.on_nonfinite == "stop":
             raise HealthError(
@@ -328,20 +328,20 @@ class _Trainer:
         with self.timer.phase("checkpoint"):
             self.progress.seconds = self.timer.summary()
             progress = dataclasses.replace(self.progress, step=step)
-            facts = resume.facts_of(self.task.config, progress, **self.facts)
+            facts = resume.facts_of(self.method.config, progress, **self.facts)
             self.saver.save(step, resume.items_of(state), facts)
 
 
-def _save_weights(task: Task, state: train.TrainState, workdir: Path) -> dict[str, str]:
+def _save_weights(method: Method, state: train.TrainState, workdir: Path) -> dict[str, str]:
     """Final weights as safetensors, one file a network: {file name: SHA-256}."""
     folder = workdir / "weights"
     digests = {}
-    for name, tree in task.weights_of(state.params, state.extra).items():
+    for name, tree in method.weights_of(state.params, state.extra).items():
         path = folder / f"{name}.safetensors"
         host = jax.tree.map(host_array, tree)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            facts = {"name": task.config.name, "task": task.config.task}
+            facts = {"name": method.config.name, "method": method.config.method}
             try:
                 digests[path.name] = save_safetensors(path, host, facts)
             except SafetensorError as error:

@@ -12,25 +12,14 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vapi_jax.methods import Task
-from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import GeneratorTask, VAPiTask
-from vapi_jax.models import head
-from vapi_jax.models.conversion import model_shapes
-from vapi_jax.models.discriminator import PatchGAN
-from vapi_jax.models.lpips import lpips_shapes
+from vapi_jax.methods import Method
 from vapi_jax.parallel.sharding import tree_shardings
 from vapi_jax.training import train
-
-_VGG_WIDTH = 64  # of the perceptual network's first layers, at full size
-_MAPS = 4  # full-size maps alive at once while an image is decoded or judged (measured)
-_LOGITS = 3  # arrays of a block's size in its backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,81 +48,65 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     return sum(_leaf_bytes(layout.shard_shape(x.shape), x.dtype) for x, layout in pairs)
 
 
-def frozen_shapes(config: TrainConfig) -> dict[str, Any]:
-    """Shapes of the frozen networks that a task loads, by role."""
-    shapes = {}
-    if config.task != "tokenizer":
-        shapes["tokenizer"] = model_shapes(config.tokenizer)
-    if config.task == "tokenizer" or (config.task == "vapi" and config.reward.lpips != 0.0):
-        shapes["perceptual"] = lpips_shapes(config.perceptual_net)
-    if config.task == "vapi" and config.reward.gan != 0.0:
-        training, side = config.tokenizer_training, config.data.image_size
-        model = PatchGAN(ndf=training.discriminator_ndf, n_layers=training.discriminator_layers)
-        init = partial(model.init, train=False)
-        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        shapes["discriminator"] = jax.eval_shape(init, jax.random.key(0), image)
-    return shapes
-
-
-def estimate(task: Task, state: train.TrainState, frozen: Mapping[str, Any]) -> list[Part]:
+def estimate(method: Method, state: train.TrainState, frozen: Mapping[str, Any]) -> list[Part]:
     """The parts of a device's memory in a training step.
 
     Args:
-      task: on its mesh.
+      method: on its mesh.
       state: its shapes, from `train.abstract_state`.
       frozen: shapes of its frozen networks.
     """
-    config, mesh = task.config, task.mesh
-    layout = train.state_shardings(state, mesh)
+    config, mesh = method.config, method.mesh
+    layout = train.state_shardings(state, mesh, method.partition_rules)
     rows = max((config.microbatch_size or config.batch_size) // mesh.size, 1)
     parts = [
         Part("parameters", bytes_per_device(state.params, layout.params), "this device's share"),
         Part("optimizer", bytes_per_device(state.opt_state, layout.opt_state), "AdamW's moments"),
         Part(
             "frozen networks",
-            bytes_per_device(dict(frozen), tree_shardings(dict(frozen), mesh)),
+            bytes_per_device(
+                dict(frozen), tree_shardings(dict(frozen), mesh, method.partition_rules)
+            ),
             ", ".join(frozen) or "none",
         ),
     ]
-    if isinstance(task, VAPiTask) and config.vapi.needs_base:
+    if method.keeps_start:
         base = bytes_per_device(state.params, layout.params)
         parts.append(Part("base generator", base, "frozen, for the KL term"))
-    parts.append(_gradients(task, state, layout))
-    kept = _kept_for_backward(task, state, frozen, rows)
+    parts.append(_gradients(method, state, layout))
+    kept = _kept_for_backward(method, state, frozen, rows)
     parts.append(Part("activations", kept, f"kept of {rows} image(s) for the backward pass"))
-    if isinstance(task, GeneratorTask):
-        parts += _generator_parts(task, rows)
-    return parts
+    return parts + [Part(*part) for part in method.memory(rows)]
 
 
-def _gradients(task: Task, state: train.TrainState, layout: Any) -> Part:
+def _gradients(method: Method, state: train.TrainState, layout: Any) -> Part:
     """What `vapi_jax.training.train` holds of them at once.
 
     Per device: a whole float32 sum over microbatches, and one microbatch's in the compute dtype.
     """
-    if not task.independent_images:
+    if not method.independent_images:
         shares = bytes_per_device(state.params, layout.params)
-        split = task.config.microbatch_size not in (0, task.config.batch_size)
+        split = method.config.microbatch_size not in (0, method.config.batch_size)
         return Part("gradients", shares * (2 if split else 1), "in the parameters' layout")
     whole = tree_bytes(state.params)
-    narrow = whole // 4 * jnp.dtype(task.compute_dtype).itemsize
+    narrow = whole // 4 * jnp.dtype(method.compute_dtype).itemsize
     return Part("gradients", whole + narrow, "a whole sum, and one microbatch's")
 
 
 def _kept_for_backward(
-    task: Task, state: train.TrainState, frozen: Mapping[str, Any], rows: int
+    method: Method, state: train.TrainState, frozen: Mapping[str, Any], rows: int
 ) -> int:
     """Bytes of the residuals of one device's microbatch, parameters not counted again."""
-    side = task.config.data.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32),
-        "condition": jax.ShapeDtypeStruct((rows,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
-    }
-    alone = dataclasses.replace(task, local=True)
+    batch: Any = {
+        **method.example_batch(rows), "index": jax.ShapeDtypeStruct((rows,), jnp.int32)
+    }  # fmt: skip
+    alone = dataclasses.replace(method, local=True)
     weights = dict(frozen)
-    if isinstance(task, VAPiTask) and task.config.vapi.needs_base:
+    if method.keeps_start:
         weights["base"] = state.params
+
+    if method.rolls_out:
+        batch = jax.eval_shape(alone.rollout, state.params, weights, batch, state.rng, state.step)
 
     def pullback(params: Any, extra: Any, weights: Any, batch: Any, rng: Any, step: Any) -> Any:
         def loss(params: Any) -> Any:
@@ -152,27 +125,3 @@ def _kept_for_backward(
         else:
             total += tree_bytes(leaf)
     return total
-
-
-def _generator_parts(task: GeneratorTask, rows: int) -> list[Part]:
-    config, policy = task.config, task.policy
-    vocab, length = policy.vocab_size, policy.num_tokens
-    if config.task != "vapi":
-        block = rows * length * vocab
-        return [Part("logits", 4 * _LOGITS * block, "float32, of all tokens")]
-    positions = length
-    if config.vapi.fused:
-        positions = head.block_length(rows, length, vocab)
-        block = rows * positions * vocab
-    else:
-        block = rows * config.vapi.group_size * length * vocab
-    logits = Part("logits", 4 * _LOGITS * block, f"float32, of {positions} position(s) at a time")
-    chunk = min(config.decode_chunk or rows, rows)
-    images = chunk * config.vapi.group_size
-    sizes = config.tokenizer
-    # The first layer after the last doubling still has the width of the level below.
-    width = sizes.ch * max(sizes.decoder_ch_mult[:2])
-    if config.reward.lpips != 0.0:
-        width = max(width, _VGG_WIDTH)
-    pixels = _MAPS * 4 * images * config.data.image_size**2 * width
-    return [logits, Part("decoding", pixels, f"{images} sample(s) at a time, and their reward")]

@@ -14,26 +14,22 @@ from jax.sharding import Mesh
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.tables import format_table
-from vapi_jax.methods import make_task
-from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.config import TrainConfig, to_dict
+from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import examine, raise_all
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import memory, train
 from vapi_jax.training.readiness import (
     LOOKED_AT,
+    SCRATCH,
     DataFound,
     WeightsFound,
     look_at_data,
     look_at_weights,
     open_mesh,
-    with_classes,
 )
 
-_TITLES = {
-    "vapi": "VA-π post-training",
-    "tokenizer": "training of a tokenizer",
-    "base": "training of a base generator",
-}
 _FILES = (
     "report.html, summary.json, metrics.jsonl, config.json, parameters.txt, *.png, tensorboard/"
 )
@@ -55,6 +51,7 @@ class Plan:
 
     Attributes:
       config: the resolved options.
+      title: of the method.
       mesh: axis -> devices; None where it does not fit the devices.
       device, processes: what it would run on, here.
       data: what is there to train on.
@@ -68,6 +65,7 @@ class Plan:
     """
 
     config: TrainConfig
+    title: str
     mesh: dict[str, int] | None
     device: str
     processes: int
@@ -110,36 +108,39 @@ def make_plan(
 ) -> Plan:
     """The plan of a configuration whose options are possible in themselves."""
     alone = make_mesh(1, 1, jax.devices()[:1])
-    task = make_task(config, mesh or alone)
+    method = make_method(config, mesh or alone)
     state = train.abstract_state(
-        task, train.make_optimizer(config.optimizer, config.steps), config.seed
+        method, train.make_optimizer(config.optimizer, config.steps), config.seed
     )
-    frozen = memory.frozen_shapes(config)
-    trained = task.weights_of(state.params, state.extra)
+    frozen = method.frozen_shapes()
+    trained = method.weights_of(state.params, state.extra)
     networks = [
-        Network(name, _count(tree), name in trained, weights.get(name, _UNKNOWN))
-        for name, tree in {**trained, **frozen}.items()
+        Network(name, _count(tree), True, weights.get(name, SCRATCH))
+        for name, tree in trained.items()
+    ]
+    networks += [
+        Network(found.name, _count(found.shapes()), False, weights.get(found.name, SCRATCH))
+        for found in method.networks()
+        if found.name not in trained
     ]
     saved = checkpoint_steps(config)
     whole = (state.params, state.opt_state, state.extra, state.rng)
     return Plan(
         config=config,
+        title=method.title,
         mesh=None if mesh is None else dict(mesh.shape),
         device=jax.devices()[0].device_kind,
         processes=jax.process_count(),
         data=data,
         networks=networks,
-        memory=[] if mesh is None else memory.estimate(task, state, frozen),
-        counts=_counts(config, data),
+        memory=[] if mesh is None else memory.estimate(method, state, frozen),
+        counts=_counts(method, data),
         saved=saved,
         kept=kept_steps(config, saved),
         checkpoint_bytes=memory.tree_bytes(whole),
         weight_bytes={f"{name}.safetensors": memory.tree_bytes(trained[name]) for name in trained},
         problems=problems,
     )
-
-
-_UNKNOWN = WeightsFound("weights unknown", "")
 
 
 def _count(tree: Any) -> int:
@@ -159,7 +160,8 @@ def kept_steps(config: TrainConfig, saved: list[int]) -> list[int]:
     return sorted(stay | set(saved[-policy.keep_last :]))
 
 
-def _counts(config: TrainConfig, data: DataFound) -> dict[str, int]:
+def _counts(method: Method, data: DataFound) -> dict[str, int]:
+    config = method.config
     micro = config.microbatch_size or config.batch_size
     counts = {
         "steps": config.steps,
@@ -167,10 +169,11 @@ def _counts(config: TrainConfig, data: DataFound) -> dict[str, int]:
         "microbatches": config.batch_size // micro,
         "evaluations": _times(config.eval.every, config.steps),
     }
-    if config.task != "tokenizer" and config.eval.sampled_every:
+    if method.sampled() is not None and config.eval.sampled_every:
         counts["sampled"] = _times(config.eval.sampled_every, config.steps)
-    if config.task == "vapi":
-        counts["samples"] = counts["images"] * config.vapi.group_size
+    if method.samples_per_image:
+        counts["samples_per_image"] = method.samples_per_image
+        counts["samples"] = counts["images"] * method.samples_per_image
     if "train" in data.images:
         counts["images_of_an_epoch"] = data.images["train"]
     return counts
@@ -197,9 +200,7 @@ def size(count: int) -> str:
 def render(plan: Plan, workdir: str | None = None) -> str:
     """The plan as text for a terminal."""
     config = plan.config
-    title = f"{config.name}: {_TITLES[config.task]}"
-    if config.task == "vapi":
-        title += f', preset "{config.preset}"'
+    title = f'{config.name}: {plan.title}, preset "{config.preset}"'
     parts = [title, "\n".join(f"{name:<12}{text}" for name, text in _facts(plan, workdir))]
     rows = [
         [
@@ -232,8 +233,8 @@ def _facts(plan: Plan, workdir: str | None) -> list[tuple[str, str]]:
     step = f"{config.batch_size} images"
     if counts["microbatches"] > 1:
         step += f" in {counts['microbatches']} microbatches of {micro}"
-    if config.task == "vapi":
-        step += f", {config.vapi.group_size} samples of each"
+    if "samples_per_image" in counts:
+        step += f", {counts['samples_per_image']} samples of each"
     run = f"{config.steps:,} steps: {counts['images']:,} images"
     if "images_of_an_epoch" in counts:
         run += f" ({counts['images'] / counts['images_of_an_epoch']:.3g} epochs)"
@@ -276,7 +277,7 @@ def _evaluation(config: TrainConfig, counts: dict[str, int]) -> str:
     text = f'{judged.images} images of "{judged.split}", {counts["evaluations"]} times'
     if "sampled" in counts:
         text += f"; {judged.sampled} samples, {counts['sampled']} times"
-    if config.task == "vapi" and judged.compare:
+    if judged.compare:
         rows = "table of base, sharpened base and result"
         rows += " and controls (each trained anew)" if judged.controls else ""
         text += f"; at the end a {rows}, {judged.seeds} x {judged.samples} samples a row"
@@ -285,6 +286,7 @@ def _evaluation(config: TrainConfig, counts: dict[str, int]) -> str:
 
 def _to_json(plan: Plan) -> dict[str, Any]:
     """The options under "config", the rest of the plan beside them."""
-    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(plan), default=str))
+    fields = {**dataclasses.asdict(plan), "config": to_dict(plan.config)}
+    found: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     found["memory_bytes"] = sum(part.bytes for part in plan.memory)
     return found

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.options import Errors
+from vapi_jax.common.plugins import UnknownNameError
 from vapi_jax.common.trees import unflatten
 from vapi_jax.data import DataError, class_names
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.sources import Source
-from vapi_jax.methods import make_task
+from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.config_checks import PERCEPTUAL_SIDE, Errors
-from vapi_jax.methods.generator import GeneratorTask
+from vapi_jax.methods.generator import with_classes
+from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
-from vapi_jax.methods.task import tokenizer_source
 from vapi_jax.models.architecture import disagreements
-from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, open_weights, read_manifest
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
+from vapi_jax.models.policy import find_policy
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.weights.names import WeightsError, check_like
-from vapi_jax.weights.store import load_metadata, resolve_shipped
+from vapi_jax.weights.store import resolve_shipped
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
         return found
     where = _where(config)
     opened: dict[str, Source] = {}
-    for split in dict.fromkeys(("train", config.eval.split)):
+    for split in dict.fromkeys(["train", str(config.eval.split)]):
         try:
             if found.classes is None:
                 found.classes = len(class_names(config.data))
@@ -170,9 +170,18 @@ def _try_images(
         found.notes.append(line)
 
 
+def _classes_asked(config: TrainConfig) -> int | None:
+    """How many classes the recipe's generator is made for, where it says so itself."""
+    try:
+        option = find_policy(str(config.policy.get("kind"))).classes_option
+    except UnknownNameError:
+        return None
+    return None if config.condition.name else config.policy.get(option)
+
+
 def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None:
-    asked = config.policy.get("num_classes")
-    if config.task != "tokenizer" and asked and found.classes and not errors.concern("policy"):
+    asked = _classes_asked(config) if not errors.concern("policy") else None
+    if asked and found.classes:
         if found.classes > asked:
             errors.append(
                 f"policy.num_classes={asked}: the data has {found.classes} classes, and labels from "
@@ -185,7 +194,7 @@ def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None
             )
     judged = config.eval
     wanted = {judged.split: ("eval.images", judged.images)}
-    if config.task == "vapi" and judged.compare:
+    if judged.compare:
         wanted["train"] = max(wanted.get("train", ("", 0)), ("eval.samples", judged.samples))
     for split, (name, count) in wanted.items():
         there = found.images.get(split)
@@ -194,22 +203,6 @@ def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None
                 f"{name}={count}: split {split!r} has {there} images, and at least "
                 f"{max(count, _REPORTED)} are looked at"
             )
-
-
-def with_classes(config: TrainConfig, count: Callable[[], int | None]) -> TrainConfig:
-    """The class count of the data, where a class-conditional generator does not name its own.
-
-    Args:
-      config: the run.
-      count: asked where it is needed; None for unknown.
-    """
-    policy = dict(config.policy)
-    if config.task == "tokenizer" or policy.get("kind") != "class" or "num_classes" in policy:
-        return config
-    classes = count()
-    if classes is None:
-        return config
-    return dataclasses.replace(config, policy={**policy, "num_classes": classes})
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -228,6 +221,9 @@ class WeightsFound:
     state: str
 
 
+SCRATCH = WeightsFound("from scratch", "")
+
+
 def look_at_weights(
     config: TrainConfig, mesh: Mesh | None, errors: Errors
 ) -> dict[str, WeightsFound]:
@@ -235,30 +231,54 @@ def look_at_weights(
 
     Headers and sizes are compared with the model, contents with their digests when they are loaded.
     """
-    if errors.concern("task", "policy", "tokenizer", "init", "data.image_size"):
-        return {}
+    if errors:  # what is derived from options that are wrong would only mislead
+        blocking = (
+            "method",
+            "policy",
+            "tokenizer",
+            "init",
+            "rewards",
+            "condition",
+            "data.image_size",
+        )
+        if errors.concern(*blocking, config.section):
+            return {}
     alone = make_mesh(1, 1, jax.devices()[:1])
-    task = make_task(config, mesh or alone)
+    method = make_method(config, mesh or alone)
     found = {}
-    if isinstance(task, GeneratorTask):
-        shapes = partial(jax.eval_shape, task.policy.init, jax.random.key(0))
-        found["policy"] = _look(task.init_from, "init.gpt", shapes, errors)
-        if not config.init.vq:
-            errors.append(f"init.vq='': a generator needs the weights of its tokenizer; {_CONVERT}")
-    if not isinstance(task, GeneratorTask) or config.init.vq:
-        shapes = partial(model_shapes, config.tokenizer)
-        found["tokenizer"] = _look(tokenizer_source(config), "init.vq", shapes, errors)
-    if config.task == "vapi" and config.reward.gan != 0.0:
-        found["discriminator"] = _look_at_discriminator(config.init.discriminator, errors)
-    found |= _look_at_perceptual(config, errors)
+    for network in method.networks():
+        if network.origin is not None:
+            found[network.name] = _look_at_origin(network, errors)
+        elif network.source is None and network.name not in _trained(method):
+            errors.append(f"{network.option}='': the method needs these weights; {_CONVERT}")
+        else:
+            found[network.name] = _look(network, errors)
+    if config.eval.compare:
+        for net in ("vgg", "alex"):
+            _look_at_bundled(net, errors)
     return found
 
 
-def _look(
-    source: WeightsSource | None, option: str, shapes: Callable[[], Any], errors: Errors
-) -> WeightsFound:
+def _trained(method: Method) -> set[str]:
+    """Names of the networks that a method can begin from scratch."""
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    return set(method.weights_of(params, jax.eval_shape(method.init_extra, params)))
+
+
+def _look_at_origin(network: Network, errors: Errors) -> WeightsFound:
+    assert network.origin is not None
+    try:
+        found = network.origin()
+        return SCRATCH if found is None else WeightsFound(*found)
+    except ExpectedError as error:
+        errors.append(f"{network.option}: {error}")
+        return WeightsFound("", "unfit")
+
+
+def _look(network: Network, errors: Errors) -> WeightsFound:
+    source, option = network.source, network.option
     if source is None:
-        return WeightsFound("from scratch", "")
+        return SCRATCH
     path = Path(source.path)
     try:
         if source.path == "demo":
@@ -272,7 +292,7 @@ def _look(
         if (path / MANIFEST).is_file():
             _check_converted(path, source)
             return WeightsFound(source.path, "digests known")
-        target = shapes()
+        target = network.shapes()
         with open_weights(source, target) as weights:
             check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
         return WeightsFound(source.path, "no digest known")
@@ -294,35 +314,8 @@ def _check_converted(path: Path, source: WeightsSource) -> None:
             raise WeightsError(f"{name} is missing or not of its size; convert the weights again")
 
 
-def _look_at_discriminator(path: str, errors: Errors) -> WeightsFound:
-    try:
-        load_metadata(path)
-    except WeightsError as error:
-        errors.append(f"init.discriminator={path!r}: {error}")
-        return WeightsFound(path, "unfit")
-    return WeightsFound(path, "no digest known")
-
-
-def _look_at_perceptual(config: TrainConfig, errors: Errors) -> dict[str, WeightsFound]:
-    found = {}
-    files = config.init.perceptual
-    if config.task == "tokenizer" or (config.task == "vapi" and config.reward.lpips != 0.0):
-        missing = [path for path in files if not Path(path).is_file()]
-        if missing:
-            errors.append(f"init.perceptual: there is no file {', '.join(missing)}")
-        elif not files:
-            _look_at_bundled(config.perceptual_net, errors)
-        state = "missing" if missing else "no digest known" if files else "digest verified"
-        origin = ", ".join(files) or f"bundled LPIPS ({config.perceptual_net})"
-        found["perceptual"] = WeightsFound(origin, state)
-    if config.task == "vapi" and config.eval.compare:
-        for net in PERCEPTUAL_SIDE.keys() - {config.perceptual_net if not files else ""}:
-            _look_at_bundled(net, errors)
-    return found
-
-
 def _look_at_bundled(net: str, errors: Errors) -> None:
     try:
         load_lpips_params(net)
     except PerceptualWeightsError as error:
-        errors.append(f"perceptual_net={net!r}: {error}")
+        errors.append(f"eval.compare: {error}")

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 
 import vapi_jax
-from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods import find_method
+from vapi_jax.methods.config import TrainConfig, to_dict
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.training.checkpoint import Checkpointer, CheckpointError, array_digest
 from vapi_jax.training.train import TrainState
@@ -61,7 +62,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def config_facts(config: TrainConfig) -> dict[str, Any]:
     """The configuration as it comes back from a file: tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return to_dict(config)
 
 
 def config_changes(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
@@ -70,7 +71,8 @@ def config_changes(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     `FREE` options do not count, nor do more steps where nothing but the end depends on their number.
     An option that the saved one does not know has its default there.
     """
-    defaults = flat(config_facts(TrainConfig(name="", task="")))
+    bare = TrainConfig(name="", method="", options=type(config.options)(), section=config.section)
+    defaults = flat(config_facts(bare))
     old, new = flat(there), flat(config_facts(config))
     missing = object()
     lines = []
@@ -86,8 +88,8 @@ def config_changes(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
 
 def _is_free(name: str, before: Any, after: Any, config: TrainConfig) -> bool:
     if name == "steps":
-        restarts = config.task == "tokenizer" and config.tokenizer_training.restart_below > 0.0
-        return config.optimizer.schedule == "constant" and not restarts and after > before
+        depends = find_method(config.method).depends_on_steps(config.options)
+        return config.optimizer.schedule == "constant" and not depends and after > before
     return any(name.startswith(free) if free.endswith(".") else name == free for free in FREE)
 
 

@@ -1,7 +1,6 @@
 """One run from configuration to report: devices, task, training, evaluation, summary, report."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,31 +9,42 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
 
 from vapi_jax.common import locks
 from vapi_jax.common.files import write_atomically
 from vapi_jax.common.images import image_grid, to_uint8
+from vapi_jax.common.options import Errors
 from vapi_jax.common.progress import format_duration
 from vapi_jax.common.tables import format_table
 from vapi_jax.data import class_names, fixed_batch, num_classes
-from vapi_jax.evaluation.compare import BASE, REAL, SEEN, TUNED, UNSEEN, Judge, compare
+from vapi_jax.evaluation.compare import (
+    BASE,
+    REAL,
+    SEEN,
+    TUNED,
+    UNSEEN,
+    Judge,
+    Sampler,
+    compare,
+    even_batch,
+)
 from vapi_jax.evaluation.embeddings import Plane, planes_of
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.held_out import HELD_OUT
-from vapi_jax.methods import make_task
-from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.config_checks import Errors
-from vapi_jax.methods.generator import GeneratorTask, VAPiTask
+from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.config import TrainConfig, to_dict
+from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import raise_all
-from vapi_jax.methods.tokenizer import TokenizerTask
 from vapi_jax.parallel.preemption import StopRequest
-from vapi_jax.parallel.sharding import host_array
+from vapi_jax.parallel.sharding import host_array, shard_whole
 from vapi_jax.report.page import write_report
 from vapi_jax.report.pictures import draw_plane, side_by_side
 from vapi_jax.report.verdict import show, show_distance
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
-from vapi_jax.training.readiness import open_mesh, with_classes
+from vapi_jax.training.readiness import open_mesh
 from vapi_jax.training.resume import code_facts
 
 logger = logging.getLogger(__name__)
@@ -43,7 +53,7 @@ SHOWN = 24
 """Held-out images in the report, at most."""
 
 
-def prepare_devices(config: TrainConfig) -> Any:
+def prepare_devices(config: TrainConfig) -> Mesh:
     """The mesh, with virtual devices where the platform is CPU; before any other use of JAX.
 
     Raises:
@@ -52,6 +62,7 @@ def prepare_devices(config: TrainConfig) -> Any:
     errors = Errors()
     mesh = open_mesh(config, errors)
     raise_all(errors)
+    assert mesh is not None, "without a mesh there is an error"
     return mesh
 
 
@@ -81,35 +92,32 @@ def run(
 
 
 def _run(
-    config: TrainConfig, mesh: Any, workdir: Path, fitting: Mapping[str, Any]
+    config: TrainConfig, mesh: Mesh, workdir: Path, fitting: Mapping[str, Any]
 ) -> dict[str, Any]:
-    task = make_task(with_classes(config, lambda: num_classes(config.data)), mesh)
+    method = make_method(with_classes(config, lambda: num_classes(config.data)), mesh)
     print(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}",
         flush=True,
     )
-    compared = config.task == "vapi" and config.eval.compare
-    done = fit(task, workdir, keep_start=compared, **fitting)
-    summary = _summary(task.config, done, mesh)
-    images: dict[str, np.ndarray] = {}
-    planes: list[Plane] = []
-    if isinstance(task, GeneratorTask):
-        with done.timer.phase("evaluation"):
-            images, planes = _evaluate(task, done, workdir, summary, fitting)
-    elif isinstance(task, TokenizerTask):
-        images = _reconstructions(task, done)
+    done = fit(method, workdir, keep_start=config.eval.compare, **fitting)
+    summary = _summary(method, done)
+    with done.timer.phase("evaluation"):
+        images = _pictures(method, done, summary)
+        planes = _compare(method, done, workdir, summary, fitting) if config.eval.compare else []
     summary["seconds"] = _seconds(done)
     if jax.process_index() == 0:
         _finish(workdir, summary, images, planes)
     return summary
 
 
-def _summary(config: TrainConfig, done: Run, mesh: Any) -> dict[str, Any]:
+def _summary(method: Method, done: Run) -> dict[str, Any]:
+    config, mesh = method.config, method.mesh
+    curves = [list(curve) for curve in method.curves]
     summary: dict[str, Any] = {
-        "task": config.task,
+        "method": {"name": config.method, "title": method.title, "curves": curves},
         "name": config.name,
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": to_dict(config),
         "devices": {
             "kind": jax.devices()[0].device_kind,
             "count": jax.device_count(),
@@ -136,54 +144,50 @@ def _seconds(done: Run) -> dict[str, float]:
     return {"total": seconds.pop("total"), "train": seconds.get("step", 0.0), **seconds}
 
 
-def _evaluate(
-    task: GeneratorTask,
-    done: Run,
-    workdir: Path,
-    summary: dict[str, Any],
-    fitting: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], list[Plane]]:
-    """The report's images and planes; for a compared run also the summary's table and distances."""
-    config = task.config
-    compared = config.task == "vapi" and config.eval.compare
+# --- what is shown and compared at the end --------------------------------------------------------
+
+
+def _pictures(
+    method: Method, done: Run, summary: dict[str, Any]
+) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
+    """Held-out images, what the tokenizer makes of them, and samples, before and after where kept."""
+    config, images = method.config, {}
+    if method.wants_images:
+        count = min(SHOWN, config.eval.images)
+        real = fixed_batch(config.data, config.eval.split, count, config.seed)["image"]
+        images["real"] = to_uint8(real)
+        again = _reconstruct(method, done, real)
+        if again is not None:
+            images["reconstructions"] = to_uint8(again)
+    if method.sampled() is None:
+        return images
     names, per_class = class_names(config.data), config.eval.grid_per_class
-    shown = min(config.eval.grid_classes, len(names))
-    labels = np.repeat(np.arange(shown), per_class)
-    # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
-    batch = 0 if compared else -(-len(labels) // task.mesh.size) * task.mesh.size
-    judge = Judge(task, done.frozen, done.held_out, batch)
-    real = _shown(config)
-    images = {"real": to_uint8(real), "reconstructions": to_uint8(judge.reconstruct(real))}
+    labels = np.repeat(np.arange(min(config.eval.grid_classes, len(names))), per_class)
     summary["sample_classes"] = [names[label] for label in labels]
-    samples = to_uint8(judge.sample_labels(done.params, labels, seed=7)[0])
-    if not isinstance(task, VAPiTask) or not compared:
-        return {"samples": samples, **images}, []
+    # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
+    compared, devices = config.eval.compare, method.mesh.size
+    size = (
+        even_batch(config.eval.samples, devices)
+        if compared
+        else -(-len(labels) // devices) * devices
+    )
+    sampler = Sampler(method, done.frozen, size)
+    samples = to_uint8(sampler(done.params, labels, seed=7)[0])
+    if not compared:
+        return {"samples": samples, **images}
     images["samples_after"] = samples
     images |= _real_of_classes(config, labels)
-    images["samples_before"] = to_uint8(judge.sample_labels(done.start_params, labels, seed=7)[0])
-    controls = _controls(task, workdir, fitting) if config.eval.controls else {}
-    rows, features = compare(judge, done.start_params, done.params, controls)
-    summary["table"] = rows
-    by_kind = {row["kind"]: row for row in rows}
-    for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
-        summary[key] = {
-            "feature": FEATURES[feature].description,
-            "samples": config.eval.samples,
-            "before": by_kind["base"][key],
-            "after": by_kind["vapi"][key],
-            "floor": by_kind["floor"][key],
-            "base_at_equal_entropy": by_kind["matched"][key],
-        }
-    summary["free_running_entropy"] = {
-        "first": by_kind["base"]["entropy"],
-        "last": by_kind["vapi"]["entropy"],
-    }
-    planes = [
-        plane
-        for name, sets in features.items()
-        for plane in planes_of(sets, name, FEATURES[name].description)
-    ]
-    return images, planes
+    images["samples_before"] = to_uint8(sampler(done.start_params, labels, seed=7)[0])
+    return images
+
+
+def _reconstruct(
+    method: Method, done: Run, real: Float[np.ndarray, "N H W 3"]
+) -> Float[np.ndarray, "N H W 3"] | None:
+    missing = -len(real) % method.mesh.size
+    padded = shard_whole(np.pad(real, ((0, missing), (0, 0), (0, 0), (0, 0))), method.mesh)
+    again = jax.jit(method.reconstruct)(done.params, done.frozen, padded)
+    return None if again is None else host_array(again)[: len(real)]
 
 
 def _real_of_classes(config: TrainConfig, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -195,33 +199,44 @@ def _real_of_classes(config: TrainConfig, labels: np.ndarray) -> dict[str, np.nd
     return {"real_of_classes": to_uint8(batch["image"][[places[i].pop(0) for i in labels]])}
 
 
-def _controls(task: VAPiTask, workdir: Path, fitting: Mapping[str, Any]) -> dict[str, Any]:
-    """Other trainings from the same base for as many steps: what VA-π has to beat."""
-    changes: dict[str, dict[str, Any]] = {
-        "CE only": {"policy_gradient": False},
-        "shuffled advantages": {"shuffle_advantages": True},
+def _compare(
+    method: Method,
+    done: Run,
+    workdir: Path,
+    summary: dict[str, Any],
+    fitting: Mapping[str, Any],
+) -> list[Plane]:
+    """The table of base and post-trained policy into the summary; planes of their features."""
+    controls = {}
+    if method.config.eval.controls:
+        for name, config in method.controls().items():
+            place = workdir / "controls" / name.replace(" ", "_").lower()
+            controls[name] = fit(make_method(config, method.mesh), place, **fitting).params
+    judge = Judge(method, done.frozen, done.held_out)
+    rows, features = compare(judge, done.start_params, done.params, controls)
+    summary["table"] = rows
+    by_kind = {row["kind"]: row for row in rows}
+    for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
+        summary[key] = {
+            "feature": FEATURES[feature].description,
+            "samples": method.config.eval.samples,
+            "before": by_kind["base"][key],
+            "after": by_kind["vapi"][key],
+            "floor": by_kind["floor"][key],
+            "base_at_equal_entropy": by_kind["matched"][key],
+        }
+    summary["free_running_entropy"] = {
+        "first": by_kind["base"]["entropy"],
+        "last": by_kind["vapi"]["entropy"],
     }
-    found = {}
-    for name, change in changes.items():
-        vapi = dataclasses.replace(task.config.vapi, **change)
-        label = name.replace(" ", "_").lower()
-        config = dataclasses.replace(task.config, vapi=vapi, name=f"control {name}")
-        control = fit(VAPiTask(config, task.mesh), workdir / "controls" / label, **fitting)
-        found[name] = control.params
-    return found
+    return [
+        plane
+        for name, sets in features.items()
+        for plane in planes_of(sets, name, FEATURES[name].description)
+    ]
 
 
-def _shown(config: TrainConfig) -> np.ndarray:
-    """The held-out images that the report shows beside their reconstructions."""
-    count = min(SHOWN, config.eval.images)
-    return np.asarray(fixed_batch(config.data, config.eval.split, count, config.seed)["image"])
-
-
-def _reconstructions(task: TokenizerTask, done: Run) -> dict[str, np.ndarray]:
-    real = _shown(task.config)
-    decode = jax.jit(lambda p, x: task.tokenizer.apply({"params": p}, x).reconstruction)
-    again = decode(done.params["tokenizer"], real)
-    return {"real": to_uint8(real), "reconstructions": to_uint8(host_array(again))}
+# --- what is written ------------------------------------------------------------------------------
 
 
 def _write_json(path: Path, value: Any) -> None:

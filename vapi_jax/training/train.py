@@ -1,4 +1,4 @@
-"""The one trainer: state, a jitted step, the loop. What is trained is a `Task`.
+"""The one trainer: state and the step. What is trained is a `Method`.
 
 Order of a step in the loop: restore (once) > input > step > metrics of the step before > held-out
 evaluation > save, all before the next batch is asked for; so a checkpoint always holds the state of
@@ -13,15 +13,25 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from vapi_jax.methods import Task
+from vapi_jax.methods import Method
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models.loading import load_weights
 from vapi_jax.parallel import fsdp
-from vapi_jax.parallel.sharding import BATCH_AXES, replicated, tree_shardings
+from vapi_jax.parallel.sharding import (
+    BATCH_AXES,
+    Rules,
+    batch_sharding,
+    local_rows,
+    replicate,
+    replicated,
+    shard_batch,
+    tree_shardings,
+)
 
 
 @flax.struct.dataclass
@@ -79,70 +89,72 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 # --- state ----------------------------------------------------------------------------------------
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def abstract_state(
+    method: Method, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
     """The state's shapes and dtypes, nothing computed."""
-    return jax.eval_shape(functools.partial(_fresh_state, task, optimizer), jax.random.key(seed))
+    return jax.eval_shape(functools.partial(_fresh_state, method, optimizer), jax.random.key(seed))
 
 
 def _fresh_state(
-    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray
+    method: Method, optimizer: optax.GradientTransformation, rng: PRNGKeyArray
 ) -> TrainState:
     init_rng, _ = jax.random.split(rng)
-    return _state_of(task, optimizer, rng, task.init(init_rng))
+    return _state_of(method, optimizer, rng, method.init(init_rng))
 
 
 def _state_of(
-    task: Task, optimizer: optax.GradientTransformation, rng: PRNGKeyArray, params: Any
+    method: Method, optimizer: optax.GradientTransformation, rng: PRNGKeyArray, params: Any
 ) -> TrainState:
     """Step 0 with these parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        extra=task.init_extra(params),
+        extra=method.init_extra(params),
         rng=jax.random.split(rng)[1],
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> Any:
+def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
     """The layout of the whole state: parameters and moments by name, the rest replicated."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
     return dataclasses.replace(
         whole,
-        params=tree_shardings(state.params, mesh),
-        opt_state=tree_shardings(state.opt_state, mesh),
+        params=tree_shardings(state.params, mesh, rules),
+        opt_state=tree_shardings(state.opt_state, mesh, rules),
     )
 
 
 def init_state(
-    task: Task, optimizer: optax.GradientTransformation, seed: int
+    method: Method, optimizer: optax.GradientTransformation, seed: int
 ) -> tuple[TrainState, Any]:
     """A fresh state, and its shardings (a `TrainState` of NamedShardings).
 
-    Parameters are born on the devices that keep them; where the task names weights to start from,
+    Parameters are born on the devices that keep them; where the method names weights to start from,
     each device reads its own slices of the file. No device ever holds a full copy of a split array.
 
     Raises:
       WeightsError: if the weights to start from do not fit.
     """
-    shapes, rng = abstract_state(task, optimizer, seed), jax.random.key(seed)
-    shardings = state_shardings(shapes, task.mesh)
-    if task.init_from is None:
-        make = functools.partial(_fresh_state, task, optimizer)
+    shapes, rng = abstract_state(method, optimizer, seed), jax.random.key(seed)
+    shardings = state_shardings(shapes, method.mesh, method.partition_rules)
+    if method.init_from is None:
+        make = functools.partial(_fresh_state, method, optimizer)
         return jax.jit(make, out_shardings=shardings)(rng), shardings
     loaded = load_weights(
-        task.init_from, task.start_like(shapes.params), task.start_like(shardings.params)
+        method.init_from, method.start_like(shapes.params), method.start_like(shardings.params)
     )
-    make = functools.partial(_state_of, task, optimizer)
-    params = task.with_start(loaded, functools.partial(_init_sharded, task, shardings, rng))
+    make = functools.partial(_state_of, method, optimizer)
+    params = method.with_start(loaded, functools.partial(_init_sharded, method, shardings, rng))
     # Donated, or two copies would stand side by side for a moment.
     made = jax.jit(make, out_shardings=shardings, donate_argnums=1)(rng, params)
     return made, shardings
 
 
-def _init_sharded(task: Task, shardings: Any, rng: PRNGKeyArray) -> Any:
+def _init_sharded(method: Method, shardings: Any, rng: PRNGKeyArray) -> Any:
     """Fresh parameters in their layout, where weights cover a part of them only."""
-    return jax.jit(task.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
+    return jax.jit(method.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -169,14 +181,14 @@ Gradients = Callable[..., tuple[Any, dict[str, Array], Any]]
 """(state, frozen, rng, batch) -> gradients, microbatches' arrays for metrics, extra state."""
 
 
-def per_device_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradients:
     """Every device differentiates the loss of its own images; collectives are those of `fsdp`.
 
-    For tasks whose loss is a mean over images that do not see each other.
+    For methods whose loss is a mean over images that do not see each other.
     """
-    mesh, local = task.mesh, dataclasses.replace(task, local=True)
+    mesh, local = method.mesh, dataclasses.replace(method, local=True)
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings.params)
-    dtype = jnp.dtype(task.compute_dtype)
+    dtype = jnp.dtype(method.compute_dtype)
 
     def on_device(
         params: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
@@ -205,7 +217,9 @@ def per_device_gradients(task: Task, shardings: Any, count: int) -> Gradients:
         return fsdp.reduce_gradients(mean, specs, mesh), aux
 
     def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
-        frozen_specs = jax.tree.map(lambda s: s.spec, tree_shardings(frozen, mesh))
+        frozen_specs = jax.tree.map(
+            lambda s: s.spec, tree_shardings(frozen, mesh, method.partition_rules)
+        )
         grads, aux = jax.shard_map(
             on_device,
             mesh=mesh,
@@ -224,19 +238,19 @@ def per_device_gradients(task: Task, shardings: Any, count: int) -> Gradients:
     return gradients
 
 
-def whole_batch_gradients(task: Task, shardings: Any, count: int) -> Gradients:
+def whole_batch_gradients(method: Method, shardings: Any, count: int) -> Gradients:
     """The loss sees a whole microbatch over all devices, and the compiler places collectives.
 
-    For tasks whose images see each other: batch statistics, code usage.
+    For methods whose images see each other: batch statistics, code usage.
     """
 
     def one(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any, extra: Any) -> Any:
-        loss = jax.grad(task.loss, has_aux=True)
+        loss = jax.grad(method.loss, has_aux=True)
         grads, (aux, extra) = loss(state.params, extra, frozen, batch, rng, state.step)
         return jax.lax.with_sharding_constraint(grads, shardings.params), aux, extra
 
     def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
-        micro = split_microbatches(batch, count, task.mesh)
+        micro = split_microbatches(batch, count, method.mesh)
 
         def body(carry: Any, part: Any) -> Any:
             total, extra = carry
@@ -254,52 +268,112 @@ def whole_batch_gradients(task: Task, shardings: Any, count: int) -> Gradients:
     return gradients
 
 
-def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, shardings: Any
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """The jitted step (state, frozen weights, batch) -> (state, metrics); the state is donated.
+Step = Callable[
+    [TrainState, Mapping[str, Any], Mapping[str, Any]], tuple[TrainState, dict[str, Array]]
+]
+"""(state, frozen weights, batch) -> (next state, metrics)."""
 
-    A step whose gradient is not finite changes nothing but the step number, and its metric
-    `nonfinite` is 1.
+
+def make_train_step(
+    method: Method, optimizer: optax.GradientTransformation, shardings: Any
+) -> Step:
+    """A step of the run; it consumes the state that it is given.
+
+    One compiled program where the method has no rollout of its own and updates once. Otherwise the
+    programs `method.rollout` and update, with `method.review` on the host between them.
     """
-    config = task.config
-    count = config.batch_size // (config.microbatch_size or config.batch_size)
-    schedule = learning_rate(config.optimizer, config.steps)
-    way = per_device_gradients if task.independent_images else whole_batch_gradients
-    gradients = way(task, shardings, count)
+    update = make_update(method, optimizer, shardings)
+    if not method.rolls_out and method.updates == 1:
+        return update
+    rollout = jax.jit(_rollout_of(method))
+    reviews = type(method).review is not Method.review
 
     def train_step(
         state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, Array]]:
+        experience = dict(batch)
+        if method.rolls_out:
+            experience = rollout(state, dict(frozen), experience)
+        if reviews:
+            added = method.review(jax.tree.map(local_rows, experience))
+            experience |= shard_batch(added, method.mesh)
+        found = []
+        for turn in range(method.updates):
+            state, metrics = update(
+                state, frozen, experience, replicate(np.int32(turn), method.mesh)
+            )
+            found.append(metrics)
+        return state, jax.tree.map(lambda *values: sum(values) / len(values), *found)
+
+    return train_step
+
+
+def _rollout_of(method: Method) -> Callable[..., dict[str, Any]]:
+    def rollout(state: TrainState, frozen: Any, batch: dict[str, Any]) -> dict[str, Any]:
         rng = jax.random.fold_in(state.rng, state.step)
+        batch = {**batch, "index": jnp.arange(method.config.batch_size)}
+        with jax.named_scope("rollout"):
+            found = method.rollout(state.params, frozen, batch, rng, state.step)
+        return jax.lax.with_sharding_constraint(
+            jax.lax.stop_gradient(found), batch_sharding(method.mesh)
+        )
+
+    return rollout
+
+
+def make_update(
+    method: Method, optimizer: optax.GradientTransformation, shardings: Any
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted update (state, frozen weights, experience, turn) -> (state, metrics); the state is donated.
+
+    `turn` counts the updates on one rollout, and may be left out where there is one. An update whose
+    gradient is not finite changes nothing but the step number, and its metric `nonfinite` is 1.
+    """
+    config, updates = method.config, method.updates
+    count = config.batch_size // (config.microbatch_size or config.batch_size)
+    schedule = learning_rate(config.optimizer, config.steps * updates)
+    way = per_device_gradients if method.independent_images else whole_batch_gradients
+    gradients = way(method, shardings, count)
+
+    def update(
+        state: TrainState,
+        frozen: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        turn: Array | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        number, done = state.step, jnp.int32(1)
+        if turn is not None:
+            rng, number = jax.random.fold_in(rng, turn), state.step * updates + turn
+            done = (turn == updates - 1).astype(jnp.int32)
         batch = {**batch, "index": jnp.arange(config.batch_size)}
         grads, aux, extra = gradients(state, dict(frozen), rng, batch)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        params, extra = task.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
+            changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, changes)
+        params, extra = method.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
         metrics = {
-            **task.summarize(aux),
+            **method.summarize(aux),
             "grad_norm": norm,
             "nonfinite": 1.0 - jnp.isfinite(norm),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(number), jnp.float32),
         }
         updated = dataclasses.replace(state, params=params, opt_state=opt_state, extra=extra)
         kept = jax.tree.map(
             lambda new, old: jax.lax.select(jnp.isfinite(norm), new, old), updated, state
         )
-        return dataclasses.replace(kept, step=state.step + 1), metrics
+        return dataclasses.replace(kept, step=state.step + done), metrics
 
-    whole = replicated(task.mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+    whole = replicated(method.mesh)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def load_frozen(task: Task) -> dict[str, Any]:
-    """The task's frozen weights on the mesh."""
-    frozen = task.load_frozen()
+def load_frozen(method: Method) -> dict[str, Any]:
+    """The method's frozen weights on the mesh."""
+    frozen = method.load_frozen()
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
         frozen,
-        tree_shardings(frozen, task.mesh),
+        tree_shardings(frozen, method.mesh, method.partition_rules),
     )

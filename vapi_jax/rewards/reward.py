@@ -1,0 +1,122 @@
+"""The contract of a reward: what decoded samples are worth, one number a sample.
+
+A reward is a frozen dataclass whose fields are its options. It holds no arrays: `load` gives its weights,
+and every call takes them.
+
+    @dataclasses.dataclass(frozen=True)
+    class Sharpness(Reward):
+        radius: Count = 1
+
+        def __call__(self, weights, pixels, batch):
+            return ...                             # [B, G], higher is better
+
+A recipe names rewards in `config.rewards`: by a name of `vapi_jax.rewards.REWARDS`, or as
+"module:attribute" for a class like this one or for a plain function (pixels, batch, **options) -> [B, G].
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vapi_jax.common.options import given
+from vapi_jax.models.vq import VQModel
+
+Batch = Mapping[str, Any]
+"""What is known of the images: "image" [B, H, W, 3] in [-1, 1] where there are any, "condition" as the
+policy takes it, and "samples" int [B, G, T], the tokens that were decoded."""
+
+Rewards = Float[Array, "B G"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(abc.ABC):
+    """What samples are worth.
+
+    Attributes:
+      tokenizer: the run's, for rewards that look at tokens; set by the method.
+    """
+
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Networks of the run that it looks through beside its own, such as "tokenizer"."""
+
+    width: ClassVar[int] = 0
+    """Channels of its widest map at full resolution, for estimates of memory."""
+
+    tokenizer: VQModel | None = given()
+
+    @property
+    def least_side(self) -> int:
+        """Side in pixels of the smallest images that it takes."""
+        return 1
+
+    def problems(self, side: int) -> list[str]:
+        """Lines on options that cannot work with images of `side` pixels; nothing is read."""
+        least = self.least_side
+        return [f"wants images of at least {least} pixels, not {side}"] if side < least else []
+
+    def load(self) -> Any:
+        """Its frozen weights, a tree of host arrays.
+
+        Raises:
+          WeightsError: if they are not there or do not fit.
+        """
+        return {}
+
+    def shapes(self) -> Any:
+        """Shapes of what `load` gives, without reading it."""
+        return {}
+
+    def origin(self) -> tuple[str, str] | None:
+        """(where its weights are from, what vouches for them), after a look; None without any.
+
+        Raises:
+          WeightsError: as `load`, as far as can be told without reading all.
+        """
+        return None
+
+    @abc.abstractmethod
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        """The reward of every sample, float32, higher is better; traced by JAX.
+
+        Args:
+          weights: from `load`; where it `shares` networks, {"own": those, name: network's}.
+          pixels: decoded samples, float32, unclamped, about [-1, 1].
+          batch: see `Batch`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionReward(Reward):
+    """A user's function (pixels, batch, **options) -> [B, G] as a reward.
+
+    With `on_host` it is called outside the compiled program, on NumPy arrays, once a device and chunk.
+    """
+
+    function: Callable[..., Any] = given()
+    arguments: Mapping[str, Any] = given()
+    on_host: bool = given(False)
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        arguments = dict(self.arguments or {})
+        if not self.on_host:
+            return jnp.asarray(self.function(pixels, batch, **arguments), jnp.float32)
+        shape = pixels.shape[:2]
+
+        def call(pixels: Any, batch: Any) -> np.ndarray:
+            found = self.function(*jax.tree.map(np.asarray, (pixels, batch)), **arguments)
+            found = np.asarray(found, np.float32)
+            if found.shape != shape:
+                raise ValueError(f"the reward has shape {found.shape}, not [B, G] = {shape}")
+            return found
+
+        return jax.pure_callback(
+            call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, dict(batch)
+        )
