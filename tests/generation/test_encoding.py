@@ -14,10 +14,10 @@ from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.generation.encoding import encode_dataset
-from vapi_jax.methods import make_method
+from vapi_jax.methods import METHODS, make_method
 from vapi_jax.methods.config import ConfigError
-from vapi_jax.parallel.sharding import make_mesh, replicate, shard_batch
 from vapi_jax.models.pixels import PixelSpace
+from vapi_jax.parallel.sharding import make_mesh, replicate, shard_batch
 from vapi_jax.training import train
 from vapi_jax.weights.names import WeightsError
 
@@ -61,7 +61,9 @@ def test_held_out_metrics_are_the_same_to_the_bit_and_nothing_is_encoded(made, k
     config, out = made
     found = []
     for one in (config, encoded(config, out)):
-        method = make_method(dataclasses.replace(one, method=kind), make_mesh())
+        own = METHODS[kind]
+        one = dataclasses.replace(one, method=kind, options=own.Options(), section=own.section)
+        method = make_method(one, make_mesh())
         params = with_random_head(jax.jit(method.policy.init)(jax.random.key(0)), seed=1)
         found.append(HeldOut(method, train.load_frozen(method))(replicate(params, method.mesh)))
         monkeypatch.setattr(PixelSpace, "encode", lambda *_: pytest.fail("encoded again"))

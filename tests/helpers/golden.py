@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from vapi_jax.models import vq
+from vapi_jax.models.conditions import text_condition
 from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.policy import make_policy, text_condition
+from vapi_jax.models.policy import make_policy
 from vapi_jax.weights.names import from_reference
 
 KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vapi_jax.models.policy import text_condition
+from vapi_jax.models.conditions import text_condition
 
 GRID = 3
 TOKENS = GRID * GRID

@@ -23,7 +23,8 @@ from tests.helpers import commands, release_files, torch_models
 from tests.helpers.golden import pick
 from tests.helpers.paths import ROOT
 from vapi_jax.models import vq
-from vapi_jax.models.policy import make_policy, text_condition
+from vapi_jax.models.conditions import text_condition
+from vapi_jax.models.policy import make_policy
 from vapi_jax.weights import names as weights
 
 # About five times the largest difference measured between the two float32 computations, which was

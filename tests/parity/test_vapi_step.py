@@ -15,6 +15,7 @@ from vapi_jax.methods import grpo, vapi
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models import categorical
 from vapi_jax.models.lpips import load_lpips_params
+from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import DEFAULT, make_terms, total
 from vapi_jax.training.train import make_optimizer

@@ -225,7 +225,7 @@ class ClassPolicy(_LlamaPolicy):
 
     @property
     def condition(self) -> Label:
-        return Label(self.config.num_classes, droppable=self.config.class_dropout_prob > 0)
+        return Label(classes=self.config.num_classes, droppable=self.config.class_dropout_prob > 0)
 
     @classmethod
     def from_options(cls, **options: Any) -> ClassPolicy:
@@ -243,7 +243,9 @@ class TextPolicy(_LlamaPolicy):
     @property
     def condition(self) -> Caption:
         c = self.config
-        return Caption(c.cls_token_num, c.caption_dim, droppable=c.class_dropout_prob > 0)
+        return Caption(
+            length=c.cls_token_num, width=c.caption_dim, droppable=c.class_dropout_prob > 0
+        )
 
     @classmethod
     def from_options(cls, **options: Any) -> TextPolicy:
@@ -306,7 +308,7 @@ class JanusPolicy(Policy):
 
     @property
     def condition(self) -> Prompt:
-        return Prompt(self.config.pad_id)
+        return Prompt(pad_id=self.config.pad_id)
 
     @classmethod
     def from_options(
