@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path
 from vapi_jax.common.tables import format_table
 from vapi_jax.training.checkpoint.manifest import Manifest, ManifestError, read_manifest
@@ -39,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("directory", type=local_path, metavar="DIR")
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    return exit_status(lambda: _look(options))
+
+
+def _look(options: argparse.Namespace) -> int:
     directory = _checkpoints(options.directory)
     steps = (
         sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory else []

@@ -1,15 +1,12 @@
 """What a person can put right is a sentence; a fault of the program keeps its stack."""
 
 import errno
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import commands
+from tests.helpers.paths import CONFIGS
 from vapi_jax.common.errors import ExpectedError, exit_status
-
-ROOT = Path(__file__).parents[2]
 
 
 def failing(error):
@@ -53,13 +50,19 @@ def test_a_fault_of_the_program_keeps_its_stack(fault):
         exit_status(failing(fault))
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_letter_that_the_terminal_lacks_ends_no_command(encoding):
+    """The plan says VA-π."""
+    recipe = f"--config={CONFIGS / 'c2i_demo.py'}:tiny"
+    env = commands.environment(PYTHONIOENCODING=encoding)
+    done = commands.module("main", recipe, "--check", env=env, encoding=encoding, check=True)
+    assert "VA-?" in done.stdout
+
+
 def test_a_recipe_that_builds_on_an_absent_one_says_which(tmp_path):
     recipe = tmp_path / "c2i_xl.py"
-    recipe.write_bytes((ROOT / "configs" / "c2i_xl.py").read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "vapi_jax.main", f"--config={recipe}", "--check"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    recipe.write_bytes((CONFIGS / "c2i_xl.py").read_bytes())
+    done = commands.module("main", f"--config={recipe}", "--check")
     assert done.returncode == 1
     assert str(tmp_path / "c2i_xxl.py") in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """metrics.py: what a run writes while it runs."""
 
+import contextlib
 import io
 import json
 import re
@@ -185,49 +186,74 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     class Clock:
-        now = 100.0
+        now = 1000.0
 
         def __call__(self):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(metrics.time, "monotonic", clock)
+    monkeypatch.setattr(progress.time, "time", clock)
+    monkeypatch.setattr("tqdm.std.time", clock)
     return clock
 
 
 def test_progress_in_a_log(clock):
     stream = io.StringIO()
-    with progress.Progress(10, "vapi", interval=10, stream=stream) as line:
+    with progress.Progress(10, "vapi", stream=stream) as bar:
         for step in range(1, 11):
             # The first step compiles for a minute; the rate afterwards is 4 s a step.
             clock.now += 60 if step == 1 else 4
-            line.update(step, images=8, metrics={"reward": -0.5 + step / 100})
+            bar.update(step, images=8, metrics={"reward": -0.5 + step / 100})
     lines = stream.getvalue().splitlines()
-    # Steps 1, then the first ones at least 10 s later, and the last.
+    # The beginning, step 1, then the first ones at least 10 s later, and the last.
     steps = [int(re.search(r"(\d+)/10", line)[1]) for line in lines]
-    assert steps == [1, 4, 7, 10]
-    assert "ETA" not in lines[0] and "ETA 24 s" in lines[1] and "2 images/s" in lines[1]
-    assert "reward -0.46" in lines[1] and " 40%" in lines[1]
-    assert "100%" in lines[-1] and "elapsed 1 min 36 s" in lines[-1] and "ETA" not in lines[-1]
+    assert steps == [0, 1, 4, 7, 10]
+    assert all(line.startswith("vapi: ") for line in lines)
+    assert " 40%" in lines[2] and "[01:12<00:24" in lines[2] and "reward -0.46" in lines[2]
+    assert "images/s 2," in lines[3]
+    assert "100%" in lines[4] and "[01:36<00:00" in lines[4]
 
 
 def test_progress_on_a_terminal_is_one_line(clock):
     stream = Terminal()
-    with progress.Progress(3, "base", stream=stream) as line:
+    with progress.Progress(3, "base", stream=stream) as bar:
         for step in range(1, 4):
             clock.now += 1
-            line.update(step)
+            bar.update(step)
     text = stream.getvalue()
-    assert text.count("\n") == 1 and text.endswith("\n") and text.count("\r") == 3
+    assert text.count("\n") == 1 and text.endswith("\n") and " 3/3 " in text
+    assert text.count("\r") >= 4
 
 
 def test_progress_of_an_interrupted_run_shows_the_last_step(clock):
     stream = io.StringIO()
-    with progress.Progress(10, "x", stream=stream) as line:
-        line.update(1)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        progress.Progress(10, "x", stream=stream) as bar,
+    ):
+        bar.update(1)
         clock.now += 1
-        line.update(2)
-    assert stream.getvalue().count("\n") == 2 and " 2/10" in stream.getvalue()
+        bar.update(2)
+        raise KeyboardInterrupt
+    assert " 2/10 " in stream.getvalue().splitlines()[-1]
+
+
+def test_progress_goes_on_where_an_earlier_run_was(clock):
+    stream = io.StringIO()
+    with progress.Progress(1000, "x", stream=stream, first_step=900) as bar:
+        for step in (901, 902, 903, 904):
+            clock.now += 5
+            bar.update(step)
+    assert "903/1000" in stream.getvalue() and "<08:05" in stream.getvalue()
+
+
+def test_bytes_are_counted_in_units_that_suit_them(clock, capsys):
+    with progress.byte_progress(4 * 10**9, "convert") as tick:
+        for _ in range(4):
+            clock.now += 20
+            tick(10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert "1.00G/4.00G" in lines[1] and "50.0MB/s" in lines[1] and "4.00G/4.00G" in lines[-1]
 
 
 def test_a_timer_goes_on_from_an_earlier_life(monkeypatch):

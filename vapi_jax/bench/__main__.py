@@ -148,14 +148,14 @@ def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
 
 def _measure(config: Any, mesh: Any) -> dict[str, Any]:
     from vapi_jax.bench import measure, report, sweep
-    from vapi_jax.common.tables import print_table
+    from vapi_jax.common.tables import format_table
 
     if _MODE.value != "step":
         return _measure_batches(config, mesh)
     if _SWEEP.value or _VARY.value:
         recipe = CONFIG.value.to_dict()
         result = sweep.sweep(config, mesh, _STEPS.value, _PLAIN.value, recipe, _VARY.value)
-        print_table(sweep.table(result), sweep.HEADERS)
+        print(format_table(sweep.table(result), sweep.HEADERS))
         if _DOCS.value is not None:
             for path in sweep.write_docs(result, _DOCS.value):
                 print(f"wrote {path}")

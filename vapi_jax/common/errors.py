@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -18,9 +19,14 @@ class ExpectedError(Exception):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Calls a command; prints what is expected to go wrong as one sentence on standard error.
 
+    A letter that the terminal's encoding lacks is printed as "?" and ends nothing.
+
     Returns:
       What the command returns (None is 0), or 1 after an `ExpectedError` or trouble with the disk.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return command() or 0
     except ExpectedError as error:

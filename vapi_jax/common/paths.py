@@ -63,9 +63,7 @@ def local_folder(text: str | Path) -> Path:
     path = local_path(text)
     there = next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
     if there.exists() and not there.is_dir():
-        raise PathError(
-            f"{there} is a file; {'wants' if there == path else path} is to be a folder"
-        )
+        raise PathError(f"{there} is a file where a folder is wanted")
     return path
 
 

@@ -4,128 +4,94 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TextIO
 
+from tqdm import tqdm
+
 from vapi_jax.common.tables import cell
+
+INTERVAL = 10.0
+"""Seconds between lines where they are not shown on a terminal."""
+
+
+class _Lines:
+    """Takes a bar that is redrawn in place, and writes lines that stay, for a log file."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._shown = stream, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        step = line.partition("[")[0]  # closing shows a step once more that may be there already
+        if line and step != self._shown:
+            self._stream.write(f"{line}\n")
+            self._shown = step
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _bar(name: str, total: int, stream: TextIO | None = None, **more: Any) -> tqdm:
+    stream = sys.stderr if stream is None else stream
+    # A terminal that does not know its size says 0, and nothing would be shown; this makes 80 x 24.
+    columns, lines = shutil.get_terminal_size()
+    shown: Any = {"file": stream, "ncols": columns, "nrows": lines}
+    if not stream.isatty():
+        shown = {"file": _Lines(stream), "mininterval": INTERVAL, "maxinterval": INTERVAL}
+    return tqdm(desc=name, total=total, miniters=1, **shown, **more)
 
 
 class Progress:
-    """One line of progress: step/total, percent, images/s, a few metrics, elapsed time and ETA.
+    """A bar with steps, percent, elapsed and remaining time, images/s and a few metrics.
 
-    On a terminal the line is rewritten in place; elsewhere (a log file, CI) a new line is written every
-    `interval` seconds. The last step is always shown.
+    On a terminal it is redrawn in place; elsewhere (a log file, CI) a line is written every `INTERVAL`
+    seconds. The last step is always shown, also of a run that is interrupted.
 
     Args:
       total_steps: steps of the whole run.
       name: what runs, the first word of the line.
-      interval: seconds between lines when the stream is no terminal.
       stream: where to write, standard error by default (standard output is for results).
       first_step: steps that an earlier run has already done.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        name: str,
-        *,
-        interval: float = 10.0,
-        stream: TextIO | None = None,
-        first_step: int = 0,
+        self, total_steps: int, name: str, *, stream: TextIO | None = None, first_step: int = 0
     ):
-        self.total_steps = total_steps
-        self.name = name
-        self.interval = interval
-        self.stream = sys.stderr if stream is None else stream
-        self.terminal = self.stream.isatty()
-        self._start = time.monotonic()
-        # (time, step, images so far). Rates come from a window that opens after the first update, so
-        # compilation does not spoil the ETA of everything after it.
-        self._window: deque[tuple[float, int, int]] = deque(maxlen=32)
-        self._images = 0
-        self._step = first_step
-        self._metrics: dict[str, Any] = {}
-        self._shown: float | None = None
-        self._shown_step = -1
+        self._bar = _bar(name, total_steps, stream, initial=first_step, unit="step")
+        self._begun = False
 
     def update(self, step: int, images: int = 0, metrics: Mapping[str, Any] | None = None) -> None:
         """Tells that `step` steps are done; `images` were processed since the last call."""
-        now = time.monotonic()
-        self._step = step
-        self._images += images
-        self._window.append((now, step, self._images))
-        if metrics is not None:
-            self._metrics = dict(metrics)
-        pause = 0.1 if self.terminal else self.interval
-        if self._shown is None or now - self._shown >= pause or step >= self.total_steps:
-            self._show(now)
-
-    def line(self, now: float | None = None) -> str:
-        """The text of the line at monotonic time `now`."""
-        now = time.monotonic() if now is None else now
-        percent = 100 * self._step / max(self.total_steps, 1)
-        width = len(str(self.total_steps))
-        parts = [f"{self.name} {self._step:{width}d}/{self.total_steps} {percent:3.0f}%"]
-        eta = None
-        if len(self._window) > 1:
-            (t0, step0, images0), (t1, step1, images1) = self._window[0], self._window[-1]
-            if t1 > t0 and images1 > images0:
-                parts.append(f"{(images1 - images0) / (t1 - t0):.3g} images/s")
-            if step1 > step0:
-                eta = (t1 - t0) / (step1 - step0) * (self.total_steps - self._step)
-        parts += [f"{name} {cell(value)}" for name, value in self._metrics.items()]
-        parts.append(f"elapsed {format_duration(now - self._start)}")
-        if eta is not None and self._step < self.total_steps:
-            parts.append(f"ETA {format_duration(eta)}")
-        return "  ".join(parts)
-
-    def _show(self, now: float) -> None:
-        text = self.line(now)
-        # \x1b[K clears what a longer line has left behind.
-        self.stream.write(f"\r{text}\x1b[K" if self.terminal else f"{text}\n")
-        self.stream.flush()
-        self._shown, self._shown_step = now, self._step
-
-    def close(self) -> None:
-        """Shows the last step if that has not happened yet and ends the line."""
-        if self._shown_step != self._step and self._window:
-            self._show(time.monotonic())
-        if self.terminal and self._shown is not None:
-            self.stream.write("\n")
-            self.stream.flush()
-        self._shown, self._shown_step = None, self._step
+        bar, done = self._bar, step - self._bar.n
+        shown = dict(metrics or {})
+        if images and done > 0 and (rate := bar.format_dict["rate"]):
+            shown = {"images/s": rate * images / done, **shown}
+        if shown:
+            bar.set_postfix_str(
+                ", ".join(f"{k} {cell(v)}" for k, v in shown.items()), refresh=False
+            )
+        if self._begun:
+            bar.update(done)
+        else:  # the first step compiles: rates and what remains are told from the next one on
+            self._begun, bar.n, bar.last_print_n, bar.last_print_t = True, step, step, time.time()
+            bar.refresh()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        self._bar.close()
 
 
-class ByteProgress:
-    """`Progress` counted in megabytes: a context that gives the function to tell bytes to."""
-
-    def __init__(self, total: int, name: str):
-        self._total = max(total, 1)
-        self._progress = Progress(-(-self._total // 10**6), f"{name} (MB)")
-        self._done = self._shown = 0
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.__enter__()
-        return self._tick
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.__exit__(*exc)
-
-    def _tick(self, count: int) -> None:
-        self._done += count
-        step = self._done * self._progress.total_steps // self._total
-        if step != self._shown:
-            self._progress.update(step)
-            self._shown = step
+@contextlib.contextmanager
+def byte_progress(total: int, name: str) -> Iterator[Callable[[int], Any]]:
+    """Progress counted in bytes: a context that gives the function to tell bytes to."""
+    with _bar(name, total, unit="B", unit_scale=True) as bar:
+        yield bar.update
 
 
 class Timer:

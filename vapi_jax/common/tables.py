@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 
 def cell(value: Any) -> str:
+    """A value in a few letters: four digits of a float, None as "-"."""
     if value is None:
         return "-"
     if isinstance(value, str | bool):
@@ -35,10 +36,3 @@ def format_table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(texts[0]), rule, *map(line, texts[1:])])
-
-
-def print_table(
-    rows: Sequence[Sequence[Any]], headers: Sequence[str], stream: TextIO | None = None
-) -> None:
-    """Prints `format_table` to standard output (or `stream`)."""
-    print(format_table(rows, headers), file=stream, flush=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from vapi_jax import __version__
 from vapi_jax.common.digests import sha256_file
-from vapi_jax.common.progress import ByteProgress
+from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import llama, vq
 from vapi_jax.models.architecture import Architecture, infer_gpt, infer_vq
@@ -194,7 +194,7 @@ def _write(
     outgoing = [tensor for part in parts for tensor in part.outgoing(dtype)]
     sources = [(part.name, path) for part in parts for path in part.file.paths]
     total = sum(t.nbytes for t in outgoing) + sum(path.stat().st_size for _, path in sources)
-    with ByteProgress(total, "convert") as tick:
+    with byte_progress(total, "convert") as tick:
         described = [
             {
                 "part": name,

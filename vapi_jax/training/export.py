@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vapi_jax.common.digests import sha256_file
-from vapi_jax.common.progress import ByteProgress
+from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import vq
 from vapi_jax.models.conversion import name_rules, whole
@@ -43,7 +43,7 @@ def export(out: Path, weights: Weights, rules: Sequence[Rule], dtype: str | None
         raise WeightsError(f"{out}: the name must end in .safetensors or .pt")
     out.parent.mkdir(parents=True, exist_ok=True)
     tensors = list(_reference_tensors(weights, rules, dtype))
-    with ByteProgress(sum(tensor.nbytes for tensor in tensors), "export") as tick:
+    with byte_progress(sum(tensor.nbytes for tensor in tensors), "export") as tick:
         if out.suffix == ".safetensors":
             return write_safetensors(out, tensors, {"format": "pt"}, tick)
 
