@@ -1,6 +1,7 @@
 """resume.py, lock.py and preemption.py without a training: what may change, who may run, who stops."""
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -167,6 +168,17 @@ def test_a_lock_file_with_anything_in_it_locks_nobody_out(content, tmp_path):
             locks.hold(tmp_path),
         ):
             pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_about(number, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locks.hold(tmp_path):
+        assert f"{tmp_path} cannot be locked" in caplog.text
+        assert os.listdir(tmp_path) in ([], [locks.LOCK])
 
 
 # --- preemption -----------------------------------------------------------------------------------

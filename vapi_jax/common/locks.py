@@ -1,10 +1,8 @@
-"""One live run in a work directory: a lock that dies with its process."""
-
-from __future__ import annotations
+"""One live process that writes to a directory: a lock that dies with its process."""
 
 import contextlib
 import datetime
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -12,11 +10,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from vapi_jax.common.errors import ExpectedError
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class LockedError(ExpectedError, RuntimeError):
@@ -24,14 +25,15 @@ class LockedError(ExpectedError, RuntimeError):
 
 
 @contextlib.contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds `directory`/.lock for as long as the context lasts.
 
     The kernel lets go of it when the process ends, however it ends: a file that a killed run has left
-    locks nobody out.
+    locks nobody out. A file system without locks is warned about.
 
     Args:
       directory: made if absent.
+      flag: of the command, that chooses another directory.
 
     Raises:
       LockedError: another process holds it.
@@ -39,24 +41,26 @@ def hold(directory: Path) -> Iterator[None]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    # Its soft lock is a file that a killed process leaves locked.
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LockedError(
-                f"{directory} is in use by {_holder(path)}. Two runs in one directory would destroy "
-                "each other's files: wait for that one, end it, or give another --workdir"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): start one run in it only", directory, error)
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(
+            f"{directory} is in use by {_holder(path)}. Two in one directory would destroy each "
+            f"other's files: wait for that one, end it, or give another {flag}"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): start one process in it only", directory, error)
+    try:
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{json.dumps(holder)}\n".encode(), 0)
+        path.write_text(f"{json.dumps(holder)}\n", encoding="utf-8")
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _holder(path: Path) -> str:

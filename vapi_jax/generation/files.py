@@ -15,26 +15,24 @@ size twice on the disk while it is put together.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import io
 import json
-import logging
 import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.npz import NpzError, open_array, open_npz
-
-logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 FORMATS = ("png", "npz", "both")
@@ -101,7 +99,8 @@ def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     path, asked = directory / RECIPE, json.loads(json.dumps(recipe))
     if not path.exists():
-        if foreign := sorted(p.name for p in directory.iterdir() if p.suffix != _PARTIAL):
+        names = (p.name for p in directory.iterdir() if p.suffix != _PARTIAL)
+        if foreign := sorted(name for name in names if name != locks.LOCK):
             raise SampleFilesError(
                 f"{directory} holds {', '.join(foreign[:5])} but no {RECIPE}, so these are no samples "
                 "to go on with; give another --out"
@@ -215,30 +214,16 @@ class SampleFiles:
     def _npy_header(self, chunk: int) -> bytes:
         return _npy_header(np.uint8, (len(self.ids(chunk)), self.size, self.size, 3))
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """No second process writes here meanwhile; the lock dies with the process.
 
         Raises:
-          SampleFilesError: if one does, or there can be no directory.
+          LockedError: if one does.
+          SampleFilesError: if there can be no directory.
         """
         if self.directory.is_file():
             raise SampleFilesError(f"{self.directory} is a file; samples go to a directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SampleFilesError(
-                    f"another process is writing samples to {self.directory}; wait for it, or give "
-                    "another --out"
-                ) from error
-            except OSError as error:  # some network file systems have no locks
-                logger.info("%s cannot be locked (%s): run one process here", self.directory, error)
-            yield
-        finally:
-            os.close(handle)
+        return locks.hold(self.directory, "--out")
 
     def todo(self) -> list[int]:
         """The chunks that are not complete, after removing what a killed run left half-written."""
@@ -264,8 +249,6 @@ class SampleFiles:
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(f"want uint8 {shape}, got {images.dtype} {images.shape}")
         if self.format in ("png", "both"):
-            from PIL import Image
-
             self.png(self.ids(chunk)[0]).parent.mkdir(parents=True, exist_ok=True)
             self.png(self.ids(chunk)[-1]).parent.mkdir(parents=True, exist_ok=True)
             for sample, image in zip(self.ids(chunk), images, strict=True):
@@ -314,8 +297,6 @@ class SampleFiles:
         """
         if self.format != "png":
             return np.asarray(map_npz_array(self.npz, "arr_0")[list(samples)])
-        from PIL import Image
-
         images = []
         for sample in samples:
             try:
