@@ -21,12 +21,11 @@ import tensorboardX  # noqa: F401  (imports torch where it is installed; once fo
 from absl import logging as absl_logging
 
 from tests.helpers.paths import ROOT
-from vapi_jax import main
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.training import logging as metrics
-from vapi_jax.training import loop, run
+from vapi_jax.training import command, loop, run
 from vapi_jax.training.checkpoint import checkpointer
 
 ENVIRONMENT = {
@@ -113,7 +112,7 @@ def _live(life):
     if life.hook:
         name, *arguments = life.hook
         HOOKS[name](life, *arguments)
-    status = main.execute(life.config, life.workdir)
+    status = command.execute(life.config, life.workdir)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,6 +1,7 @@
 """Several processes: finding each other, ending together, and computing what one process computes."""
 
 import contextlib
+import hmac
 import json
 import os
 import random
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import ROOT
-from vapi_jax.parallel import cluster, distributed
-from vapi_jax.parallel.cluster import DistributedError, Place, find_place, first_host
+from vapi_jax.parallel import distributed, links
+from vapi_jax.parallel.cluster import DistributedError, Process, find_process
 
 
 def free_port():
@@ -58,55 +59,71 @@ def started(commands, env, cwd=ROOT):
 
 STEP = {
     "SLURM_JOB_ID": "4097",
-    "SLURM_STEP_ID": "2",
     "SLURM_STEP_NODELIST": "gpu[007-009]",
-    "SLURM_STEP_NUM_TASKS": "3",
     "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
     "SLURM_NTASKS": "3",
     "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
 }
+MPI = {
+    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+SHARED = STEP | {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "2"}
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """Sets variables in an environment that has none of a scheduler's."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+    return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
 
 @pytest.mark.parametrize(
-    ("environ", "expected"),
+    ("variables", "expected"),
     [
         ({}, None),
         ({"JAX_NUM_PROCESSES": "1"}, None),
-        (STEP, Place("gpu007:61443", 3, 2)),
-        (STEP | {"JAX_COORDINATOR_ADDRESS": "other:99"}, Place("other:99", 3, 2)),
-        (STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        (STEP, Process("gpu007:61441", 3, 2)),
+        (STEP | {"JAX_COORDINATOR_ADDRESS": "other:99"}, Process("other:99", 3, 2)),
+        (STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         # A batch script is told of the job's tasks, but is none of them.
         ({k: v for k, v in STEP.items() if k != "SLURM_STEP_NODELIST"}, None),
-        (
-            STEP | {"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "2"},
-            Place("gpu007:61443", 3, 2, (2,)),
-        ),
-        (
-            STEP | {"SLURM_STEP_TASKS_PER_NODE": "3", "CUDA_VISIBLE_DEVICES": "2"},
-            Place("gpu007:61443", 3, 2),
-        ),
+        (SHARED, Process("gpu007:61441", 3, 2, (2,))),
+        (SHARED | {"CUDA_VISIBLE_DEVICES": "2"}, Process("gpu007:61441", 3, 2)),
+        (SHARED | {"CUDA_VISIBLE_DEVICES": "2,3"}, Process("gpu007:61441", 3, 2, (2,))),
+        (SHARED | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Process("gpu007:61441", 3, 2)),
+        (MPI, Process("10.96.0.1:61441", 2, 1, (1,))),
         (
             {
                 "JAX_COORDINATOR_ADDRESS": "[::1]:80",
                 "JAX_NUM_PROCESSES": "8",
                 "JAX_PROCESS_ID": "0",
             },
-            Place("[::1]:80", 8, 0),
+            Process("[::1]:80", 8, 0),
         ),
     ],
 )
-def test_a_process_finds_its_place_in_the_environment(environ, expected):
-    assert find_place(environ=environ) == expected
+def test_a_process_finds_itself_in_the_environment(environ, variables, expected):
+    environ(variables)
+    assert find_process() == expected
 
 
-def test_flags_go_before_the_environment():
-    assert find_place("a:1", 5, 0, environ=STEP) == Place("a:1", 5, 0)
-    assert find_place(process_id=1, environ=STEP) == Place("gpu007:61443", 3, 1)
+def test_flags_go_before_the_environment(environ):
+    environ(STEP)
+    assert find_process("a:1", 5, 0) == Process("a:1", 5, 0)
+    assert find_process(process_id=1) == Process("gpu007:61441", 3, 1)
+    assert find_process(num_processes=1) is None
+    assert find_process(method="deactivate") is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environ", "message"),
+    ("arguments", "variables", "message"),
     [
         (("a:1", None, None), {}, "--num_processes .* and --process_id .* are missing"),
         (
@@ -120,59 +137,37 @@ def test_flags_go_before_the_environment():
         (("a", 2, 0), {}, "coordinator='a': give HOST:PORT"),
         (("a:99999", 2, 0), {}, "coordinator='a:99999'"),
         ((None, None, None), {"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID='first'.* no number"),
+        ((), STEP | {"SLURM_JOB_ID": "x"}, "ValueError.* --num_processes=1"),
     ],
 )
-def test_what_is_missing_or_impossible_is_named(arguments, environ, message):
+def test_what_is_missing_or_impossible_is_named(environ, arguments, variables, message):
+    environ(variables)
     with pytest.raises(DistributedError, match=message):
-        find_place(*arguments, environ=environ)
+        find_process(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("node001", "node001"),
-        ("node001,other", "node001"),
-        ("gpu[007-9,12],login", "gpu007"),
-        ("gpu[7,12-14]", "gpu7"),
-        ("rack[1-2]node[03-04]-ib,x", "rack1node03-ib"),
-    ],
-)
-def test_the_first_host_of_a_slurm_list(nodes, host):
-    assert first_host(nodes) == host
+@pytest.mark.parametrize(("method", "named"), [("slurm", "SLURM_JOB_ID"), ("lsf", "no lsf here")])
+def test_a_way_to_find_out_that_does_not_work_is_refused(environ, method, named):
+    environ({})
+    with pytest.raises(DistributedError, match=named):
+        find_process(method=method)
 
 
-def test_cloud_tpu_is_asked_where_nothing_else_is_known(monkeypatch):
-    from jax._src.clusters import ClusterEnv
-
-    assert {cluster.name for cluster in ClusterEnv._cluster_types} >= set(cluster._TPU_CLUSTERS)
-
-    class Pod:
-        name = "gketpu"
-        is_env_present = staticmethod(lambda: True)
-        get_coordinator_address = staticmethod(lambda timeout_secs, port: "worker-0:8482")
-        get_process_count = staticmethod(lambda: 4)
-        get_process_id = staticmethod(lambda: 3)
-
-    monkeypatch.setattr(ClusterEnv, "_cluster_types", [Pod])
-    assert find_place(environ={}) == Place("worker-0:8482", 4, 3)
-    assert find_place("a:1", 2, 0, environ={}) == Place("a:1", 2, 0)
+# --- coming together ------------------------------------------------------------------------------
 
 
-# --- the meeting ----------------------------------------------------------------------------------
+def meet(processes, timeout=10.0):
+    """What each of several processes, here threads, gets: links, port and address, or an error."""
+    found = [None] * len(processes)
 
-
-def meet(places, timeout=10.0):
-    """What each of several processes, here threads, gets from the meeting: links and port, or error."""
-    found = [None] * len(places)
-
-    def one(number, where):
+    def one(number, me):
         try:
-            join = distributed._welcome if where.process == 0 else distributed._call
-            found[number] = join(where, timeout)
+            with links.joined(me, timeout) as joined:
+                found[number] = joined
         except DistributedError as error:
             found[number] = str(error)
 
-    threads = [threading.Thread(target=one, args=item) for item in enumerate(places)]
+    threads = [threading.Thread(target=one, args=item) for item in enumerate(processes)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -184,59 +179,168 @@ def meet(places, timeout=10.0):
     return found
 
 
-def test_all_meet_and_learn_one_port_though_a_stranger_calls():
+def call(address, said):
+    """Connects as soon as it can, says something, and returns the connection."""
+    host, port = address.rsplit(":", 1)
+    for _ in range(6000):
+        with contextlib.suppress(OSError):
+            caller = socket.create_connection((host, int(port)))
+            caller.sendall(said)
+            return caller
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def claim(**said):
+    return json.dumps({"process_id": 1, "num_processes": 3, "host": "x", "proof": "é"} | said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 10000, b"[" * 4095 + b"\n", b"[]\n", b"{}\n", b"",
+        f"{claim()}\n".encode(), f"{claim(process_id='1')}\n".encode(), f"{claim(proof=[])}\n".encode(),
+    ],
+)  # fmt: skip
+def test_strangers_are_closed_and_logged_and_hold_nobody_up(said, caplog):
     address = f"127.0.0.1:{free_port()}"
-
-    def stranger():
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 10000, b'{"hello": "vapi_jax"}\n', b""):
-            for _ in range(100):
-                with contextlib.suppress(OSError):
-                    with socket.create_connection(("127.0.0.1", int(address[10:]))) as caller:
-                        caller.sendall(said)
-                    break
-                time.sleep(0.01)
-
-    calling = threading.Thread(target=stranger)
-    calling.start()
-    found = meet([Place(address, 3, process) for process in (0, 1, 2)])
-    calling.join(10)
-    assert sorted(link.process for link in found[0][0]) == [1, 2]
-    assert found[1][0][0].process == 0
-    assert len({port for _, port in found}) == 1
+    found = {}
+    gathering = threading.Thread(
+        target=lambda: found.update(all=meet([Process(address, 3, i) for i in (0, 1)], 30.0))
+    )
+    gathering.start()
+    strangers = [call(address, said) for _ in range(5)]
+    start = time.monotonic()
+    meeting = meet([Process(address, 3, 2)], 30.0)
+    assert time.monotonic() - start < links._GREETING - 1.0
+    gathering.join(10)
+    assert sorted(link.process_id for link in found["all"][0][0]) == [1, 2]
+    assert len({port for _, port, _ in [*found["all"], *meeting]}) == 1
+    for stranger in strangers:
+        stranger.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(4096):
+                pass
+        stranger.close()
+    assert caplog.text.count("a connection from 127.0.0.1 was closed") >= 5
 
 
 def test_who_does_not_come_is_named_to_all_who_came():
     address = f"127.0.0.1:{free_port()}"
-    found = meet([Place(address, 4, 0), Place(address, 4, 2)], timeout=1.5)
+    found = meet([Process(address, 4, 0), Process(address, 4, 2)], timeout=1.5)
     assert "2 of 4 processes did not come within 1.5 s: 1, 3." in found[0]
-    assert found[1] == found[0]
+    assert found[0] in found[1]
 
 
 def test_a_coordinator_out_of_reach_is_named():
     address = f"127.0.0.1:{free_port()}"
-    (said,) = meet([Place(address, 2, 1)], timeout=1.0)
+    (said,) = meet([Process(address, 2, 1)], timeout=1.0)
     assert (
         f"process 1 could not reach process 0 at {address} within 1 s (Connection refused)" in said
     )
 
 
-def test_two_processes_with_one_number_are_refused():
-    address = f"127.0.0.1:{free_port()}"
-    found = meet([Place(address, 3, process) for process in (0, 1, 1)])
-    assert all("two processes call themselves process 1" in said for said in found)
+def test_another_program_at_the_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+        (said,) = meet([Process(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)])
+    assert "no run of vapi_jax" in said
 
 
-def test_runs_of_another_size_are_refused():
+def test_a_second_process_of_one_number_is_refused_and_the_run_goes_on(caplog):
     address = f"127.0.0.1:{free_port()}"
-    found = meet([Place(address, 2, 0), Place(address, 3, 1)])
-    assert all("in a run of 3 processes, process 0 in one of 2" in said for said in found)
+    found = meet([Process(address, 3, i) for i in (0, 1, 1, 2)])
+    (refused,) = [said for said in found if isinstance(said, str)]
+    assert refused in found[1:3]
+    assert "process 1 has come already" in refused
+    assert "process 1 has come already" in caplog.text
+    assert sorted(link.process_id for link in found[0][0]) == [1, 2]
+
+
+@pytest.mark.parametrize("stranger", [(1, 3), (3, 3), (0, 2), (-1, 2)])
+def test_a_process_of_a_run_of_another_size_is_refused_and_the_run_goes_on(stranger):
+    address = f"127.0.0.1:{free_port()}"
+    index, count = stranger
+    found = {}
+    first = threading.Thread(
+        target=lambda: found.update(all=meet([Process(address, 2, 0)], 30.0)), daemon=True
+    )
+    first.start()
+    caller = call(address, b"")
+    nonce = json.loads(caller.makefile().readline())["nonce"]
+    said = claim(process_id=index, num_processes=count, proof=links._proof(nonce, index))
+    caller.sendall(f"{said}\n".encode())
+    refused = json.loads(caller.makefile().readline())["refused"]
+    caller.close()
+    assert f"a run of {count} processes, process 0 in one of 2" in refused
+    (mine,) = meet([Process(address, 2, 1)])
+    first.join(10)
+    assert mine[1] == found["all"][0][1]
+
+
+def test_a_process_with_another_secret_is_refused(monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv(links.SECRET, "ours")
+    found = {}
+    first = threading.Thread(
+        target=lambda: found.update(all=meet([Process(address, 2, 0)], 30.0)), daemon=True
+    )
+    first.start()
+    caller = call(address, b"")
+    nonce = json.loads(caller.makefile().readline())["nonce"]
+    guess = hmac.new(b"theirs", f"{nonce} 1".encode(), "sha256").hexdigest()
+    caller.sendall(f"{claim(num_processes=2, proof=guess)}\n".encode())
+    assert links.SECRET in json.loads(caller.makefile().readline())["refused"]
+    caller.close()
+    (mine,) = meet([Process(address, 2, 1)])
+    first.join(10)
+    assert mine[1] == found["all"][0][1]
 
 
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        (said,) = meet([Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)])
+        (said,) = meet([Process(f"127.0.0.1:{server.getsockname()[1]}", 2, 0)])
     assert "cannot listen on port" in said
     assert "Give another port" in said
+
+
+def test_process_0_listens_where_the_others_call_and_nowhere_else():
+    port = free_port()
+    first = threading.Thread(target=meet, args=([Process(f"localhost:{port}", 2, 0)], 2.0))
+    first.start()
+    call(f"127.0.0.1:{port}", b"").close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))
+    first.join()
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "expected"),
+    [
+        ("127.0.0.1:1", ["127.0.0.1"]),
+        ("localhost:1", ["127.0.0.1", "::1"]),
+        ("192.0.2.1:1", ["::", "0.0.0.0"]),  # an address in front of this machine, not one of it
+        ("no-such-host.invalid:1", ["::", "0.0.0.0"]),
+    ],
+)
+def test_the_address_to_listen_at(coordinator, expected, caplog):
+    assert links._own_address(Process(coordinator, 2, 0)) in expected
+    assert ("listening at all" in caplog.text) == (expected[0] == "::")
+
+
+def test_nobody_else_gets_the_port_of_jax_before_jax_has_it():
+    address = f"127.0.0.1:{free_port()}"
+    other = threading.Thread(target=meet, args=([Process(address, 2, 1)],))
+    other.start()
+    with links.joined(Process(address, 2, 0), 10.0) as (_, port, bound):
+        assert bound == "127.0.0.1"
+        with pytest.raises(OSError, match="in use"), socket.create_server(("127.0.0.1", port)):
+            pass
+        with pytest.raises(ConnectionRefusedError):  # nobody listens there yet
+            socket.create_connection(("127.0.0.1", port))
+    other.join()
+    with socket.create_server(("127.0.0.1", port)):
+        pass
 
 
 # --- one end for all ------------------------------------------------------------------------------
@@ -244,7 +348,7 @@ def test_a_port_in_use_is_named():
 WORK = """
 import sys, time
 from vapi_jax.parallel import distributed
-from vapi_jax.parallel.cluster import Place
+from vapi_jax.parallel.cluster import Process
 
 number, count, address, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 
@@ -262,15 +366,20 @@ def work():
     time.sleep(100)  # as in a collective that nobody else enters
     return 0
 
-sys.exit(distributed.together(Place(address, count, number), work, 60.0))
+sys.exit(distributed.together(Process(address, count, number), work, 60.0))
 """
+
+
+def work(index, count, address, ending):
+    return [sys.executable, "-c", WORK, index, count, address, ending]
 
 
 @contextlib.contextmanager
 def at_work(count, ending):
     address = f"127.0.0.1:{free_port()}"
-    commands = [[sys.executable, "-c", WORK, i, count, address, ending] for i in range(count)]
-    with started(commands, environment()) as processes:
+    with started(
+        [work(i, count, address, ending) for i in range(count)], environment()
+    ) as processes:
         for process in processes:
             for line in process.stdout:
                 if "at work" in line:
@@ -286,6 +395,24 @@ def ends(process, within=distributed.PAUSE + distributed.UNWINDING + 5.0):
 def test_processes_that_are_done_end_with_0():
     with at_work(2, "well") as processes:
         assert [ends(process)[0] for process in processes] == [0, 0]
+
+
+def test_neither_strangers_nor_a_second_process_of_one_number_end_a_run():
+    address = f"127.0.0.1:{free_port()}"
+    commands = [work(i, 3, address, "well") for i in (0, 1, 1, 2)]
+    with started(commands, environment()) as processes:
+        strangers = [
+            call(address, said) for said in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9999, b"")
+        ]
+        found = [ends(process, within=90.0) for process in processes]
+    assert [found[0][0], found[3][0]] == [0, 0]
+    assert sorted([found[1][0], found[2][0]]) == [0, 1]
+    (refused,) = [output for status, output in found if status == 1]
+    assert "process 1 has come already" in refused
+    assert "process 1 has come already" in found[0][1]
+    assert found[0][1].count("a connection from 127.0.0.1 was closed") >= 3
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_an_error_in_one_process_ends_all_with_its_reason():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import sys
@@ -16,6 +17,25 @@ from vapi_jax.common.tables import cell
 
 INTERVAL = 10.0
 """Seconds between lines where they are not shown on a terminal."""
+
+
+_silent = False
+
+
+def silence() -> None:
+    """From now on this process shows no progress: of several that do one work, one shows it for all.
+
+    Errors and warnings are its own, and stay.
+    """
+    global _silent
+    _silent = True
+    logging.getLogger("vapi_jax").setLevel(logging.WARNING)
+
+
+def announce(text: str) -> None:
+    """Prints what people may want to know of the work, unless another process does."""
+    if not _silent:
+        print(text, flush=True)
 
 
 class _Lines:
@@ -39,9 +59,10 @@ def _bar(name: str, total: int, stream: TextIO | None = None, **more: Any) -> tq
     stream = sys.stderr if stream is None else stream
     # A terminal that does not know its size says 0, and nothing would be shown; this makes 80 x 24.
     columns, lines = shutil.get_terminal_size()
-    shown: Any = {"file": stream, "ncols": columns, "nrows": lines}
+    shown: Any = {"file": stream, "ncols": columns, "nrows": lines, "disable": _silent}
     if not stream.isatty():
-        shown = {"file": _Lines(stream), "mininterval": INTERVAL, "maxinterval": INTERVAL}
+        every = {"mininterval": INTERVAL, "maxinterval": INTERVAL}
+        shown = {"file": _Lines(stream), "disable": _silent, **every}
     return tqdm(desc=name, total=total, miniters=1, **shown, **more)
 
 

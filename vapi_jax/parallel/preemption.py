@@ -17,6 +17,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import jax
+from jax.experimental import multihost_utils
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -37,9 +40,6 @@ class StopRequest:
 
         To be called at every step.
         """
-        import jax
-        from jax.experimental import multihost_utils
-
         if jax.process_count() == 1:
             return self._asked is not None
         try:
@@ -70,8 +70,6 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Answers signals while this lasts. Main thread only, after `jax.distributed` is set up."""
-        import jax
-
         self._several = jax.distributed.is_initialized()  # starts no devices, unlike a count
         heard = [signal.SIGINT] if self._several else list(SIGNALS)
         reading, writing = os.pipe()

@@ -1,0 +1,63 @@
+"""What `python -m vapi_jax.main` does once its flags are read: other processes, training, exit status."""
+
+from pathlib import Path
+from typing import Any
+
+from vapi_jax.common.errors import exit_status
+from vapi_jax.common.progress import announce
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.parallel import cluster, compiler, distributed
+from vapi_jax.parallel.preemption import Stopped, StopRequest
+from vapi_jax.training import plan, run
+from vapi_jax.training.readiness import require
+
+
+def check(recipe: Any, workdir: str | None, as_json: bool) -> int:
+    """Prints the plan and all that is in its way; the exit status."""
+    return exit_status(lambda: plan.check(recipe, workdir, as_json=as_json))
+
+
+def train(
+    recipe: Any,
+    workdir: Path,
+    resume_with_changes: bool,
+    timeout: float,
+    **process: Any,
+) -> int:
+    """Finds the other processes of the run, if there are any, and trains; the exit status.
+
+    Args:
+      recipe: a ConfigDict.
+      workdir: of the run, the same for all processes.
+      resume_with_changes: go on though the configuration has changed.
+      timeout: seconds that processes wait for each other at the start.
+      process: which one this is, as far as flags say; see `cluster.find_process`.
+    """
+    compiler.reserve_memory()
+
+    def work() -> int:
+        with distributed.telling():
+            config = require(recipe)
+        return execute(config, workdir, resume_with_changes)
+
+    def join() -> int:
+        me = cluster.find_process(**process, timeout=timeout)
+        return distributed.together(me, lambda: exit_status(work), timeout)
+
+    return exit_status(join)
+
+
+def execute(config: TrainConfig, workdir: Path, resume_with_changes: bool = False) -> int:
+    """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
+    stop = StopRequest()
+    compiler.enable_compilation_cache(workdir / "compilation_cache")
+
+    def work() -> None:
+        with stop.listening(), distributed.telling():
+            run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)
+
+    try:
+        return exit_status(work)
+    except Stopped as stopped:
+        announce(f"{stopped}. The same command goes on from there")
+        return 0
