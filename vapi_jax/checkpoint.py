@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+from absl import logging
+
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path
 from vapi_jax.common.tables import format_table
+from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.training.checkpoint.manifest import Manifest, ManifestError, read_manifest
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -111,11 +114,10 @@ def _item(manifest: Manifest, item: str) -> dict[str, Any]:
 
 def verify_step(directory: Path, step: int) -> str:
     """Reads every array and fact of a step; what is wrong with it, or ""."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be at work on the run itself
-    from absl import logging
-
-    from vapi_jax.training.checkpoint.checkpointer import Checkpointer
-
+    if (
+        jax.config.values["jax_platforms"] is None
+    ):  # an accelerator may be at work on the run itself
+        jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     with Checkpointer(directory) as checkpointer:
         return checkpointer.damage(step)

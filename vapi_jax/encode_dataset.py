@@ -19,7 +19,11 @@ from vapi_jax.common import output_flags, recipe_flags
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.output_flags import NUM, OUT
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.generation.encoding import encode_dataset
+from vapi_jax.methods import make_method
+from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel import compiler
+from vapi_jax.training.run import prepare_devices
 
 flags.adopt_module_key_flags(recipe_flags)
 flags.adopt_module_key_flags(output_flags)
@@ -32,16 +36,11 @@ def main(argv: list[str]) -> int:
     recipe, out = CONFIG.value, OUT.value
     if recipe is None or out is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    compiler.apply_here()
+    compiler.reserve_memory()
     return exit_status(lambda: _encode(recipe, out))
 
 
 def _encode(recipe: Any, out: Path) -> None:
-    from vapi_jax.generation.encoding import encode_dataset  # after the flags: --help needs no JAX
-    from vapi_jax.methods import make_method
-    from vapi_jax.methods.resolve import resolve
-    from vapi_jax.training.run import prepare_devices
-
     config = resolve(recipe)
     counts = encode_dataset(make_method(config, prepare_devices(config)), out, NUM.value)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())

@@ -25,14 +25,35 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path, local_text
+from vapi_jax.evaluation.features import EXTRACTORS, find_extractor
+from vapi_jax.evaluation.measure import (
+    DEFAULT_METRICS,
+    DEFAULT_PAIRED,
+    FEATURE_METRICS,
+    MeasureError,
+    Settings,
+    locate,
+    measure,
+)
+from vapi_jax.evaluation.measure import (
+    precompute as write_statistics,
+)
+from vapi_jax.evaluation.receipt import (
+    ReceiptError,
+    check_writable,
+    compare_receipts,
+    free_path,
+    read_receipt,
+    show_comparison,
+    show_receipt,
+    write_receipt,
+)
+from vapi_jax.models.inception import FILE_NAME, SHA256
 from vapi_jax.parallel import compiler
-
-if TYPE_CHECKING:
-    from vapi_jax.evaluation.measure import Settings
 
 ENVIRONMENT = "VAPI_INCEPTION"
 _BATCH, _SEED, _PR_IMAGES = 64, 0, 10_000
@@ -137,10 +158,6 @@ def choose_features(args: argparse.Namespace, needed: bool) -> tuple[str, str | 
     Raises:
       MeasureError: a file of weights that the features named do not read.
     """
-    from vapi_jax.evaluation.features import EXTRACTORS, find_extractor
-    from vapi_jax.evaluation.measure import MeasureError
-    from vapi_jax.models.inception import FILE_NAME, SHA256
-
     file = args.inception
     if file is None and (named := os.environ.get(ENVIRONMENT)):
         file = local_text(named)
@@ -165,13 +182,6 @@ def choose_features(args: argparse.Namespace, needed: bool) -> tuple[str, str | 
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """What the flags ask for, in modes evaluate and precompute."""
-    from vapi_jax.evaluation.measure import (
-        DEFAULT_METRICS,
-        DEFAULT_PAIRED,
-        FEATURE_METRICS,
-        Settings,
-    )
-
     metrics = DEFAULT_PAIRED if args.paired else DEFAULT_METRICS
     if args.metrics is not None:
         listed = (name.strip() for name in args.metrics.split(","))
@@ -201,10 +211,6 @@ def settings_of_receipt(receipt: dict[str, Any], args: argparse.Namespace) -> Se
     Raises:
       ReceiptError: settings that are missing or of another type, or features of a foreign module.
     """
-    from vapi_jax.evaluation.features import EXTRACTORS
-    from vapi_jax.evaluation.measure import Settings
-    from vapi_jax.evaluation.receipt import ReceiptError
-
     recorded, features = receipt["settings"], receipt.get("features") or {}
     metrics, paired = recorded.get("metrics"), recorded.get("paired")
     numbers = {name: recorded.get(name) for name in ("batch", "seed", "pr_images")}
@@ -239,9 +245,6 @@ def settings_of_receipt(receipt: dict[str, Any], args: argparse.Namespace) -> Se
 
 def verify(args: argparse.Namespace) -> int:
     """Recomputes a receipt; 0 where everything agrees, 1 where something differs."""
-    from vapi_jax.evaluation.measure import measure
-    from vapi_jax.evaluation.receipt import compare_receipts, read_receipt, show_comparison
-
     recorded = read_receipt(args.verify)
     comparison = compare_receipts(recorded, measure(settings_of_receipt(recorded, args)))
     print(show_comparison(comparison))
@@ -250,9 +253,6 @@ def verify(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measures, writes the receipt, and shows what is in it."""
-    from vapi_jax.evaluation.measure import locate, measure
-    from vapi_jax.evaluation.receipt import check_writable, free_path, show_receipt, write_receipt
-
     settings = settings_from(args)
     path = args.out or free_path(locate(settings.samples))
     check_writable(path)
@@ -263,12 +263,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def precompute(args: argparse.Namespace) -> int:
     """Writes statistics of the reference."""
-    from vapi_jax.evaluation.measure import MeasureError, precompute
-
     out = args.precompute
     if out.suffix != ".npz":
         raise MeasureError(f"--precompute {out}: the name of the file must end in .npz")
-    facts = precompute(settings_from(args), out)
+    facts = write_statistics(settings_from(args), out)
     images = facts["images"]
     print(
         f"{out}: statistics of {images['count']} images (SHA-256 {images['digest'][:16]}) in"
@@ -280,7 +278,7 @@ def precompute(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
-    compiler.apply_here()
+    compiler.reserve_memory()
     command = {"evaluate": evaluate, "precompute": precompute, "verify": verify}[args.mode]
     return exit_status(lambda: command(args))
 

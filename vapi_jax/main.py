@@ -12,7 +12,6 @@ from the last checkpoint there; SIGTERM or Ctrl-C saves one first (twice: ends a
 """
 
 import logging
-from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging

@@ -16,6 +16,8 @@ from vapi_jax.common import output_flags, recipe_flags
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.output_flags import NUM, OUT
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.data.real_images import write_images
+from vapi_jax.methods.resolve import resolve
 
 flags.adopt_module_key_flags(recipe_flags)
 flags.adopt_module_key_flags(output_flags)
@@ -35,9 +37,6 @@ def main(argv: list[str]) -> int:
 
 
 def _write(recipe: Any, out: Path) -> None:
-    from vapi_jax.data.real_images import write_images  # after the flags: --help needs no JAX
-    from vapi_jax.methods.resolve import resolve
-
     config = resolve(recipe)
     split, num = _SPLIT.value or config.eval.split, NUM.value or config.eval.images
     write_images(config.data, split, num, config.seed, out)

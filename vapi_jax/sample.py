@@ -25,14 +25,17 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
 import numpy as np
+from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.progress import Progress, format_duration
+from vapi_jax.evaluation.receipt import environment
 from vapi_jax.generation.files import (
     FORMATS,
     RECIPE,
@@ -40,11 +43,13 @@ from vapi_jax.generation.files import (
     settle_recipe,
     write_recipe,
 )
+from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.requests import Conditions, make_conditions
+from vapi_jax.models.resize import bicubic_torch
+from vapi_jax.models.sampling import generate
 from vapi_jax.parallel import compiler
-
-if TYPE_CHECKING:  # JAX takes a second to import, which --help does not have
-    from vapi_jax.generation.loading import Generator
-    from vapi_jax.generation.requests import Conditions
+from vapi_jax.parallel.sharding import host_array, make_mesh, replicate, shard_whole
+from vapi_jax.report.pictures import overview
 
 SCHEDULES = ("constant", "interval", "cosine")
 UINT8_RULE = "truncate(clamp(127.5 x + 128, 0, 255))"
@@ -197,10 +202,6 @@ class Sampler:
         batch: int,
         side: int,
     ):
-        import jax
-
-        from vapi_jax.parallel.sharding import replicate
-
         self._generator, self._conditions, self._options = generator, conditions, dict(options)
         devices = generator.mesh.size
         self._rows, self._side = -(-batch // devices) * devices, side
@@ -208,10 +209,6 @@ class Sampler:
 
     def draw(self, samples: range) -> Any:
         """Float32 images [rows, H, W, 3] of these samples, still on the devices; padding follows."""
-        from vapi_jax.models.resize import bicubic_torch
-        from vapi_jax.models.sampling import generate
-        from vapi_jax.parallel.sharding import shard_whole
-
         generator = self._generator
         ids = np.arange(samples.start, samples.start + self._rows, dtype=np.uint32)
         given = np.minimum(ids, samples[-1])  # padding repeats the last sample's condition
@@ -237,8 +234,6 @@ def write_samples(sampler: Sampler, files: SampleFiles) -> int:
 
     Images of one chunk are encoded and written while the devices draw the next.
     """
-    from vapi_jax.parallel.sharding import host_array
-
     todo = files.todo()
     missing = sum(len(files.ids(chunk)) for chunk in todo)
     done = files.count - missing
@@ -276,8 +271,6 @@ def write_samples(sampler: Sampler, files: SampleFiles) -> int:
 
 def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
     """A row of samples for each of the first classes (or captions), uint8 [h, w, 3]."""
-    from vapi_jax.report.pictures import overview
-
     rows, first = np.unique(conditions.rows, return_index=True)
     shown = rows[np.argsort(first)][:GRID_ROWS]
     members = [np.flatnonzero(conditions.rows == row)[:GRID_COLUMNS] for row in shown]
@@ -317,18 +310,12 @@ def make_recipe(
 
 def _environment() -> dict[str, Any]:
     """With what, on what and when."""
-    from vapi_jax.evaluation.receipt import environment
-
     found = environment()
     versions = {**found["versions"], "flax": importlib.metadata.version("flax")}
     return {"versions": versions, "devices": found["devices"], "started": found["date"]}
 
 
 def _mesh(cpu_devices: int) -> Any:
-    import jax
-
-    from vapi_jax.parallel.sharding import make_mesh
-
     if cpu_devices > 1:
         try:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -339,9 +326,6 @@ def _mesh(cpu_devices: int) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
-    from vapi_jax.generation.loading import load_generator
-    from vapi_jax.generation.requests import make_conditions
-
     generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
     conditions = make_conditions(generator, args.num, args.seed, args.labels, args.conditions)
     if args.cfg != 1.0:
@@ -363,8 +347,6 @@ def run(args: argparse.Namespace) -> None:
         drawn = write_samples(sampler, files)
         files.finish(conditions.rows if conditions.labels else None)
         if args.grid:
-            from PIL import Image
-
             Image.fromarray(grid(files, conditions)).save(args.out / "grid.png")
     places = [str(path) for path in (files.images, files.npz) if path.exists()]
     print(
@@ -376,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
-    compiler.apply_here()
+    compiler.reserve_memory()
     try:
         return exit_status(lambda: run(args))
     except KeyboardInterrupt:

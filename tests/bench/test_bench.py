@@ -502,12 +502,10 @@ def test_no_scaling_is_told_for_other_nodes_than_the_models():
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_help_comes_without_importing_jax():
-    text, imported = commands.show_help("bench")
+def test_help_names_the_flags():
+    text = commands.module("bench", "--help").stdout
     for flag in ("--config", "--steps", "--[no]plain", "--json", "--[no]sweep", "--docs"):
         assert flag in text
-    assert "ml_collections" in imported
-    assert not {"jax", "numpy", "vapi_jax.training.run"} & imported
 
 
 CPU = "--config=configs/bench_cpu.py"

@@ -38,18 +38,16 @@ def compared(sets, *more):
     return run("--samples", sets[0], "--reference", sets[1], *more)
 
 
-def test_help_comes_without_importing_jax():
-    printed, imported = commands.show_help("evaluate")
+def test_help_has_examples():
+    printed = commands.module("evaluate", "--help").stdout
     for text in (
         "--samples",
         "--verify",
-        "--precompute stats",
+        "--precompute photos_stats",
         "imagenet256.npz",
         "VAPI_INCEPTION",
     ):
-        assert text.replace("stats", "photos_stats") in printed
-    assert "argparse" in imported
-    assert not {"jax", "numpy", "PIL", "flax"} & imported
+        assert text in printed
 
 
 def test_a_real_run_brings_neither_torch_nor_tensorflow(tmp_path):

@@ -24,8 +24,8 @@ from tests.helpers.paths import ROOT
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.training import logging as metrics
 from vapi_jax.training import command, loop, run
+from vapi_jax.training import logging as metrics
 from vapi_jax.training.checkpoint import checkpointer
 
 ENVIRONMENT = {

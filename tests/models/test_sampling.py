@@ -343,7 +343,7 @@ def test_every_layers_cache_is_updated_in_place():
         multiple_of=16, num_classes=5,
     )  # fmt: skip
     shapes = jax.eval_shape(policy.init, RNG)
-    compiled = sampling._generate.lower(
+    compiled = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
         policy, shapes, LABELS, RNG, jnp.arange(6), jnp.float32(1), jnp.ones(16),
         top_k=0, top_p=1.0, guided=16, greedy=False, with_entropy=False,
     ).compile()  # fmt: skip
@@ -366,7 +366,7 @@ def test_devices_draw_their_samples_alone(guided):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
     shapes = jax.eval_shape(policy.init, RNG)
-    compiled = sampling._generate.lower(
+    compiled = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
         policy,
         jax.tree.map(lambda x: put(x.shape, x.dtype, whole), shapes),
         put((16,), jnp.int32, rows), jax.device_put(RNG, whole), put((16,), jnp.int32, rows),

@@ -1,118 +1,89 @@
-"""Compiler flags as functions of strings; and that the installed library knows those we set."""
+"""Compiler options for each platform, accepted by its compiler; and the cache of compiled programs."""
 
-from pathlib import Path
-
-import jaxlib
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.helpers import commands
 from tests.helpers.observations import observe
+from vapi_jax.models import sampling
+from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel import compiler
-from vapi_jax.parallel.compiler import FLAGS, apply, guess_platform, known_flags, merge
-
-LIBRARY = Path(jaxlib.__file__).parent / "libjax_common.so"
-
-
-@pytest.mark.parametrize(
-    ("current", "wanted", "merged"),
-    [
-        ("", {"xla_a": "1"}, "--xla_a=1"),
-        ("", {}, ""),
-        ("--xla_a=false", {"xla_a": "true"}, "--xla_a=false"),
-        ("--xla_ab=3", {"xla_a": "true"}, "--xla_ab=3 --xla_a=true"),
-        ("  --xla_b   -xla_a=2 ", {"xla_a": "1", "xla_b": "1", "xla_c": "1"},
-         "--xla_b -xla_a=2 --xla_c=1"),
-        ("--xla_dump_to=/x/xla_a", {"xla_a": "1"}, "--xla_dump_to=/x/xla_a --xla_a=1"),
-    ],
-)  # fmt: skip
-def test_what_the_user_has_set_stays(current, wanted, merged):
-    assert merge(current, wanted) == merged
-
-
-def test_merging_twice_is_merging_once():
-    once = merge("--xla_gpu_enable_triton_gemm=true", FLAGS["gpu"]["XLA_FLAGS"])
-    assert merge(once, FLAGS["gpu"]["XLA_FLAGS"]) == once
-    assert once.count("triton_gemm") == 1
-
-
-CUDA = ["jax_cuda13_plugin"]
-
-
-@pytest.mark.parametrize(
-    ("environment", "packages", "devices", "platform"),
-    [
-        ({}, CUDA, ["/dev/nvidiactl"], "gpu"),
-        ({}, CUDA, [], "cpu"),  # the plugin without a driver
-        ({}, [], ["/dev/nvidiactl"], "cpu"),  # a GPU that this installation cannot use
-        ({}, ["libtpu"], ["/dev/vfio/0"], "tpu"),
-        ({}, ["libtpu", *CUDA], ["/dev/nvidiactl"], "gpu"),
-        ({"JAX_PLATFORMS": "cpu"}, CUDA, ["/dev/nvidiactl"], "cpu"),
-        ({"JAX_PLATFORMS": "cuda,cpu"}, [], [], "gpu"),
-        ({"JAX_PLATFORMS": "TPU"}, [], [], "tpu"),
-        ({"JAX_PLATFORMS": ""}, CUDA, ["/dev/nvidiactl"], "gpu"),
-    ],
-)
-def test_the_platform_is_the_one_that_jax_will_choose(environment, packages, devices, platform):
-    assert guess_platform(environment, packages, devices) == platform
+from vapi_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture
-def library(tmp_path):
-    """A file that knows two flags of ours."""
-    path = tmp_path / "reader.so"
-    known = b"\0".join([b"xla_gpu_enable_triton_gemm", b"xla_gpu_enable_latency_hiding_scheduler"])
-    path.write_bytes(
-        b"\x7fELF junk \0" + known + b"\0xla_gpu_all_gather_combine_threshold_bytes_v2\0"
-    )
-    return path
-
-
-def test_flags_that_a_library_does_not_know_are_left_out(library, tmp_path):
-    names = list(FLAGS["gpu"]["XLA_FLAGS"])
-    found = known_flags(names, [library])
-    assert found == {"xla_gpu_enable_triton_gemm", "xla_gpu_enable_latency_hiding_scheduler"}
-    other = tmp_path / "plugin.so"
-    other.write_bytes(b"..xla_gpu_enable_triton_gemm\0")
-    assert known_flags(names, [library, other]) == {"xla_gpu_enable_triton_gemm"}
-    assert known_flags(names, []) == set()
-
-
-def test_settings_of_a_gpu(library):
-    environment = {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=true", "HOME": "/root"}
-    changed = apply(environment, "gpu", [library])
-    assert environment == {
-        "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=true --xla_gpu_enable_latency_hiding_scheduler=true",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
-        "HOME": "/root",
-    }
-    assert changed == {name: environment[name] for name in ("XLA_FLAGS", *changed)}
-    assert apply(environment, "gpu", [library]) == {}
-
-
-def test_a_memory_share_of_the_users_stays():
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
-    assert apply(environment, "gpu", []) == {}
-    assert environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+def gpu_options_on_cpu(monkeypatch):
+    """XLA reads the options of all platforms on each: the GPU's stand for some that this one has."""
+    monkeypatch.setitem(compiler.OPTIONS, "cpu", compiler.OPTIONS["gpu"])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 
 def test_nothing_is_set_on_a_cpu():
-    environment: dict[str, str] = {}
-    assert apply(environment, "cpu", [LIBRARY]) == {}
-    assert environment == {}
+    assert compiler.options(make_mesh()) == {}
+    assert compiler.options({"a": jnp.ones(2)}) == {}
 
 
-def test_the_installed_library_knows_every_flag_of_ours_for_gpus():
-    names = set(FLAGS["gpu"]["XLA_FLAGS"])
-    assert known_flags([*names, "xla_gpu_of_our_dreams"], [LIBRARY]) == names
+@pytest.mark.usefixtures("gpu_options_on_cpu")
+def test_options_are_those_of_the_devices_of_a_mesh_or_of_arrays():
+    assert compiler.options(make_mesh()) == compiler.OPTIONS["gpu"]
+    assert compiler.options({"a": jnp.ones(2), "b": np.ones(2)}) == compiler.OPTIONS["gpu"]
+    assert compiler.options({"b": np.ones(2)}) == {}
 
 
-def test_the_module_is_applied_before_jax_and_imports_none():
-    code = (
-        "import sys; from vapi_jax.parallel import compiler; compiler.apply_here(); "
-        "print('jax' in sys.modules)"
+@pytest.mark.usefixtures("gpu_options_on_cpu")
+@pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
+def test_what_the_user_has_set_stays(variable, monkeypatch):
+    monkeypatch.setenv(variable, "--xla_x=1 --xla_gpu_enable_triton_gemm=true --xla_y=z")
+    left = dict(compiler.OPTIONS["gpu"])
+    del left["xla_gpu_enable_triton_gemm"]
+    assert compiler.options(make_mesh()) == left
+    monkeypatch.setenv(variable, "--xla_dump_to=/x/xla_gpu_enable_triton_gemm")
+    assert compiler.options(make_mesh()) == compiler.OPTIONS["gpu"]
+
+
+@pytest.mark.usefixtures("gpu_options_on_cpu")
+def test_samples_can_be_drawn_inside_another_program():
+    """JAX refuses options of an inner `jax.jit`, which therefore has none."""
+    policy = make_policy(
+        "class", dim=16, n_head=2, n_layer=1, vocab_size=11, block_size=4, multiple_of=16,
+        num_classes=3,
+    )  # fmt: skip
+    rng, labels = jax.random.key(0), jnp.arange(3)
+    params = policy.init(rng)
+    alone = sampling.generate(policy, params, labels, rng)
+    inside = jax.jit(lambda *given: sampling.generate(policy, *given))(params, labels, rng)
+    closed_over = jax.jit(lambda labels: sampling.generate(policy, params, labels, rng))(labels)
+    np.testing.assert_array_equal(alone, inside)
+    np.testing.assert_array_equal(alone, closed_over)
+
+
+@pytest.mark.parametrize("name", compiler.OPTIONS["gpu"])
+def test_the_installed_compiler_knows_every_option_for_gpus(name):
+    def compiled(options):
+        return jax.jit(lambda x: x + 1, compiler_options=options)(1)
+
+    assert compiled({name: compiler.OPTIONS["gpu"][name]}) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        compiled({f"{name}_of_our_dreams": True})
+
+
+def test_the_compiler_for_tpus_knows_every_option_for_tpus(monkeypatch):
+    pytest.importorskip("libtpu", reason="compiling for TPUs takes libtpu, but no TPU")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # looks for no machine of Google's
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = Mesh(np.array(devices), ("x",))
+    options = compiler.options(mesh)
+    assert options == compiler.OPTIONS["tpu"]
+    rows = jax.ShapeDtypeStruct(
+        (64, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x"))
     )
-    done = commands.python("-c", code, check=True)
-    assert done.stdout.strip() == "False"
+    jax.jit(jnp.sum, compiler_options=options).lower(rows).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(jnp.sum, compiler_options={"xla_tpu_x": True}).lower(rows).compile()
 
 
 def uncached():
@@ -177,51 +148,12 @@ def test_a_damaged_compiled_program_is_compiled_again(tmp_path, damage):
     )
 
 
-def test_the_docstring_names_every_flag():
-    text = compiler.__doc__.replace(
-        "xla_gpu_{all_gather,reduce_scatter,all_reduce}_combine_threshold_bytes",
-        " ".join(
-            f"xla_gpu_{kind}_combine_threshold_bytes"
-            for kind in ("all_gather", "reduce_scatter", "all_reduce")
-        ),
-    )
-    for variables in FLAGS.values():
-        for variable, flags in variables.items():
-            assert variable in text
-            for name in flags:
-                assert name in text
-
-
-@pytest.mark.parametrize("module", ["main", "sample", "evaluate", "encode_dataset", "bench"])
-def test_every_command_applies_the_settings_before_jax_is_imported(module, tmp_path):
-    code = f"""
-import runpy, sys
-import vapi_jax.parallel.compiler as settings
-def apply_here():
-    print("jax" in sys.modules)
-    raise SystemExit(7)
-settings.apply_here = apply_here
-sys.argv = [{module!r}, *sys.argv[1:]]
-runpy.run_module("vapi_jax.{module}", run_name="__main__")
-"""
-    arguments = {
-        "sample": ["--ckpt", "demo", "--num", "1", "--out", str(tmp_path)],
-        "evaluate": ["--samples", str(tmp_path), "--reference", str(tmp_path)],
-        "main": ["--config=configs/c2i_demo.py:tiny", f"--workdir={tmp_path}"],
-        "encode_dataset": ["--config=configs/c2i_demo.py:tiny", f"--out={tmp_path}"],
-        "bench": ["--config=configs/c2i_demo.py:tiny"],
-    }[module]
-    done = commands.python("-c", code, *arguments)
-    assert (done.returncode, done.stdout.strip()) == (7, "False"), done.stderr
-
-
 def test_a_run_keeps_what_it_compiles_in_its_workdir(tmp_path):
     code = """
 import pathlib, sys, jax
-from vapi_jax import main
-from vapi_jax.training import run
+from vapi_jax.training import command, run
 run.run = lambda *args, **kwargs: print(jax.config.jax_compilation_cache_dir)
-sys.exit(main.execute(None, pathlib.Path(sys.argv[1])))
+sys.exit(command.execute(None, pathlib.Path(sys.argv[1])))
 """
     done = commands.python("-c", code, tmp_path, env=uncached(), check=True)
     assert done.stdout.strip() == str(tmp_path / "compilation_cache")

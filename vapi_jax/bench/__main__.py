@@ -21,11 +21,16 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from vapi_jax.bench import batches, evaluation, measure, report, sampling, sweep
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.paths import FOLDER, PATH
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
+from vapi_jax.common.tables import format_table
+from vapi_jax.methods.config import ConfigError
+from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel import compiler
+from vapi_jax.training import run
 
 flags.adopt_module_key_flags(recipe_flags)
 _MODE = flags.DEFINE_enum(
@@ -109,16 +114,11 @@ def main(argv: list[str]) -> int:
     """Measures and prints; an expected error is a sentence and exit status 1."""
     _check_flags(argv)
     absl_logging.set_verbosity(absl_logging.WARNING)  # JAX tells of every backend it lacks
-    compiler.apply_here()
+    compiler.reserve_memory()
     return exit_status(_run)
 
 
 def _run() -> None:
-    # After the flags, so that --help needs no JAX.
-    from vapi_jax.bench.batches import problem
-    from vapi_jax.methods.config import ConfigError
-    from vapi_jax.methods.resolve import resolve
-    from vapi_jax.training import run
 
     config = resolve(CONFIG.value)
     if _PLAIN.value and not getattr(config.options, "fused", True):
@@ -127,14 +127,12 @@ def _run() -> None:
     if _JSON.value is not None:
         text = json.dumps(result, indent=2, allow_nan=False, default=str)
         _JSON.value.write_text(f"{text}\n", encoding="utf-8")
-    if wrong := problem(result):
+    if wrong := batches.problem(result):
         raise ExpectedError(wrong)
 
 
 def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
     """What --mode=sample or --mode=evaluate measures."""
-    from vapi_jax.bench import batches, evaluation, sampling
-
     with batches.fitting():
         if _MODE.value == "sample":
             result = sampling.measure(config, mesh, _STEPS.value, _BATCH.value, _CFG.value)
@@ -147,9 +145,6 @@ def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:
 
 
 def _measure(config: Any, mesh: Any) -> dict[str, Any]:
-    from vapi_jax.bench import measure, report, sweep
-    from vapi_jax.common.tables import format_table
-
     if _MODE.value != "step":
         return _measure_batches(config, mesh)
     if _SWEEP.value or _VARY.value:

@@ -8,6 +8,7 @@ collectives of these programs, where the step has its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import optax
 from vapi_jax.bench.rig import Rig, Spread, spread, timed
 from vapi_jax.methods import vapi
 from vapi_jax.models.head import Head, draw
+from vapi_jax.parallel import compiler
 from vapi_jax.training import train
 
 PHASES = ("encode", "forward", "sampling", "decode", "lpips", "backward", "optimizer")
@@ -68,12 +70,13 @@ def _parts(rig: Rig) -> _Parts:
         updates, opt_state = rig.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
 
+    jit = functools.partial(jax.jit, compiler_options=compiler.options(rig.method.mesh))
     return _Parts(
-        encode=jax.jit(pixels.encode),
-        forward=jax.jit(forward),
-        sampling=jax.jit(sampling),
-        decode=jax.jit(pixels.decode),
-        rewards=jax.jit(
+        encode=jit(pixels.encode),
+        forward=jit(forward),
+        sampling=jit(sampling),
+        decode=jit(pixels.decode),
+        rewards=jit(
             lambda frozen, samples, tokens, batch, keys: vars(
                 vapi.judge_samples(
                     samples, tokens, tokens, batch, keys, method, rig.method.terms,
@@ -81,8 +84,8 @@ def _parts(rig: Rig) -> _Parts:
                 )
             )
         ),
-        backward=jax.jit(backward),
-        optimizer=jax.jit(optimizer),
+        backward=jit(backward),
+        optimizer=jit(optimizer),
     )  # fmt: skip
 
 

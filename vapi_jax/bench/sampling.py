@@ -58,6 +58,7 @@ from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import shard_whole, tree_shardings
 from vapi_jax.sample import Sampler, draw_options, parse
 from vapi_jax.weights.names import WeightsError
@@ -153,7 +154,10 @@ def _memory(generator: Generator, condition: Any, options: Mapping[str, Any]) ->
     rows = len(jax.tree.leaves(condition)[0])
     batch = {"condition": condition, "ids": np.arange(rows, dtype=np.uint32)}
     batch = shard_whole(batch, generator.mesh)
-    draw = jax.jit(partial(generate, generator.policy, **options))
+    draw = jax.jit(
+        partial(generate, generator.policy, **options),
+        compiler_options=compiler.options(generator.mesh),
+    )
     lowered = draw.lower(
         generator.params, batch["condition"], jax.random.key(SEED), sample_ids=batch["ids"]
     )

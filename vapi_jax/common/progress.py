@@ -59,11 +59,10 @@ def _bar(name: str, total: int, stream: TextIO | None = None, **more: Any) -> tq
     stream = sys.stderr if stream is None else stream
     # A terminal that does not know its size says 0, and nothing would be shown; this makes 80 x 24.
     columns, lines = shutil.get_terminal_size()
-    shown: Any = {"file": stream, "ncols": columns, "nrows": lines, "disable": _silent}
+    shown: Any = {"file": stream, "ncols": columns, "nrows": lines}
     if not stream.isatty():
-        every = {"mininterval": INTERVAL, "maxinterval": INTERVAL}
-        shown = {"file": _Lines(stream), "disable": _silent, **every}
-    return tqdm(desc=name, total=total, miniters=1, **shown, **more)
+        shown = {"file": _Lines(stream), "mininterval": INTERVAL, "maxinterval": INTERVAL}
+    return tqdm(desc=name, total=total, miniters=1, disable=_silent, **shown, **more)
 
 
 class Progress:

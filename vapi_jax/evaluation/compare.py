@@ -24,6 +24,7 @@ from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.sampling import generate
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Sampler:
         found = method.sampled()
         assert found is not None, "a method that trains no generator has no samples"
         self.method, self.frozen, self.batch, self._found = method, frozen, batch, found
-        self._decode = jax.jit(found.pixels.decode)
+        self._decode = jax.jit(found.pixels.decode, compiler_options=compiler.options(method.mesh))
 
     def _put(self, value: Any) -> jax.Array:
         return replicate(value, self.method.mesh)
@@ -237,7 +238,10 @@ class Judge:
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """D(Q(E(I))) of any number of images, clamped to [-1, 1]."""
-        there_and_back = jax.jit(partial(self.method.reconstruct, None))
+        there_and_back = jax.jit(
+            partial(self.method.reconstruct, None),
+            compiler_options=compiler.options(self.method.mesh),
+        )
         out = []
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.models import inception
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
 from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
@@ -188,8 +189,6 @@ class Extractor:
 
 
 def _load_inception(file: str | None, any_weights: bool) -> Weights:
-    from vapi_jax.models import inception
-
     if file is None:
         raise FeaturesError(
             f"the features 'inception' need the file {inception.FILE_NAME} (its SHA-256 begins with"
@@ -204,8 +203,6 @@ def _load_inception(file: str | None, any_weights: bool) -> Weights:
 
 
 def _apply_inception(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping[str, Array]:
-    from vapi_jax.models import inception
-
     return inception.inception_features(params, inception.preprocess(images))
 
 

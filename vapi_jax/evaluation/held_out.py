@@ -8,6 +8,7 @@ import numpy as np
 
 from vapi_jax.data import fixed_batch
 from vapi_jax.methods import Method
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import replicate, shard_whole
 
 HELD_OUT = "held_out/"
@@ -22,7 +23,7 @@ class HeldOut:
         self._batch = shard_whole(method.prepare(batch), method.mesh)
         self._frozen = frozen
         self._rng = replicate(jax.random.key(config.seed), method.mesh)
-        self._metrics = jax.jit(method.held_out)
+        self._metrics = jax.jit(method.held_out, compiler_options=compiler.options(method.mesh))
         self._mesh, self._temperature = method.mesh, method.temperature
 
     def __call__(self, params: Any, temperature: float | None = None) -> dict[str, float]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vapi_jax import __version__
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.tables import format_table
@@ -45,8 +47,6 @@ class ReceiptError(ExpectedError, ValueError):
 
 def environment() -> dict[str, Any]:
     """With what, where and when: library versions, devices, UTC date."""
-    import jax
-
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "versions": {"vapi_jax": __version__, "python": platform.python_version(), **versions},

@@ -18,6 +18,7 @@ from vapi_jax.data.sources import Encoder, source_class
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.generator import GeneratorMethod
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 
@@ -66,7 +67,7 @@ def _encoding(
 ) -> Callable[[Float[np.ndarray, "B H W 3"]], Int[np.ndarray, "B T"]]:
     """The frozen tokenizer on the task's mesh; the last rows are padded to the devices."""
     frozen, mesh = {"tokenizer": replicate(params, method.mesh)}, method.mesh
-    encode = jax.jit(method.pixels.encode)
+    encode = jax.jit(method.pixels.encode, compiler_options=compiler.options(mesh))
 
     def tokens(images: np.ndarray) -> np.ndarray:
         padded = np.pad(images, ((0, -len(images) % mesh.size), (0, 0), (0, 0), (0, 0)))

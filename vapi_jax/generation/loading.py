@@ -13,7 +13,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import tree_shardings
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import load_metadata, resolve_shipped
@@ -97,11 +97,11 @@ class Generator:
 
     def decode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
         """Images of tokens, unclamped; B is a multiple of the device count."""
-        return _decode(self.pixels, self.frozen, tokens)
+        decode = jax.jit(_decode, static_argnums=0, compiler_options=compiler.options(self.mesh))
+        return decode(self.pixels, self.frozen, tokens)
 
 
 # The tokenizer is hashable, so that all generators with the same one share a compiled program.
-@partial(jax.jit, static_argnums=0)
 def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Array:
     return pixels.decode(frozen, tokens)
 

@@ -34,6 +34,7 @@ from vapi_jax.models.layers import conv2d
 from vapi_jax.models.resize import bilinear_tf1_legacy
 from vapi_jax.weights.names import Rule, WeightsError, from_reference
 from vapi_jax.weights.store import load_safetensors
+from vapi_jax.weights.torch_file import open_torch_file
 
 Params = Mapping[str, Any]
 
@@ -352,8 +353,6 @@ def fold_batch_norm(tree: Params) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return load_safetensors(path)
-    from vapi_jax.weights.torch_file import open_torch_file
-
     # The released file is in the format before PyTorch 1.6; its digest does for the lack of checksums.
     with open_torch_file(path, legacy=True) as file:
         value = file.value

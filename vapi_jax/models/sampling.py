@@ -9,7 +9,6 @@ in float32 hardly ever notices (see `draw`) and one in bfloat16 sometimes does.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax.models.categorical import entropy, scaled_heights, uniforms_24
 from vapi_jax.models.conditions import Tree
 from vapi_jax.models.policy import Params, Policy
+from vapi_jax.parallel import compiler
 
 SCHEDULES = ("constant", "interval", "cosine")
 """How the guidance scale runs over the tokens of an image: see `guidance_scales`."""
@@ -190,7 +190,9 @@ def generate(
         sample_ids = jnp.arange(jax.tree.leaves(condition)[0].shape[0])
     # Tokens before the first guided one save nothing: the later ones attend to both halves' cache.
     guided = int(np.max(np.flatnonzero(scales != 1.0), initial=-1)) + 1
-    tokens, entropies = _generate(
+    given = params, condition, rng
+    loop = jax.jit(_generate, static_argnames=_STATIC, compiler_options=compiler.options(given))
+    tokens, entropies = loop(
         policy,
         params,
         condition,
@@ -207,7 +209,9 @@ def generate(
     return (tokens, entropies) if return_entropy else tokens
 
 
-@partial(jax.jit, static_argnames=("policy", "top_k", "top_p", "guided", "greedy", "with_entropy"))
+_STATIC = ("policy", "top_k", "top_p", "guided", "greedy", "with_entropy")
+
+
 def _generate(
     policy: Policy,
     params: Params,

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from vapi_jax.common import locks
 from vapi_jax.common.files import write_atomically
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.common.options import Errors
-from vapi_jax.common.progress import format_duration
+from vapi_jax.common.progress import announce, format_duration
 from vapi_jax.common.tables import format_table
 from vapi_jax.data import class_names, fixed_batch, num_classes
 from vapi_jax.evaluation.compare import (
@@ -37,6 +38,7 @@ from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.config import TrainConfig, to_dict
 from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import raise_all
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_whole
 from vapi_jax.report.page import write_report
@@ -95,10 +97,9 @@ def _run(
     config: TrainConfig, mesh: Mesh, workdir: Path, fitting: Mapping[str, Any]
 ) -> dict[str, Any]:
     method = make_method(with_classes(config, lambda: num_classes(config.data)), mesh)
-    print(
+    announce(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
-        f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}",
-        flush=True,
+        f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}"
     )
     done = fit(method, workdir, keep_start=config.eval.compare, **fitting)
     summary = _summary(method, done)
@@ -186,7 +187,8 @@ def _reconstruct(
 ) -> Float[np.ndarray, "N H W 3"] | None:
     missing = -len(real) % method.mesh.size
     padded = shard_whole(np.pad(real, ((0, missing), (0, 0), (0, 0), (0, 0))), method.mesh)
-    again = jax.jit(method.reconstruct)(done.params, done.frozen, padded)
+    reconstruct = jax.jit(method.reconstruct, compiler_options=compiler.options(method.mesh))
+    again = reconstruct(done.params, done.frozen, padded)
     return None if again is None else host_array(again)[: len(real)]
 
 
@@ -251,8 +253,6 @@ def _finish(
     planes: Sequence[Plane],
 ) -> None:
     """summary.json, report.html, pictures as PNG, and the table on the terminal."""
-    from PIL import Image
-
     _write_json(workdir / "summary.json", summary)
     grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
     if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():

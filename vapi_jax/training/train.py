@@ -21,7 +21,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models.loading import load_weights
-from vapi_jax.parallel import fsdp
+from vapi_jax.parallel import compiler, fsdp
 from vapi_jax.parallel.sharding import (
     BATCH_AXES,
     Rules,
@@ -285,7 +285,7 @@ def make_train_step(
     update = make_update(method, optimizer, shardings)
     if not method.rolls_out and method.updates == 1:
         return update
-    rollout = jax.jit(_rollout_of(method))
+    rollout = jax.jit(_rollout_of(method), compiler_options=compiler.options(method.mesh))
     reviews = type(method).review is not Method.review
 
     def train_step(
@@ -366,7 +366,12 @@ def make_update(
         return dataclasses.replace(kept, step=state.step + done), metrics
 
     whole = replicated(method.mesh)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(shardings, whole),
+        compiler_options=compiler.options(method.mesh),
+    )
 
 
 def load_frozen(method: Method) -> dict[str, Any]:

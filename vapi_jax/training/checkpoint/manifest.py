@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.parallel.sharding import host_array
 
 MANIFEST = "manifest"
 
@@ -96,8 +97,6 @@ def array_digest(leaf: Any) -> str:
     Takes NumPy and JAX arrays. For arrays split over processes it is a collective.
     """
     if not isinstance(leaf, np.ndarray):
-        from vapi_jax.parallel.sharding import host_array
-
         leaf = host_array(leaf)
     return hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
 
