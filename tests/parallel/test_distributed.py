@@ -542,7 +542,7 @@ def test_a_run_whose_second_process_is_killed_ends_and_leaves_a_checkpoint(tmp_p
         before = time.monotonic()
         status, output = ends(first)
     assert time.monotonic() - before < 10
-    assert status == 1
+    assert status == 1, output
     assert "error: process 1 on" in output
     assert "has ended without saying why: killed" in output
     assert (tmp_path / "checkpoints" / "2").exists()
