@@ -510,7 +510,8 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path, 
     path = program(tmp_path / "bin", "srun", SRUN)
     slurm = lean | {"PATH": path, "PYTHON": sys.executable, "JOB": str(job)}
     flags = main(tmp_path / "two", 2, "--config.cpu_devices=4")[3:]
-    one_run(["bash", "launch/slurm.sbatch", *flags], slurm)
+    output = one_run(["bash", "launch/slurm.sbatch", *flags], slurm)
+    assert output.count("2 steps of") == 1  # one process of them tells
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["devices"]["processes"] == 2
     assert summary["devices"]["mesh"] == {"data": 2, "fsdp": 4}
