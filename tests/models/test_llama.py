@@ -1,6 +1,7 @@
 """LlamaGen's transformer: sizes, memory and precision choices, dropout."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from tests.helpers.jaxprs import every_equation
 from tests.helpers.policies import draw_weights
 from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policy import make_policy, on_devices
 from vapi_jax.models.transformer import (
     attend,
     attention_implementation,
@@ -150,12 +151,55 @@ def test_head_accumulates_in_float32_and_multiplies_in_bfloat16():
     assert all(operand.aval.dtype == jnp.bfloat16 for e in dots for operand in e.invars)
 
 
-def test_attention_implementation():
-    assert attention_implementation("auto", "float32", 64) == "xla"
-    assert attention_implementation("xla", "bfloat16", 64) == "xla"
+DEVICES = {  # attributes as JAX's devices have them: both vendors' GPUs are of one platform
+    "H100": ("gpu", "NVIDIA H100 80GB HBM3", "9.0"),
+    "A100": ("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+    "V100": ("gpu", "Tesla V100-SXM2-16GB", "7.0"),
+    "B200": ("gpu", "NVIDIA B200", "10.0"),
+    "MI300": ("gpu", "AMD Instinct MI300X", "gfx942"),
+    "TPU": ("tpu", "TPU v5 lite", None),
+    "CPU": ("cpu", "cpu", None),
+}
+DEVICES = {
+    name: SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+    for name, (platform, kind, capability) in DEVICES.items()
+}
+FUSED = {"H100", "A100", "B200"}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_attention_is_chosen_for_the_devices_that_a_program_is_for(name):
+    device = DEVICES[name]
+    fused = "cudnn" if name in FUSED else "xla"
+    assert attention_implementation("auto", "bfloat16", 64, device) == fused
+    assert attention_implementation("auto", "float32", 64, device) == "xla"
+    assert attention_implementation("auto", "bfloat16", 100, device) == "xla"  # 3200 / 32 heads
+    assert attention_implementation("xla", "bfloat16", 64, device) == "xla"
+    if name in FUSED:
+        assert attention_implementation("cudnn", "bfloat16", 64, device) == "cudnn"
+    else:
+        with pytest.raises(ValueError, match=rf"8\.0.*{device.device_kind}"):
+            attention_implementation("cudnn", "bfloat16", 64, device)
+
+
+def test_a_policy_takes_the_attention_of_its_mesh():
+    """Not of the default backend: a step can be compiled for devices that are not there."""
+    policy = make_policy("class", **{**TINY, "dtype": "bfloat16"})
+    assert policy.config.block.head_dim % 8 == 0
+    for name, device in DEVICES.items():
+        mesh = SimpleNamespace(devices=np.array([device, device], object))
+        settled = on_devices(policy, mesh)
+        assert settled.config.attention == ("cudnn" if name in FUSED else "xla")
+        assert dataclasses.replace(settled.config, attention="auto") == policy.config
+    # What is settled is not asked again of the CPU that traces.
+    block = on_devices(policy, SimpleNamespace(devices=np.array([DEVICES["H100"]]))).config.block
+    assert attention_implementation(block.attention, block.dtype, block.head_dim) == "cudnn"
+
+
+def test_an_attention_that_does_not_exist():
     with pytest.raises(ValueError, match="attention must be"):
         attention_implementation("flash", "bfloat16", 64)
-    with pytest.raises(ValueError, match="multiple of 8"):  # 3200 / 32 heads
+    with pytest.raises(ValueError, match="multiple of 8"):
         attention_implementation("cudnn", "bfloat16", 100)
 
 

@@ -41,8 +41,8 @@ PER_FOLDER = 10_000
 _PARTIAL = ".partial"
 # What may differ when a run goes on: when, where and with what it is computed. All of it is noted.
 _ENVIRONMENT = ("versions", "devices", "started", "resumed")
-# Two roads to the same files are the same checkpoint: digests decide.
-_NO_DIFFERENCE = ("checkpoint.path",)
+# Two roads to the same files are the same checkpoint: digests decide. Attention follows the devices.
+_NO_DIFFERENCE = ("checkpoint.path", "checkpoint.policy.attention")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 

@@ -30,7 +30,7 @@ from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import vq
 from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights, read_manifest
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.models.policy import Policy, make_policy
+from vapi_jax.models.policy import Policy, make_policy, on_devices
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import tree_shardings
@@ -151,7 +151,7 @@ class _Found:
 
 def _assemble(found: _Found, mesh: Mesh) -> Generator:
     """Reads the weights, each device its own slices."""
-    policy, side = found.policy, found.image_size
+    policy, side = on_devices(found.policy, mesh), found.image_size
     grid = side // found.tokenizer.downsample_factor
     if (policy.num_tokens, policy.vocab_size) != (grid * grid, found.tokenizer.codebook_size):
         raise WeightsError(

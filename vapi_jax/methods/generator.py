@@ -22,7 +22,7 @@ from vapi_jax.models.conditions import CONDITIONS, Condition
 from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.models.policy import Policy, find_policy, make_policy
+from vapi_jax.models.policy import Policy, find_policy, make_policy, on_devices
 from vapi_jax.models.vq import VQModel
 from vapi_jax.weights.names import WeightsError
 
@@ -40,7 +40,7 @@ class GeneratorMethod(Method):
     @cached_property
     def policy(self) -> Policy:
         """The generator, with sizes it takes from the data and the tokenizer where not given."""
-        return make_policy(**sized_policy(self.config))
+        return on_devices(make_policy(**sized_policy(self.config)), self.mesh)
 
     @cached_property
     def condition(self) -> Condition:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vapi_jax.common.options import hints_of
@@ -22,6 +23,7 @@ from vapi_jax.models.conditions import Caption, Condition, Label, Prompt, Tree
 from vapi_jax.models.head import Head, project
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.models.transformer import BlockConfig, attention_implementation
 from vapi_jax.weights.names import Rule
 
 Params = dict[str, Any]
@@ -366,6 +368,23 @@ def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
     if fields.setdefault("model_type", model_type) != model_type:
         raise ValueError(f"model_type {fields['model_type']!r} contradicts kind")
     return LlamaConfig(**fields)
+
+
+def on_devices(policy: Policy, mesh: Mesh) -> Policy:
+    """The policy with its attention settled for these devices, which need not be the default ones.
+
+    Raises:
+      ValueError: cuDNN attention is asked for where it cannot be.
+    """
+    config: Any = getattr(policy, "config", None)
+    block = getattr(config, "block", None)
+    if not isinstance(block, BlockConfig):
+        return policy
+    settled = attention_implementation(
+        block.attention, block.dtype, block.head_dim, mesh.devices.flat[0]
+    )
+    config = dataclasses.replace(config, attention=settled)
+    return dataclasses.replace(cast(Any, policy), config=config)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -7,6 +7,7 @@ over blocks. Parameters are float32; `dtype` is what the matmuls run in.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,21 +91,46 @@ def rotate(
 Implementation = Literal["xla", "cudnn"]
 
 
-def attention_implementation(requested: str, dtype: str, head_dim: int) -> Implementation:
-    """Resolves "auto" | "xla" | "cudnn"; raises ValueError where cuDNN is asked for but cannot be.
+def has_cudnn_attention(device: Any) -> bool:
+    """Whether cuDNN's fused kernel runs on a device: an NVIDIA GPU from Ampere (8.0) on.
 
-    cuDNN's fused kernel exists on NVIDIA GPUs for 16-bit floats and heads of 8, 16, .. 128.
+    Other vendors' GPUs are of platform "gpu" as well, and call their capability "gfx942" or the like.
+    """
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    return device.platform == "gpu" and capability is not None and int(capability[1]) >= 8
+
+
+def attention_implementation(
+    requested: str, dtype: str, head_dim: int, device: Any = None
+) -> Implementation:
+    """Resolves "auto" | "xla" | "cudnn".
+
+    cuDNN's fused kernel exists for 16-bit floats and heads of 8, 16, .. 128.
+
+    Args:
+      requested: as in a configuration.
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
+      device: one of those that the program is for, which need not be there. None takes the default
+        one for "auto", and "cudnn" as settled.
+
+    Raises:
+      ValueError: for another request, or cuDNN where it cannot be.
     """
     fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    possible = fits and jax.default_backend() == "gpu"
-    if requested not in ("auto", "xla", "cudnn"):
+    if requested == "xla":
+        return "xla"
+    if requested == "auto":
+        return "cudnn" if fits and has_cudnn_attention(device or jax.devices()[0]) else "xla"
+    if requested != "cudnn":
         raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', not {requested!r}")
-    if requested == "cudnn" and not possible:
+    if not fits or not (device is None or has_cudnn_attention(device)):
+        kind = "" if device is None else f"{device.device_kind}, "
         raise ValueError(
-            f"cudnn attention needs a GPU, a 16-bit dtype and a head width that is a multiple of 8 "
-            f"up to 128; got {jax.default_backend()}, {dtype}, {head_dim}"
+            "cudnn attention needs an NVIDIA GPU of compute capability 8.0 or more, a 16-bit dtype and "
+            f"a head width that is a multiple of 8 up to 128; got {kind}{dtype}, {head_dim}"
         )
-    return "cudnn" if possible and requested != "xla" else "xla"
+    return "cudnn"
 
 
 def attend(

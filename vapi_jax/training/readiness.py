@@ -83,9 +83,10 @@ def open_mesh(config: TrainConfig, errors: Errors) -> Mesh | None:
     if not errors.concern("batch_size", "microbatch_size", "eval.images"):
         errors += device_errors(config, jax.device_count())
     sizes = {"dtype": "float32", "dim": 1, "n_head": 1, **config.policy}
-    if sizes.get("attention") == "cudnn" and not errors.concern("policy"):
+    if mesh is not None and sizes.get("attention") == "cudnn" and not errors.concern("policy"):
+        width, device = sizes["dim"] // sizes["n_head"], mesh.devices.flat[0]
         try:
-            attention_implementation("cudnn", sizes["dtype"], sizes["dim"] // sizes["n_head"])
+            attention_implementation("cudnn", sizes["dtype"], width, device)
         except ValueError as error:
             errors.append(f"policy.attention='cudnn': {error}; choose 'auto'")
     return mesh
