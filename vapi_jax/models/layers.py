@@ -34,6 +34,7 @@ Hence the rule in `uses_matmul`: CPU only, and only for maps smaller than the ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -160,10 +161,15 @@ def conv2d(
     size, window, steps = _pair(x.shape[1:3]), _pair(kernel.shape[:2]), _pair(strides)
     pads = _explicit_pads(padding, size, window, steps)
     out = _output_size(size, window, steps, pads)
-    # The platform is read while tracing: one program is compiled for one platform here.
-    if jax.default_backend() == "cpu" and uses_matmul(size, window, out):
-        return _conv_matmul(x, kernel, steps, pads)
-    return _conv_lax(x, kernel, steps, pads)
+    if not uses_matmul(size, window, out):
+        return _conv_lax(x, kernel, steps, pads)
+    # By the platform that the program is compiled for, which need not be the one that traces it.
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(_conv_matmul, strides=steps, pads=pads),
+        default=partial(_conv_lax, strides=steps, pads=pads),
+    )
 
 
 class Conv(nn.Module):
