@@ -34,11 +34,11 @@ RUNNABLE = {
     "data": {"image_size": 16},
     "tokenizer": TOKENIZER,
     "policy": {**POLICY, "num_classes": 12},
-    "tokenizer_training": {"discriminator_layers": 1},
     "rewards": ("mse",),
     "init": {"vq": ""},
     "eval": {"images": 24},
 }
+TRAINING = {"method": "tokenizer", "tokenizer_training": {"discriminator_layers": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_every_network_is_told_where_it_comes_from(recipe, tokenizer_file):
         "tokenizer": (tokenizer_file, "no digest known"),
         "reward lpips": ("bundled LPIPS (vgg)", "digest verified"),
     }
-    assert weights({**RUNNABLE, "method": "tokenizer"})["tokenizer"].origin == "from scratch"
+    assert weights({**RUNNABLE, **TRAINING})["tokenizer"].origin == "from scratch"
 
 
 def test_the_demo_vouches_for_its_weights():
@@ -274,8 +274,8 @@ def test_perceptual_files_that_are_not_there_are_named(recipe, tokenizer_file):
     found = problems(recipe(rewards=(lpips, gan)))
     assert found[0] == "rewards.lpips: there is no file heads.pth"
     assert found[1].startswith("rewards.gan: gone.safetensors cannot be read")
-    training = {"perceptual_files": (tokenizer_file, "heads.pth")}
-    (line,) = problems({**RUNNABLE, "method": "tokenizer", "tokenizer_training": training})
+    files = {"perceptual_files": (tokenizer_file, "heads.pth"), "discriminator_layers": 1}
+    (line,) = problems({**RUNNABLE, **TRAINING, "tokenizer_training": files})
     assert line == "tokenizer_training.perceptual_files: there is no file heads.pth"
 
 
