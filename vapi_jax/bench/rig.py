@@ -104,16 +104,8 @@ def host_batches(method: VAPi) -> Iterator[dict[str, Any]]:
       DataError: where its data are not to be had.
     """
     config, count = method.config, jax.process_count()
-    return iter(
-        make_dataset(
-            config.data,
-            "train",
-            config.batch_size // count,
-            config.seed,
-            jax.process_index(),
-            count,
-        )
-    )
+    size, place = config.batch_size // count, jax.process_index()
+    return map(method.prepare, make_dataset(config.data, "train", size, config.seed, place, count))
 
 
 def _first_batch(method: VAPi) -> tuple[dict[str, Any], str]:

@@ -143,13 +143,17 @@ class Readable:
             index = int(rng.integers(len(self._tried)))
 
     def _checked(self, index: int, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        image, label = sample["image"], sample["condition"]
-        if image.dtype != np.float32 or image.shape != self._shape:
+        """What a source may get wrong silently; it may bring no image, and another condition than a label."""
+        image, label = sample.get("image"), sample["condition"]
+        if image is None:
+            pass
+        elif image.dtype != np.float32 or image.shape != self._shape:
             raise DataError(
                 f"{self._source.name(index)}: its source gives {image.dtype} {image.shape}, not float32 "
                 f"{self._shape}"
             )
-        if not 0 <= label < len(self._source.class_names):
+        labels = isinstance(label, np.integer | np.ndarray) and np.ndim(label) == 0
+        if labels and not 0 <= label < len(self._source.class_names):
             raise DataError(
                 f"{self._source.name(index)}: its source gives the label {label}, and has "
                 f"{len(self._source.class_names)} classes"

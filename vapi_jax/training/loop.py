@@ -260,7 +260,7 @@ class _Trainer:
 
     def _step(self, step: int, state: TrainState) -> TrainState:
         with self.timer.phase("input"):
-            batch = shard_batch(next(self.batches), self.method.mesh)
+            batch = shard_batch(self.method.prepare(next(self.batches)), self.method.mesh)
         with self.timer.phase("step"), jax.transfer_guard("disallow"):
             state, values = self.step_fn(state, self.frozen, batch)
         self._settle()

@@ -287,6 +287,8 @@ def make_train_step(
         return update
     rollout = jax.jit(_rollout_of(method), compiler_options=compiler.options(method.mesh))
     reviews = type(method).review is not Method.review
+    mean = jax.jit(lambda found: jax.tree.map(lambda *x: jnp.stack(x).mean(axis=0), *found))
+    turns = [replicate(np.int32(turn), method.mesh) for turn in range(method.updates)]
 
     def train_step(
         state: TrainState, frozen: Mapping[str, Any], batch: Mapping[str, Any]
@@ -298,12 +300,10 @@ def make_train_step(
             added = method.review(jax.tree.map(local_rows, experience))
             experience |= shard_batch(added, method.mesh)
         found = []
-        for turn in range(method.updates):
-            state, metrics = update(
-                state, frozen, experience, replicate(np.int32(turn), method.mesh)
-            )
+        for turn in turns:
+            state, metrics = update(state, frozen, experience, turn)
             found.append(metrics)
-        return state, jax.tree.map(lambda *values: sum(values) / len(values), *found)
+        return state, mean(found)
 
     return train_step
 
