@@ -282,7 +282,7 @@ def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
         strip[: len(found)] = files.read([int(sample) for sample in found])
         unclear = len(name) > GRID_LETTERS or names.count(name) > 1
         strips[f"{row} {name}"[:GRID_LETTERS] if unclear else name] = strip
-    return overview(strips, scale=max(1, 96 // files.size))
+    return overview(strips)
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_an_offline_computation(parts):
         ),
     }
     assert error > 0.0 and kernel > 0.0
-    want = image_grid(to_uint8(images[:GRID]), columns=8, scale=4)
+    want = image_grid(to_uint8(images[:GRID]), columns=8)
     assert grid.shape == want.shape
     assert np.abs(grid.astype(int) - want).max() <= 1
 

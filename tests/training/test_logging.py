@@ -12,7 +12,6 @@ import pytest
 from tests.helpers.events import read_tensorboard
 from vapi_jax.common import progress, tables
 from vapi_jax.common.files import disk_trouble, write_all
-from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.training import logging as metrics
 
 
@@ -294,27 +293,6 @@ def test_timer_accumulates_even_when_a_phase_fails(monkeypatch):
 )
 def test_format_duration(seconds, text):
     assert progress.format_duration(seconds) == text
-
-
-def test_to_uint8_truncates():
-    x = np.array([-2, -1, -0.999, 0, 0.001, 0.9999, 1, 3])
-    assert to_uint8(x).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
-    # Truncation, not rounding: 127.5 x + 128 = 130.9 -> 130.
-    assert to_uint8(np.float32(2.9 / 127.5)) == 130
-    with pytest.raises(ValueError, match="NaN"):
-        to_uint8(np.array([np.nan]))
-
-
-def test_image_grid_places_every_pixel():
-    images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
-    grid = image_grid(images, columns=2, pad=1, scale=3, background=200)
-    assert grid.shape == (2 * (6 + 1) + 1, 2 * (12 + 1) + 1, 3)
-    assert np.array_equal(grid[1:7:3, 1:13:3], images[0])
-    assert np.array_equal(grid[3:7:3, 16:26:3], images[1])
-    assert np.array_equal(grid[8:14:3, 1:13:3], images[2])
-    assert (grid[0] == 200).all() and (grid[8:, 14:] == 200).all()
-    with pytest.raises(ValueError, match="uint8"):
-        image_grid(images.astype(np.float32))
 
 
 def test_table_is_aligned():

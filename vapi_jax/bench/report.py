@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vapi_jax.bench.scaling import H100
 from vapi_jax.common.tables import format_table
-from vapi_jax.report.svg import Series, chart
 
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-_STYLE = """<style>
-svg{font-family:system-ui,sans-serif;background:#fff;color:#222}
-text{fill:#222}.tick{font-size:12px}.label{font-size:13px}.note{font-size:12px}
-.grid{stroke:#ddd}.axis{stroke:#222;fill:none}.line{fill:none;stroke-width:2}
-svg{--c0:#1f6feb;--c1:#d1242f;--c2:#1a7f37;--c3:#8250df}
-</style>"""
 
 
 def quantity(value: float | None, unit: str) -> str:
@@ -144,18 +135,3 @@ def replace_block(text: str, name: str, content: str) -> str:
         head, _, rest = text.partition(begin)
         return f"{head}{block}{rest.partition(end)[2]}"
     return f"{text.rstrip()}\n\n{block}\n".lstrip()
-
-
-def standalone_svg(series: Sequence[Series], title: str, x_label: str, y_label: str) -> str:
-    """One chart as an SVG file of its own, each series named at its last point."""
-    named = [
-        Series(s.label, s.x, s.y, s.style, s.color, notes=[""] * (len(s.x) - 1) + [s.label])
-        for s in series
-    ]
-    figure = chart(
-        named, title=title, x_label=x_label, y_label=y_label, width=640, height=400, x_pad=0.16
-    )
-    found = re.search(r"<svg .*?</svg>", figure, re.DOTALL)
-    assert found is not None
-    head, _, body = found[0].partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'

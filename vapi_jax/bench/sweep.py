@@ -19,12 +19,11 @@ from vapi_jax.bench.devices import planned_memory
 from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
-from vapi_jax.bench.report import markdown, quantity, replace_block, standalone_svg
+from vapi_jax.bench.report import markdown, quantity, replace_block
 from vapi_jax.common.progress import Progress
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.parallel.sharding import shard_batch
-from vapi_jax.report.svg import Series
 from vapi_jax.training import train
 
 AXES = ("batch", "group", "microbatch")
@@ -243,40 +242,37 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def group_series(rows: Sequence[dict[str, Any]]) -> list[Series]:
-    """Seconds of a step against G: whole, the generator's part, and the oracle's where it was timed."""
+def group_series(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Group sizes and seconds of a step: whole, the generator's part, and the oracle's where it was timed."""
     along = sorted(
         (row for row in rows if row["varied"] in ("recipe", "group")), key=lambda r: r["group_size"]
     )
-    names = (
-        ("this step", "seconds_per_step"),
-        ("its generator alone", "policy_seconds"),
-        ("plain step", "plain_seconds_per_step"),
-    )
-    return [
-        Series(
-            label,
-            [float(row["group_size"]) for row in along if key in row],
-            [row[key] for row in along if key in row],
-            "marked",
-            color,
-        )
-        for color, (label, key) in enumerate(names)
-        if any(key in row for row in along)
-    ]
+    names = {
+        "this step": "seconds_per_step",
+        "its generator alone": "policy_seconds",
+        "plain step": "plain_seconds_per_step",
+    }
+    series = {}
+    for label, key in names.items():
+        timed = [row for row in along if key in row]
+        if timed:
+            series[label] = [row["group_size"] for row in timed], [row[key] for row in timed]
+    return series
 
 
 def write_docs(found: dict[str, Any], folder: Path) -> list[Path]:
     """Puts the table into FOLDER/performance.md, between its marks, and the plot beside it."""
+    from vapi_jax.report import figures  # matplotlib: not while steps are timed
+
     folder.mkdir(parents=True, exist_ok=True)
     plot, page = folder / "performance.svg", folder / "performance.md"
-    svg = standalone_svg(
+    figure = figures.lines(
         group_series(found["rows"]),
         f"{found['name']}: seconds a step against group size",
         "samples of each image, G",
         "seconds a step",
     )
-    plot.write_text(svg, encoding="utf-8")
+    plot.write_text(figures.svg(figure), encoding="utf-8")
     device, versions = found["device"], found["versions"]
     lead = (
         f"`configs/{found['name']}.py`, {device['count']} x {device['kind']}, {device['cores']} cores, "

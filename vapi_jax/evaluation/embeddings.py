@@ -2,15 +2,14 @@
 
 Sets of features (real crops, samples of the base, of the post-trained policy) become points in a
 plane: by the two first principal components of the real ones, with a kernel density estimate of each
-set, and by t-SNE of all sets together. What comes out is data; `vapi_jax.report.svg.plane` and
-`vapi_jax.report.pictures.draw_plane` draw it.
+set, and by t-SNE of all sets together. What comes out is data; `vapi_jax.report.figures.plane` draws it.
 
 sklearn, scipy.stats and skimage are imported where they are used: together they take two seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +24,7 @@ TSNE_POINTS = 300
 _DRAWN_POINTS = 250  # of each set, faintly over its regions
 _TSNE_DIMS = 50  # of the principal components that t-SNE starts from, as its authors do
 _GRID = 120
-# Colour (of svg.py's palette), shape and style by the place of a set: no two of them look alike
-# without colours.
-_LOOKS = ((4, "square", "filled"), (1, "triangle", "dashed"), (0, "circle", "solid"))
+_MOST_SETS = 3  # that can be told apart in one picture
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,12 @@ class Cloud:
       label: for the legend.
       points: the points to draw, float64.
       regions: for each of `SHARES` the closed outlines of the densest region that holds so much of
-        the set; empty where no density was estimated.
-      color: index of the palette.
-      shape: of the markers, see `vapi_jax.report.svg.Series`.
-      css: how a region is drawn: "filled", "dashed" or "solid" outlines.
+        the set; empty where no density was estimated. Those of holes run the other way round.
     """
 
     label: str
     points: Float[np.ndarray, "N 2"]
     regions: tuple[tuple[Float[np.ndarray, "M 2"], ...], ...]
-    color: int
-    shape: str
-    css: str
 
 
 @dataclass(frozen=True)
@@ -60,9 +51,8 @@ class Plane:
       name: of a file.
       title, x_label, y_label: text.
       note: what has to be said below the drawing.
-      clouds: drawn in order.
+      clouds: from what the others should look like to what the run has made.
       limits: x0, x1, y0, y1 that hold everything.
-      radius: of the markers.
     """
 
     name: str
@@ -72,22 +62,12 @@ class Plane:
     note: str
     clouds: tuple[Cloud, ...]
     limits: tuple[float, float, float, float]
-    radius: float
-
-    def marks(self) -> Iterator[tuple[Cloud, Float[np.ndarray, " 2"]]]:
-        """All points in an order to draw them in: the sets take turns, so that none hides another."""
-        count = len(self.clouds)
-        for turn in range(max(len(cloud.points) for cloud in self.clouds)):
-            for place in range(count):
-                cloud = self.clouds[(turn + place) % count]
-                if turn < len(cloud.points):
-                    yield cloud, cloud.points[turn]
 
 
 def check(sets: Mapping[str, Float[np.ndarray, "N D"]]) -> None:
     """Raises ValueError unless these are 1 to 3 sets of finite features, 2 rows or more, of one width."""
-    if not 1 <= len(sets) <= len(_LOOKS):
-        raise ValueError(f"1 to {len(_LOOKS)} sets of features can be drawn, got {len(sets)}")
+    if not 1 <= len(sets) <= _MOST_SETS:
+        raise ValueError(f"1 to {_MOST_SETS} sets of features can be drawn, got {len(sets)}")
     shapes = {name: np.shape(rows) for name, rows in sets.items()}
     widths = {shape[-1] if len(shape) == 2 else 0 for shape in shapes.values()}
     if len(widths) != 1 or min(widths) < 2 or min(shape[0] for shape in shapes.values()) < 2:
@@ -199,8 +179,7 @@ def density_plane(sets: Mapping[str, Float[np.ndarray, "N D"]], name: str, featu
     points, share = principal_plane(sets, first)
     limits = _limits(points, 0.15)
     clouds = tuple(
-        Cloud(label, at[:_DRAWN_POINTS], regions(at, limits), *look)
-        for (label, at), look in zip(points.items(), _LOOKS, strict=False)
+        Cloud(label, at[:_DRAWN_POINTS], regions(at, limits)) for label, at in points.items()
     )
     held = " and ".join(f"{share:.0%}" for share in SHARES)
     note = (
@@ -218,7 +197,6 @@ def density_plane(sets: Mapping[str, Float[np.ndarray, "N D"]], name: str, featu
         note=note,
         clouds=clouds,
         limits=limits,
-        radius=1.6,
     )
 
 
@@ -234,10 +212,7 @@ def tsne_plane(sets: Mapping[str, Float[np.ndarray, "N D"]], name: str, feature:
     embedded = _tsne(np.concatenate(parts))
     cuts = np.cumsum([len(part) for part in parts])[:-1]
     points = dict(zip(sets, np.split(embedded, cuts), strict=True))
-    clouds = tuple(
-        Cloud(label, at, (), *look)
-        for (label, at), look in zip(points.items(), _LOOKS, strict=False)
-    )
+    clouds = tuple(Cloud(label, at, ()) for label, at in points.items())
     return Plane(
         name=f"tsne_{name}",
         title=f"t-SNE of image embeddings, {feature}",
@@ -247,7 +222,6 @@ def tsne_plane(sets: Mapping[str, Float[np.ndarray, "N D"]], name: str, feature:
         " distances between clusters nor their sizes mean much.",
         clouds=clouds,
         limits=_limits(points, 0.04),
-        radius=2.6,
     )
 
 

@@ -91,8 +91,7 @@ class Sampled:
         if self._real_statistics is not None:
             statistics = gaussian_statistics(features)
             found["frechet"] = frechet_distance(*statistics, *self._real_statistics)
-        scale = max(1, 64 // images.shape[1])
-        return found, image_grid(to_uint8(images[:GRID]), columns=8, scale=scale)
+        return found, image_grid(to_uint8(images[:GRID]), columns=8)
 
 
 def sampled_of(method: Method, frozen: Mapping[str, Any]) -> Sampled | None:

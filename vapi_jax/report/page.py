@@ -1,35 +1,31 @@
 """A run as one self-contained HTML page: verdict, numbers, curves, images, table, settings.
 
-No scripts, no outside files, no plotting library: images are PNG data URIs, curves inline SVG. A section
-appears when its data exist, so post-training, tokenizer and base training share this page. All text is
-escaped.
+No scripts and no outside files: images are PNG data URIs, charts inline SVG. A section appears when its
+data exist, so all methods share this page; what a method calls itself and which curves matter to it the
+summary says. templates/ has the words and the layout, and escapes all text.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-import re
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 from PIL import Image
 
+from vapi_jax.common.images import enlargement
 from vapi_jax.common.progress import format_duration
-from vapi_jax.evaluation.embeddings import Plane
-from vapi_jax.report import charts as charts
+from vapi_jax.evaluation.held_out import HELD_OUT
+from vapi_jax.evaluation.in_training import SAMPLED
+from vapi_jax.report import figures
 from vapi_jax.report import verdict as words
 from vapi_jax.report.verdict import number, show, show_distance
 
-TITLES = {
-    "vapi": "VA-π post-training",
-    "tokenizer": "Tokenizer training",
-    "base": "Base generator training",
-}
 FILES = {
     "metrics.jsonl": "every metric of every step, one JSON object per line",
     "summary.json": "the numbers of this page, for programs",
@@ -39,271 +35,21 @@ FILES = {
     "samples": "generated images",
     "overview.png": "real crops and samples of both policies, class by class",
 }
+SAMPLED_CURVES = {
+    "kernel_distance": ("Kernel distance of samples to real crops", "MMD² ± standard error"),
+    "frechet": ("Fréchet distance of samples to real crops", "Fréchet distance"),
+    "entropy": ("Entropy of samples", "nats per token"),
+}
 MAX_IMAGES = 48
+MAIN_CURVES = 5  # in view where a method names none
 
-
-def _e(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _data_uri(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _img(image: np.ndarray, alt: str) -> str:
-    # Whole multiples of the pixel grid, or nearest-neighbour scaling makes pixels of unequal size.
-    width = image.shape[1] * max(1, round(96 / image.shape[1]))
-    return f'<img src="{_data_uri(image)}" alt="{_e(alt)}" width="{width}" loading="lazy">'
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    intro = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{_e(title)}</h2>{intro}{body}</section>" if body else ""
-
-
-def _tiles(summary: Mapping[str, Any]) -> str:
-    """The key numbers, each with where it started."""
-    tiles: list[tuple[str, str, str]] = []
-    for key, name in (
-        ("reward", "Reward, held-out"),
-        ("ce", "Cross-entropy, held-out"),
-        ("free_running_entropy", "Sampling entropy, free-running"),
-    ):
-        block = summary.get(key) or {}
-        if number(block.get("last")) is not None:
-            unit = "" if key == "reward" else " nats per token"
-            tiles.append((name, show(block["last"]), f"from {show(block.get('first'))}{unit}"))
-    for features in ("frechet", "frechet_unseen"):
-        d = words.distances(summary, features)
-        if number((d["after"] or {}).get("mean")) is not None:
-            name = f"Fréchet, {words.feature_name(summary, features)}"
-            floor = f"; floor {show_distance(d['floor'])}" if d["floor"] else ""
-            tiles.append(
-                (name, show_distance(d["after"]), f"from {show_distance(d['before'])}{floor}")
-            )
-    seconds = summary.get("seconds") or {}
-    if number(seconds.get("total")) is not None:
-        train = number(seconds.get("train"))
-        detail = f"of which training {format_duration(train)}" if train is not None else ""
-        tiles.append(("Time", format_duration(seconds["total"]), detail))
-    items = "".join(
-        f"<div class=tile><dt>{_e(n)}</dt><dd>{_e(v)}<small>{_e(d)}</small></dd></div>"
-        for n, v, d in tiles
-    )
-    return f'<dl class="tiles">{items}</dl>' if items else ""
-
-
-def _table(summary: Mapping[str, Any]) -> str:
-    rows = summary.get("table") or []
-    if not rows:
-        return ""
-    heads = ["", "T", "Reward", "CE", "Entropy"]
-    both = [f for f in ("frechet", "frechet_unseen") if any(row.get(f) for row in rows)]
-    heads += [f"Fréchet, {words.feature_name(summary, f)}" for f in both] + ["seeds"]
-    body = []
-    for row in rows:
-        kind = str(row.get("kind", ""))
-        chip = ' <span class="chip">same entropy</span>' if kind == "matched" else ""
-        temperature = number(row.get("temperature"))
-        cells = ["–" if temperature is None else f"{temperature:.3g}"]
-        cells += [show(row.get(k)) for k in ("reward", "ce", "entropy")]
-        cells += [show_distance(row.get(f)) for f in both]
-        cells.append(show((row.get("frechet") or {}).get("n"), 1))
-        tds = "".join(f"<td>{_e(cell)}</td>" for cell in cells)
-        css = re.sub(r"[^a-z]", "", kind)
-        body.append(
-            f'<tr class="{css}"><th scope="row">{_e(row.get("name", kind))}{chip}</th>{tds}</tr>'
-        )
-    head = "".join(f'<th scope="col">{_e(text)}</th>' for text in heads)
-    return (
-        f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _cards(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
-    """Images beside one another, head -> images; those of one name (in a row) in one card."""
-    cards: list[tuple[str, list[str]]] = []
-    for i, images in enumerate(zip(*columns.values(), strict=False)):
-        name = names[i] if i < len(names) else ""
-        if not cards or cards[-1][0] != name or not name:
-            cards.append((name, []))
-        beside = zip(images, columns, strict=True)
-        cards[-1][1].extend(_img(image, f"{name} {head}".strip()) for image, head in beside)
-    titles = "".join(f"<span>{_e(head)}</span>" for head in columns)
-    css = "pair" if len(columns) == 2 else "pair three"
-    return (
-        '<div class="cards">'
-        + "".join(
-            f'<figure class="card"><figcaption>{_e(name)}</figcaption>'
-            f'<div class="{css} heads">{titles}</div><div class="{css}">{"".join(images)}</div></figure>'
-            for name, images in cards
-        )
-        + "</div>"
-    )
-
-
-def _of_samples(name: str) -> bool:
-    return name.startswith("samples") or name == "real_of_classes"
-
-
-def _images(images: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> str:
-    left = {name: np.asarray(value) for name, value in images.items() if len(value)}
-    for name, value in left.items():
-        if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3:
-            raise ValueError(
-                f"images {name!r}: want uint8 [N, H, W, 3], got {value.dtype} {value.shape}"
-            )
-    names = [str(name) for name in summary.get("sample_classes") or []]
-    out = ""
-    if "samples_before" in left and "samples_after" in left:
-        columns = {"before": left.pop("samples_before"), "after": left.pop("samples_after")}
-        note = (
-            "Free-running samples at temperature 1; each pair has the same class and the same seed."
-        )
-        if len(left.get("real_of_classes", ())) == len(columns["before"]):
-            columns = {"real": left.pop("real_of_classes"), **columns}
-            note += " Beside them real crops of the class."
-        columns = {head: value[:MAX_IMAGES] for head, value in columns.items()}
-        out += _section("Before and after", _cards(columns, names), note)
-    if "real" in left and "reconstructions" in left:
-        columns = {"real": left.pop("real"), "reconstructed": left.pop("reconstructions")}
-        columns = {head: value[: MAX_IMAGES // 2] for head, value in columns.items()}
-        note = "What the tokenizer keeps of real images: no generator on top of it can look better."
-        out += _section("Reconstructions", _cards(columns, []), note)
-    for name, value in left.items():
-        title = name.replace("_", " ").capitalize()
-        labels = names if name.startswith("samples") and len(names) == len(value) else []
-        tiles = "".join(
-            f'<figure class="single">{_img(image, labels[i] if labels else f"{title} {i + 1}")}'
-            + (f"<figcaption>{_e(labels[i])}</figcaption>" if labels else "")
-            + "</figure>"
-            for i, image in enumerate(value[:MAX_IMAGES])
-        )
-        out += _section(title, f'<div class="cards">{tiles}</div>')
-    return out
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        pairs = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
-        return [pair for inner in pairs for pair in inner]
-    if isinstance(value, float):
-        return [(prefix, f"{value:g}")]
-    return [(prefix, str(value))]
-
-
-def _pairs(title: str, value: Any) -> str:
-    rows = _flatten(value) if value else []
-    body = "".join(f"<tr><th scope=row>{_e(k)}</th><td>{_e(v)}</td></tr>" for k, v in rows)
-    return f"<div><h3>{_e(title)}</h3><table class=pairs>{body}</table></div>" if body else ""
-
-
-def _seconds(seconds: Mapping[str, Any]) -> str:
-    known = {k: s for k, v in seconds.items() if (s := number(v)) is not None}
-    longest = max(known.values(), default=0.0) or 1.0
-    body = "".join(
-        f"<tr><th scope=row>{_e(k)}</th><td>{_e(format_duration(s))}</td>"
-        f'<td class=bar><i style="width:{100 * s / longest:.1f}%"></i></td></tr>'
-        for k, s in known.items()
-    )
-    return f"<div><h3>Time</h3><table class=pairs>{body}</table></div>" if body else ""
-
-
-def _settings(summary: Mapping[str, Any], workdir: Path) -> str:
-    machine = {
-        "devices": summary.get("devices") or {},
-        "parameters": {
-            k: f"{v:,}".replace(",", " ") if isinstance(v, int) else v
-            for k, v in (summary.get("parameters") or {}).items()
-        },
-        "steps": summary.get("steps", "–"),
-    }
-    blocks = _pairs("Machine and model", machine) + _pairs("Versions", summary.get("versions"))
-    blocks += _seconds(summary.get("seconds") or {})
-    body = f'<div class="blocks">{blocks}</div>'
-    config = _pairs("", summary.get("config")).replace("<h3></h3>", "")
-    if config:
-        body += (
-            f'<details><summary>All settings</summary><div class="config">{config}</div></details>'
-        )
-    there = [(n, t) for n, t in FILES.items() if (workdir / n).exists()]
-    if there:
-        items = "".join(f"<li><code>{_e(n)}</code> {_e(t)}</li>" for n, t in there)
-        body += f"<h3>Other files in <code>{_e(workdir)}</code></h3><ul class=files>{items}</ul>"
-    return body
-
-
-def _sampled_note(summary: Mapping[str, Any]) -> str:
-    block = summary.get("sampled") or {}
-    count, feature = number(block.get("samples")), block.get("feature")
-    note = "Free-running samples of the same labels and seed every time, against real crops"
-    note += f": {count:.0f} of each" if count is not None else ""
-    note += f", features {_e(feature)}" if feature else ""
-    return (
-        f"{note}. Lower distances are better; one within its error of 0 cannot be told from real."
-        " They compare only with one another."
-    )
-
-
-def render(
-    workdir: Path,
-    summary: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
-    images: Mapping[str, np.ndarray],
-    planes: Sequence[Plane] = (),
-) -> str:
-    """The page as a string; arguments as in `write_report`."""
-    task = str(summary.get("task", ""))
-    said = words.vapi_verdict(summary) if task == "vapi" else words.plain_verdict(summary, history)
-    title = TITLES.get(task, "Training run")
-    name = str(summary.get("name", ""))
-    steps = number(summary.get("steps"))
-    subtitle = " · ".join(
-        part for part in (name, f"{steps:.0f} steps" if steps is not None else "") if part
-    )
-    paragraph = f"<p>{_e(' '.join(said.sentences))}</p>" if said.sentences else ""
-    sweeps = "".join(charts.sweep(summary, f) for f in ("frechet", "frechet_unseen"))
-    css = resources.files("vapi_jax").joinpath("assets/report.css").read_text(encoding="utf-8")
-    sections = [
-        _images({k: v for k, v in images.items() if _of_samples(k)}, summary),
-        _section(
-            "Results",
-            _table(summary) + (f'<div class="sweeps">{sweeps}</div>' if sweeps else ""),
-            "Fréchet distances are mean ± standard deviation over sampling seeds, lower is better;"
-            " reward and cross-entropy are on held-out images. These distances are not FID and compare"
-            " only with one another. A gain that a lower temperature of the base reaches as well is"
-            " mere sharpening: compare with the row of the same entropy. In the plots sharper"
-            " distributions are to the left."
-            if summary.get("table")
-            else "",
-        ),
-        _section(
-            "Fidelity",
-            charts.planes(planes),
-            "Features of real crops and of free-running samples at temperature 1, as Fig. 1 of the"
-            " paper shows them. These pictures illustrate; the table's distances measure.",
-        ),
-        _section("Learning curves", charts.curves(history, task)),
-        _section(
-            "Samples in training",
-            charts.sampled(history),
-            _sampled_note(summary),
-        ),
-        _images({k: v for k, v in images.items() if not _of_samples(k)}, summary),
-        _section("Settings", _settings(summary, workdir)),
-    ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{_e(f'{title}: {name}' if name else title)}</title><style>{css}</style></head><body>"
-        f'<main><header><h1>{_e(title)}</h1><p class="subtitle">{_e(subtitle)}</p></header>'
-        f'<section class="verdict {said.tone}"><h2>{_e(said.headline)}</h2>{paragraph}</section>'
-        f"{_tiles(summary)}{''.join(sections)}</main></body></html>\n"
-    )
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write_report(
@@ -311,19 +57,21 @@ def write_report(
     summary: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     images: Mapping[str, np.ndarray],
-    planes: Sequence[Plane] = (),
+    planes: Sequence[Figure] = (),
 ) -> Path:
     """Writes `workdir/report.html`.
 
     Args:
       workdir: folder of the run; files of the run found there are listed on the page.
-      summary: what summary.json holds; absent parts are left out of the page.
-      history: rows of metrics.jsonl in order of "step". A key such as "val/ce" is drawn as the held-out
-        curve of "ce".
+      summary: what summary.json holds; absent parts are left out of the page. Of its "method",
+        {"name", "title", "curves": [[metric, title, axis label], ...]}, the title heads the page and
+        the curves are in view, the first of them large; others are folded away.
+      history: rows of metrics.jsonl in order of "step". A key such as "held_out/ce" is drawn as the
+        held-out curve of "ce".
       images: name -> uint8 [N, H, W, 3]. "samples_before" and "samples_after" are shown as pairs (names
         from summary["sample_classes"]), "real" and "reconstructions" likewise, others as plain grids.
         "real_of_classes" joins the samples where it has as many.
-      planes: embeddings to draw, see `vapi_jax.evaluation.embeddings`.
+      planes: embeddings, drawn by `vapi_jax.report.figures.plane`.
 
     Returns:
       The path of the page.
@@ -332,8 +80,212 @@ def write_report(
       ValueError: images of another dtype or shape.
     """
     workdir = Path(workdir)
-    text = render(workdir, summary, history, images, planes)
+    method = summary.get("method") or {}
+    name, steps = str(summary.get("name", "")), number(summary.get("steps"))
+    subtitle = [name, "" if steps is None else f"{steps:.0f} steps"]
+    samples, pictures = _galleries(images, summary)
+    sweeps = (figures.sweep(summary, features) for features in ("frechet", "frechet_unseen"))
+    text = _TEMPLATES.get_template("report.html").render(
+        title=method.get("title") or "Training run",
+        name=name,
+        subtitle=" · ".join(part for part in subtitle if part),
+        verdict=words.verdict(summary, history),
+        tiles=list(_tiles(summary)),
+        samples=samples,
+        table=_table(summary),
+        sweeps=[figures.inline_svg(figure) for figure in sweeps if figure],
+        planes=[figures.inline_svg(figure) for figure in planes],
+        curves=_curves(history, method.get("curves") or ()),
+        sampled=_sampled(history),
+        sampled_note=_sampled_note(summary),
+        pictures=pictures,
+        **_settings(summary, workdir),
+    )
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "report.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text.lstrip(), encoding="utf-8")
     return path
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The key numbers, each as (name, value, where it started)."""
+    for key, name in (
+        ("reward", "Reward, held-out"),
+        ("ce", "Cross-entropy, held-out"),
+        ("free_running_entropy", "Sampling entropy, free-running"),
+    ):
+        block = summary.get(key) or {}
+        if number(block.get("last")) is not None:
+            unit = "" if key == "reward" else " nats per token"
+            yield name, show(block["last"]), f"from {show(block.get('first'))}{unit}"
+    for features in ("frechet", "frechet_unseen"):
+        found = words.distances(summary, features)
+        if number((found["after"] or {}).get("mean")) is not None:
+            name = f"Fréchet, {words.feature_name(summary, features)}"
+            floor = f"; floor {show_distance(found['floor'])}" if found["floor"] else ""
+            before = show_distance(found["before"])
+            yield name, show_distance(found["after"]), f"from {before}{floor}"
+    seconds = summary.get("seconds") or {}
+    if number(seconds.get("total")) is not None:
+        train = number(seconds.get("train"))
+        detail = f"of which training {format_duration(train)}" if train is not None else ""
+        yield "Time", format_duration(seconds["total"]), detail
+
+
+def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
+    rows = summary.get("table") or []
+    both = [f for f in ("frechet", "frechet_unseen") if any(row.get(f) for row in rows)]
+    names = [f"Fréchet, {words.feature_name(summary, features)}" for features in both]
+    shown = []
+    for row in rows:
+        temperature = number(row.get("temperature"))
+        cells = ["–" if temperature is None else f"{temperature:.3g}"]
+        cells += [show(row.get(key)) for key in ("reward", "ce", "entropy")]
+        cells += [show_distance(row.get(features)) for features in both]
+        cells.append(show((row.get("frechet") or {}).get("n"), 1))
+        kind = str(row.get("kind", ""))
+        shown.append({"kind": kind, "name": row.get("name", kind), "cells": cells})
+    return {"heads": ["", "T", "Reward", "CE", "Entropy", *names, "seeds"], "rows": shown}
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+def _curves(
+    history: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[str]]
+) -> dict[str, list[str]]:
+    """Every metric against the step: a method's main ones in view, the others folded away."""
+    known = {metric: (title, label) for metric, title, label in chosen}
+    there = {key for row in history for key, value in row.items() if number(value) is not None}
+    names = {key.removeprefix(HELD_OUT) for key in there} - {"step", "time"}
+    names = {name for name in names if not name.startswith(SAMPLED)}
+    main = [metric for metric in known if metric in there | names] or sorted(names)[:MAIN_CURVES]
+
+    def draw(metric: str, size: tuple[float, float]) -> str:
+        return figures.inline_svg(
+            figures.curve(history, metric, *known.get(metric, (metric, "")), size)
+        )
+
+    sizes = [figures.LARGE, *[figures.SMALL] * len(main)]
+    return {
+        "main": [draw(metric, size) for metric, size in zip(main, sizes, strict=False)],
+        "more": [draw(metric, figures.SMALL) for metric in sorted(names - set(main))],
+    }
+
+
+def _sampled(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What free-running samples were like while the run trained."""
+    return [
+        figures.inline_svg(figures.curve(history, SAMPLED + key, title, y_label))
+        for key, (title, y_label) in SAMPLED_CURVES.items()
+        if figures.points(history, SAMPLED + key)[0]
+    ]
+
+
+def _sampled_note(summary: Mapping[str, Any]) -> str:
+    block = summary.get("sampled") or {}
+    count, feature = number(block.get("samples")), block.get("feature")
+    note = "Free-running samples of the same labels and seed every time, against real crops"
+    note += f": {count:.0f} of each" if count is not None else ""
+    note += f", features {feature}" if feature else ""
+    return (
+        f"{note}. Lower distances are better; one within its error of 0 cannot be told from real."
+        " They compare only with one another."
+    )
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def _galleries(
+    images: Mapping[str, np.ndarray], summary: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Galleries of samples, and those of other images."""
+    left = {name: np.asarray(value) for name, value in images.items() if len(value)}
+    for name, value in left.items():
+        if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3:
+            raise ValueError(
+                f"images {name!r}: want uint8 [N, H, W, 3], got {value.dtype} {value.shape}"
+            )
+    names = [str(name) for name in summary.get("sample_classes") or []]
+    samples, others = [], []
+    if "samples_before" in left and "samples_after" in left:
+        columns = {"before": left.pop("samples_before"), "after": left.pop("samples_after")}
+        note = (
+            "Free-running samples at temperature 1; each pair has the same class and the same seed."
+        )
+        if len(left.get("real_of_classes", ())) == len(columns["before"]):
+            columns = {"real": left.pop("real_of_classes"), **columns}
+            note += " Beside them real crops of the class."
+        samples.append(_beside("Before and after", note, columns, names, MAX_IMAGES))
+    if "real" in left and "reconstructions" in left:
+        columns = {"real": left.pop("real"), "reconstructed": left.pop("reconstructions")}
+        note = "What the tokenizer keeps of real images: no generator on top of it can look better."
+        others.append(_beside("Reconstructions", note, columns, [], MAX_IMAGES // 2))
+    for name, value in left.items():
+        title = name.replace("_", " ").capitalize()
+        of_samples = name.startswith("samples") or name == "real_of_classes"
+        labels = names if of_samples and len(names) == len(value) else []
+        shown = _beside(title, "", {"": value}, labels, MAX_IMAGES)
+        (samples if of_samples else others).append(shown)
+    return samples, others
+
+
+def _beside(
+    title: str, note: str, columns: Mapping[str, np.ndarray], names: Sequence[str], most: int
+) -> dict[str, Any]:
+    """A gallery: images beside one another, head -> images; those of one name (in a row) in one card."""
+    heads = [head for head in columns if head]
+    cards: list[dict[str, Any]] = []
+    for index, images in enumerate(zip(*(c[:most] for c in columns.values()), strict=False)):
+        name = names[index] if index < len(names) else ""
+        if not (heads and name and cards and cards[-1]["name"] == name):
+            cards.append({"name": name, "images": []})
+        for head, image in zip(columns, images, strict=True):
+            alt = f"{name} {head}".strip() or f"{title} {index + 1}"
+            cards[-1]["images"].append(_image(image, alt))
+    return {"title": title, "note": note, "heads": heads, "cards": cards}
+
+
+def _image(image: np.ndarray, alt: str) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    # Whole multiples of the pixel grid, or nearest-neighbour scaling makes pixels of unequal size.
+    width = image.shape[1] * enlargement(max(image.shape[:2]))
+    return {"uri": uri, "alt": alt, "width": width}
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        pairs = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+        return [pair for inner in pairs for pair in inner]
+    return [(prefix, f"{value:g}" if isinstance(value, float) else str(value))]
+
+
+def _settings(summary: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    parameters = {
+        k: f"{v:,}".replace(",", " ") if isinstance(v, int) else v
+        for k, v in (summary.get("parameters") or {}).items()
+    }
+    machine = {"devices": summary.get("devices") or {}, "parameters": parameters}
+    seconds = {
+        k: s for k, v in (summary.get("seconds") or {}).items() if (s := number(v)) is not None
+    }
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return {
+        "machine": _flatten(machine | {"steps": summary.get("steps", "–")}),
+        "versions": _flatten(summary.get("versions") or {}),
+        "seconds": [
+            (k, format_duration(s), f"{100 * s / longest:.1f}") for k, s in seconds.items()
+        ],
+        "config": _flatten(summary.get("config") or {}),
+        "workdir": str(workdir),
+        "files": [(name, text) for name, text in FILES.items() if (workdir / name).exists()],
+    }

@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Two-sided 95 % quantiles of Student's t: degrees of freedom -> t.
-T_95 = ((1, 12.71), (2, 4.30), (3, 3.18), (4, 2.78), (5, 2.57), (6, 2.45), (8, 2.31), (10, 2.23),
-        (15, 2.13), (20, 2.09), (30, 2.04), (60, 2.00))  # fmt: skip
+from scipy.special import stdtrit
 
 
 def number(value: Any) -> float | None:
@@ -83,8 +81,7 @@ def compare(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Compari
     margin = 0.0
     if variance > 0:
         freedom = variance**2 / sum(p**2 / (n - 1) for p, n in zip(parts, counts, strict=True))
-        quantile = next((t for df, t in reversed(T_95) if df <= freedom + 1e-6), T_95[0][1])
-        margin = quantile * math.sqrt(variance)
+        margin = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     if abs(difference) <= margin or difference == 0:
         return Comparison("same", difference, margin)
     return Comparison("better" if difference < 0 else "worse", difference, margin)
@@ -170,11 +167,11 @@ def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Compari
 
 
 def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[str]]:
-    """VA-π against the base at the temperature of equal entropy: is the gain more than sharpening?"""
-    vapi, matched = first_row(summary, "vapi"), first_row(summary, "matched")
-    if vapi is None or matched is None:
+    """Against the base at the temperature of equal entropy: is the gain more than sharpening?"""
+    after, matched = first_row(summary, "vapi"), first_row(summary, "matched")
+    if after is None or matched is None:
         return Comparison("absent"), []
-    comparison = compare(vapi.get("frechet"), matched.get("frechet"))
+    comparison = compare(after.get("frechet"), matched.get("frechet"))
     if comparison.outcome == "absent":
         return comparison, []
     temperature = number(matched.get("temperature"))
@@ -192,7 +189,7 @@ def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[
     sentences = [
         f"The base sampled at the same entropy{at} reaches {reached}, {meaning[comparison.outcome]}."
     ]
-    entropies = number(vapi.get("entropy")), number(matched.get("entropy"))
+    entropies = number(after.get("entropy")), number(matched.get("entropy"))
     if entropies[0] is not None and entropies[1] is not None:
         gap = entropies[1] - entropies[0]
         if abs(gap) > 0.03:
@@ -204,12 +201,12 @@ def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[
 
 
 def _control_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """VA-π against trained controls (cross-entropy only, shuffled advantages)."""
+    """The post-trained model against trained controls (cross-entropy only, shuffled advantages)."""
     after = (first_row(summary, "vapi") or {}).get("frechet")
     words = {
-        "better": "VA-π is better",
-        "worse": "VA-π is worse",
-        "same": "not to be told apart from VA-π",
+        "better": "the post-trained model is better",
+        "worse": "the post-trained model is worse",
+        "same": "not to be told apart from the post-trained model",
         "unknown": "one seed only",
     }
     said = []
@@ -221,8 +218,18 @@ def _control_sentences(summary: Mapping[str, Any]) -> list[str]:
     return [f"Trained controls: {', '.join(said)}."] if said else []
 
 
-def vapi_verdict(summary: Mapping[str, Any]) -> Verdict:
-    """The verdict on a post-training run; every clause appears only where its numbers exist."""
+def verdict(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> Verdict:
+    """What a run came to: a comparison where the summary has a table, else its main numbers.
+
+    Args:
+      summary: what summary.json holds; every clause appears only where its numbers exist.
+      history: rows of metrics.jsonl.
+    """
+    return _comparison(summary) if summary.get("table") else _plain(summary, history)
+
+
+def _comparison(summary: Mapping[str, Any]) -> Verdict:
+    """Base, post-trained model and controls, by their rows of the table."""
     way, reward = _reward_sentence(summary)
     change, other, distance = _distance_sentences(summary)
     matched, sharpening = _sharpening_sentences(summary)
@@ -235,16 +242,17 @@ def vapi_verdict(summary: Mapping[str, Any]) -> Verdict:
     return Verdict(*_headline(way, change, other, matched), tuple(s for s in sentences if s))
 
 
+def _reward_headline(way: str) -> tuple[str, str]:
+    tone = {"rose": "plain", "fell": "bad", "stayed": "mixed"}[way]
+    return tone, f"The reward {way}; samples were not compared"
+
+
 def _headline(
     way: str | None, change: Comparison, other: Comparison, matched: Comparison
 ) -> tuple[str, str]:
     """(tone, headline). 'Good' asks for a gain over the base AND over the entropy-matched control."""
     if change.outcome == "absent":
-        words = {"rose": "Reward rose", "fell": "Reward fell", "stayed": "Reward did not change"}
-        tone = {"rose": "plain", "fell": "bad", "stayed": "mixed"}
-        if way is None:
-            return "plain", "The run is complete"
-        return tone[way], f"{words[way]}; samples were not evaluated"
+        return _reward_headline(way) if way else ("plain", "The run is complete")
     if change.outcome == "unknown":
         way_text = "Lower" if change.difference < 0 else "Higher"
         return "mixed", f"{way_text} Fréchet distance, from one seed: not conclusive"
@@ -268,15 +276,16 @@ def _headline(
     return "mixed", f"Better than the base; not compared at equal entropy{reward}"
 
 
-def plain_verdict(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Tokenizer and base training: where the main numbers began and ended."""
+def _plain(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Where the main numbers began and ended."""
     way, reward = _reward_sentence(summary)
-    sentences = [reward] if reward and way else []
+    sentences = [reward] if reward else []
     for key, name in (("ce", "Held-out cross-entropy"), ("entropy", "Entropy")):
         block = summary.get(key) or {}
         first, last = number(block.get("first")), number(block.get("last"))
         if first is not None and last is not None:
             sentences.append(f"{name} went from {show(first)} to {show(last)} nats per token.")
+    headline = _reward_headline(way) if way else ("plain", "The run is complete")
     losses = [v for row in history if (v := number(row.get("loss"))) is not None]
     if len(losses) >= 10:
         tenth = max(1, len(losses) // 10)
@@ -285,6 +294,7 @@ def plain_verdict(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any
             f"The training loss went from {show(first)} (mean of the first tenth of the run) to"
             f" {show(last)} (mean of the last)."
         )
-        ending = "fell" if last < first else "did not fall"
-        return Verdict("plain" if last < first else "bad", f"The loss {ending}", tuple(sentences))
-    return Verdict("plain", "The run is complete", tuple(sentences))
+        if not way:
+            fell = last < first
+            headline = ("plain", "The loss fell") if fell else ("bad", "The loss did not fall")
+    return Verdict(*headline, tuple(sentences))

@@ -41,8 +41,6 @@ from vapi_jax.methods.resolve import raise_all
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_whole
-from vapi_jax.report.page import write_report
-from vapi_jax.report.pictures import draw_plane, side_by_side
 from vapi_jax.report.verdict import show, show_distance
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
@@ -253,8 +251,12 @@ def _finish(
     planes: Sequence[Plane],
 ) -> None:
     """summary.json, report.html, pictures as PNG, and the table on the terminal."""
+    from vapi_jax.report import figures  # matplotlib: not while the run trains
+    from vapi_jax.report.page import write_report
+    from vapi_jax.report.pictures import side_by_side
+
     _write_json(workdir / "summary.json", summary)
-    grids = {name: image_grid(array, columns=8, pad=2, scale=3) for name, array in images.items()}
+    grids = {name: image_grid(array, columns=8) for name, array in images.items()}
     if {"samples_before", "samples_after", "real_of_classes"} <= images.keys():
         columns = {
             REAL: images["real_of_classes"],
@@ -262,12 +264,14 @@ def _finish(
             TUNED: images["samples_after"],
         }
         grids["overview"] = side_by_side(columns, summary["sample_classes"])
-    grids |= {plane.name: draw_plane(plane) for plane in planes}
+    drawn = {plane.name: figures.plane(plane) for plane in planes}
+    grids |= {name: figures.pixels(figure) for name, figure in drawn.items()}
     for name, grid in grids.items():
         Image.fromarray(grid).save(workdir / f"{name}.png")
     with MetricsWriter(workdir) as writer:
         writer.write_images(summary["steps"], grids)
-    report = write_report(workdir, summary, read_history(workdir / "metrics.jsonl"), images, planes)
+    history = read_history(workdir / "metrics.jsonl")
+    report = write_report(workdir, summary, history, images, list(drawn.values()))
     print_results(summary)
     print(f"\n{format_duration(summary['seconds']['total'])} in all. Open {report.resolve()}")
 
