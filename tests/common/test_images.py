@@ -26,7 +26,8 @@ def test_small_images_are_enlarged_to_about_96_pixels_and_others_are_not(side, s
 
 
 @pytest.mark.parametrize(
-    ("shape", "columns"), [((24, 384, 384), 8), ((48, 384, 384), 8), ((200, 32, 32), 2), ((16, 256, 64), 16)]
+    ("shape", "columns"),
+    [((24, 384, 384), 8), ((48, 384, 384), 8), ((200, 32, 32), 2), ((16, 256, 64), 16)],
 )
 def test_no_grid_is_longer_than_4096_pixels_but_for_its_padding(shape, columns):
     grid = image_grid(np.full((*shape, 3), 7, np.uint8), columns=columns, pad=2)

@@ -51,7 +51,11 @@ def make_summary(after=450.0, matched=453.0, unseen=88.0, last=-0.484):
         "ce": {"first": 4.118, "last": 4.171},
         "entropy": {"first": 3.73, "last": 3.34},
         "frechet": {"feature": "VGG features", "before": distance(471.6), "after": distance(after)},
-        "frechet_unseen": {"feature": "Alex features", "before": distance(93.1), "after": distance(unseen)},
+        "frechet_unseen": {
+            "feature": "Alex features",
+            "before": distance(93.1),
+            "after": distance(unseen),
+        },
         "table": table,
         "sample_classes": ["cat", "cat", "rocket"],
     }

@@ -35,7 +35,7 @@ class Page(HTMLParser):
         self.feed(self.source)
         self.close()
         assert not self.open, f"not closed: {self.open}"
-        assert self.inside <= set(self.ids)
+        assert self.inside <= set(self.ids) and len(set(self.ids)) == len(self.ids)
         assert not re.search(r"url\([^#]|@import|<script", self.source, re.IGNORECASE)
 
     def handle_starttag(self, tag, attributes):
@@ -124,7 +124,7 @@ def test_all_text_is_escaped(tmp_path):
     summary |= {"name": evil, "config": {evil: evil}, "versions": {evil: evil}}
     summary["method"] = {"name": evil, "title": evil, "curves": [[evil, evil, evil]]}
     summary["devices"], summary["sampled"] = {evil: evil}, {"feature": evil}
-    summary["frechet"]["feature"] = summary["frechet_unseen"]["feature"] = evil
+    summary["frechet"]["feature"], summary["frechet_unseen"]["feature"] = evil, f"other {evil}"
     summary["sample_classes"] = [evil, evil]
     summary["seconds"][evil] = 1.0
     for row in summary["table"]:
@@ -193,7 +193,9 @@ def test_samples_in_training_and_planes_have_their_sections(tmp_path):
 
 def test_the_same_run_has_the_same_page(tmp_path):
     once, again = (
-        write_report(tmp_path, make_summary(), make_history(), {"real": make_images(2)}).read_bytes()
+        write_report(
+            tmp_path, make_summary(), make_history(), {"real": make_images(2)}
+        ).read_bytes()
         for _ in range(2)
     )
     assert once == again

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib import style
+from matplotlib import rc_context, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
@@ -71,7 +71,6 @@ _STYLE = {
     "lines.markeredgewidth": 0,
     "lines.markersize": 6,
     "svg.fonttype": "none",
-    "svg.hashsalt": "vapi_jax",  # the same figure has the same names inside
     "text.parse_math": False,  # a dollar sign in the name of a class is a dollar sign
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
@@ -110,10 +109,10 @@ def chart(
 
 def svg(figure: Figure) -> str:
     """The figure as an SVG document, the same bytes each time; its title is the document's, too."""
-    keys = ("Creator", "Date", "Format", "Type")
-    metadata = {"Title": figure.get_suptitle(), **dict.fromkeys(keys)}
-    text = io.StringIO()
-    with _styled():
+    title, text = figure.get_suptitle(), io.StringIO()
+    metadata = {"Title": title, **dict.fromkeys(("Creator", "Date", "Format", "Type"))}
+    # Names inside the document are digests: of other documents they are others.
+    with _styled(), rc_context({"svg.hashsalt": title}):
         figure.savefig(text, format="svg", metadata=metadata)
     return text.getvalue()
 
@@ -121,9 +120,10 @@ def svg(figure: Figure) -> str:
 def inline_svg(figure: Figure) -> str:
     """The figure as an element to stand in an HTML page, among others."""
     text = svg(figure)
+    text = text[text.index("<svg") :].replace("<svg", '<svg role="img"', 1)
     # Names of groups are those of the next figure, too, and a style would be all the page's.
-    text = re.sub(r'<g id="[a-z0-9_]+">', "<g>", text[text.index("<svg") :])
-    return re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'<g id="[\w.]+"', "<g", text)
+    return re.sub(r"<(style|metadata)\b.*?</\1>", "", text, flags=re.DOTALL)
 
 
 def pixels(figure: Figure, scale: float = 2.5) -> UInt8[np.ndarray, "h w 3"]:
