@@ -124,7 +124,7 @@ def test_the_frechet_distance_wants_more_samples_than_features(mesh, parts):
     found, grid = Sampled(few, frozen)(params)
     assert found.keys() == {"kernel_distance", "kernel_distance_error", "entropy"}
     assert np.isfinite(list(found.values())).all()
-    assert grid.shape == (2 * 66 + 2, 8 * 66 + 2, 3)
+    assert grid.shape == (2 * 98 + 2, 8 * 98 + 2, 3)
 
 
 def test_a_tokenizer_and_a_run_that_does_not_ask_have_none(mesh):
@@ -169,6 +169,6 @@ def pictures(workdir):
     for (tag, step), value in shown(workdir / "tensorboard").items():
         if tag.startswith("sampled/grid"):
             image = Image.open(io.BytesIO(value.image.encoded_image_string))
-            assert image.size == (8 * 66 + 2, 2 * 66 + 2)
+            assert image.size == (8 * 98 + 2, 2 * 98 + 2)
             steps.append(step)
     return steps

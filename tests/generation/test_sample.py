@@ -224,13 +224,13 @@ def test_the_recipe_says_what_a_receipt_needs(finished, many):
 def test_the_grid_has_a_named_row_for_each_class(finished):
     picture = np.asarray(Image.open(finished / "grid.png"))
     names, images = picture[:, :110], pngs(finished / "images")
-    assert picture.shape == (2 * (96 + 2), 110 + 6 * 97 + 1, 3)
+    assert picture.shape == (2 * (96 + 2), 110 + 6 * 98, 3)
     for row, first in enumerate((0, 1)):
         assert (names[98 * row : 98 * (row + 1)] < 128).any(), "no name"
         np.testing.assert_array_equal(
             picture[98 * row + 1 : 98 * row + 97 : 12, 111:207:12], images[first]
         )
-    assert (picture[99:195, 110 + 5 * 97 + 1 : -1] == 255).all(), "a class with fewer samples"
+    assert (picture[99:195, 110 + 5 * 98 :] == 255).all(), "a class with fewer samples"
 
 
 def test_the_grid_tells_long_and_equal_names_apart(tmp_path, many):
