@@ -147,7 +147,8 @@ def test_a_hole_in_a_filled_region_stays_white():
     picture = figures.pixels(figure)
 
     def at(x, y):
-        column, row = figure.axes[0].transData.transform((x, y))
+        inches = figure.axes[0].transData.transform((x, y)) / figure.dpi
+        column, row = inches * 72 * 2.5
         return picture[len(picture) - 1 - round(row), round(column)]
 
     assert (at(0.3, 0.3) == 255).all()
@@ -168,9 +169,12 @@ def test_svg_is_the_same_each_time_and_whole():
 
 
 def test_pixels_are_the_same_each_time_and_their_font_has_our_letters():
-    figure = figures.plane(density_plane(blobs(20), "n", "feature"))
+    plane = density_plane(blobs(20), "n", "feature")
+    figure = figures.plane(plane)
     first = figures.pixels(figure, scale=2)
     assert first.dtype == np.uint8 and first.shape == (880, 800, 3)
+    text = figures.svg(figure)
     assert np.array_equal(first, figures.pixels(figure, scale=2))
+    assert text == figures.svg(figure) == figures.svg(figures.plane(plane))
     font = get_font(findfont("DejaVu Sans"))
     assert all(font.get_char_index(ord(letter)) for letter in "−π±é²“”ξεβ")

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib import rc_context, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
@@ -27,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from scipy.signal import savgol_filter
 
 from vapi_jax.evaluation.embeddings import Plane
@@ -105,6 +105,9 @@ def chart(
         axes.xaxis.set_major_locator(MaxNLocator(**ticks, integer=x_label == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(**ticks))
         yield figure, axes
+        # Once for all: another layout at each saving would move things by a hair.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def svg(figure: Figure) -> str:
@@ -128,11 +131,10 @@ def inline_svg(figure: Figure) -> str:
 
 def pixels(figure: Figure, scale: float = 2.5) -> UInt8[np.ndarray, "h w 3"]:
     """The figure as pixels on white, `scale` of them for a point."""
+    png = io.BytesIO()
     with _styled():
-        figure.set_dpi(72 * scale)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        figure.savefig(png, format="png", dpi=72 * scale)
+    return np.asarray(Image.open(png).convert("RGB"))
 
 
 # --- learning curves ------------------------------------------------------------------------------
