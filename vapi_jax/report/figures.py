@@ -281,9 +281,7 @@ def plane(drawn: Plane) -> Figure:
     width, height = LARGE[0], 1.1 * LARGE[0]
     with chart(drawn.title, drawn.x_label, drawn.y_label, (width, height)) as (figure, axes):
         x0, x1, y0, y1 = drawn.limits
-        axes.update_datalim([(x0, y0), (x1, y1)])
-        axes.margins(0)
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(xlim=(x0, x1), ylim=(y0, y1))
         looks: list[dict[str, Any]] = [
             {"color": PALETTE[color], "marker": marker, "linestyle": "none"}
             for color, marker, _ in _LOOKS
@@ -312,4 +310,10 @@ def plane(drawn: Plane) -> Figure:
         labels = [cloud.label for cloud in drawn.clouds]
         axes.legend(handles, labels, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))
         figure.supxlabel(textwrap.fill(drawn.note, 78), x=0.02, ha="left", fontsize=9, color=_MUTED)
+        figure.draw_without_rendering()
+        room = axes.get_window_extent()  # that the words leave, to be filled at one scale
+        unit = max((x1 - x0) / room.width, (y1 - y0) / room.height) / 2
+        wide, high = unit * room.width, unit * room.height
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        axes.set(xlim=(x - wide, x + wide), ylim=(y - high, y + high), aspect="equal")
     return figure

@@ -81,12 +81,13 @@ def write_report(
     """
     workdir = Path(workdir)
     method = summary.get("method") or {}
+    title = str(method.get("title") or "training run")
     name, steps = str(summary.get("name", "")), number(summary.get("steps"))
     subtitle = [name, "" if steps is None else f"{steps:.0f} steps"]
     samples, pictures = _galleries(images, summary)
     sweeps = (figures.sweep(summary, features) for features in ("frechet", "frechet_unseen"))
     text = _TEMPLATES.get_template("report.html").render(
-        title=method.get("title") or "Training run",
+        title=title[:1].upper() + title[1:],
         name=name,
         subtitle=" · ".join(part for part in subtitle if part),
         verdict=words.verdict(summary, history),

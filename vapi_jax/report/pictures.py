@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from vapi_jax.common.images import tiles
@@ -26,6 +25,8 @@ def overview(
     Raises:
       ValueError: if the rows differ in length or size, or the heads do not divide their length.
     """
+    from matplotlib.font_manager import findfont  # nearly half a second
+
     if len({images.shape for images in rows.values()}) != 1:
         raise ValueError(f"rows differ: { {name: x.shape for name, x in rows.items()} }")
     count = len(next(iter(rows.values())))
