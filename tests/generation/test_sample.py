@@ -1,7 +1,9 @@
 """The sampler's command: the images it promises, by any route, and what it says when it cannot."""
 
 import dataclasses
+import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -459,9 +461,10 @@ def test_broken_weights_are_not_written_as_pictures(tmp_path, monkeypatch, many,
 @pytest.mark.usefixtures("no_model")
 def test_an_error_of_the_writer_is_the_commands(tmp_path, monkeypatch, many, capsys):
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", "000001.png")
 
     monkeypatch.setattr("vapi_jax.generation.loading.load_generator", lambda *args, **kwargs: many)
     monkeypatch.setattr(SampleFiles, "write", full)
     assert sample.main([*ASKED, f"--out={tmp_path}"]) == 1
-    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert re.search("error: .*No space left on device", told := capsys.readouterr().err)
+    assert "000001.png" in told
