@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib.metadata
 import logging
 import math
 import sys
@@ -311,8 +310,7 @@ def make_recipe(
 def _environment() -> dict[str, Any]:
     """With what, on what and when."""
     found = environment()
-    versions = {**found["versions"], "flax": importlib.metadata.version("flax")}
-    return {"versions": versions, "devices": found["devices"], "started": found["date"]}
+    return {"versions": found["versions"], "devices": found["devices"], "started": found["date"]}
 
 
 def _mesh(cpu_devices: int) -> Any:

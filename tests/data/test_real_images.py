@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vapi_jax.common.folders import FolderExistsError
+from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.images import to_uint8
 from vapi_jax.data import DataConfig, DataError, fixed_batch
 from vapi_jax.data.real_images import write_images

@@ -99,14 +99,14 @@ def test_long_entries_of_a_recipe_are_cut_where_they_are_shown_only(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as a receipt"),
-        ("[" * 100_000, "cannot be read as a receipt"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "holds no JSON object"),
         ("{}", "no receipt of version 1: format None"),
         ('{"format": "vapi_jax evaluation receipt", "version": 2}', "version 2"),
         ('{"format": "vapi_jax evaluation receipt", "version": 1}', "damaged: samples, reference"),
-        ('{"a": NaN}', "NaN is not JSON"),
-        ("\xff", "cannot be read as a receipt"),
+        ('{"a": NaN}', "NaN"),
+        ("\xff", "cannot be read as JSON"),
     ],
 )
 def test_files_that_are_no_receipts_are_refused(tmp_path, text, message):
@@ -144,7 +144,7 @@ def test_a_recipe_is_found_beside_the_samples(tmp_path):
     assert find_recipe(tmp_path / "out/more.npz") == {"seed": 4}
     assert find_recipe(tmp_path / "out/samples.npz") == {"seed": 5}
     (tmp_path / "out/recipe.json").write_text("no JSON")
-    with pytest.raises(ReceiptError, match=r"out/recipe\.json cannot be read as a recipe"):
+    with pytest.raises(ReceiptError, match=r"out/recipe\.json cannot be read as JSON"):
         find_recipe(tmp_path / "out/images")
 
 
@@ -216,6 +216,6 @@ def test_a_metric_that_one_side_lacks_is_a_difference():
 
 def test_the_environment_says_with_what_where_and_when():
     found = json.loads(json.dumps(environment()))
-    assert {"vapi_jax", "python", "jax", "jaxlib", "numpy", "pillow"} == set(found["versions"])
+    assert {"vapi_jax", "python", "jax", "jaxlib", "numpy", "pillow"} <= set(found["versions"])
     assert found["devices"] == {"kind": "cpu", "count": 8}
     assert found["date"].endswith("+00:00")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, with_random_head
-from vapi_jax.common.folders import FolderExistsError
+from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.evaluation.held_out import HeldOut

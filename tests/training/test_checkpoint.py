@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import re
 import shutil
 import signal
 import time
@@ -476,7 +477,7 @@ def test_a_damaged_manifest_and_unfinished_saves_are_shown(two_steps, tmp_path, 
     (tmp_path / "c" / "3.orbax-checkpoint-tmp").mkdir()
     assert command(["inspect", str(tmp_path / "c")]) == 1
     text = capsys.readouterr().out
-    assert "step 2 is DAMAGED" in text and "process_0.json is missing" in text
+    assert "step 2 is DAMAGED" in text and re.search(r"no file .*process_0.json", text)
     assert "did not finish, ignored: 3.orbax-checkpoint-tmp" in text
 
 

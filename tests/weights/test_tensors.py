@@ -93,7 +93,8 @@ def test_an_index_gathers_its_shards(tmp_path):
 @pytest.mark.parametrize(
     "index, message",
     [
-        ("[]", "no index of safetensors shards"),
+        ("[]", "no JSON object"),
+        ("{}", "no index of safetensors shards"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "which is no file beside it"),
         ('{"weight_map": {"a": "/etc/x.safetensors"}}', "which is no file beside it"),
         ('{"weight_map": {"a": "x.pt"}}', "which is no file beside it"),

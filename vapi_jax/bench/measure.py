@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
-import platform
 import sys
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from vapi_jax import __version__
 from vapi_jax.bench import hlo
 from vapi_jax.bench import rig as rigs
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
@@ -21,11 +18,11 @@ from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.bench.phases import PhaseTimer, spreads
 from vapi_jax.bench.scaling import H100, count_parameters, predict
 from vapi_jax.common.progress import Progress
+from vapi_jax.common.versions import versions
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.parallel.fsdp import AXIS
 
 WARM_UP = 2
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def say(text: str) -> None:
@@ -44,11 +41,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
             "mesh": dict(mesh.shape),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         },
-        "versions": {
-            "vapi_jax": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
     }

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Callable
 
-from vapi_jax.common.files import disk_trouble
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk does not read or write (input/output error)",
+}
 
 
 class ExpectedError(Exception):
@@ -14,6 +23,18 @@ class ExpectedError(Exception):
 
     Commands print it without a stack; whatever else is raised is a fault of the program and keeps its.
     """
+
+
+def disk_trouble(error: OSError) -> str | None:
+    """A sentence where an error is the disk's (full, read-only, no permission), else None."""
+    reason = _REASONS.get(error.errno or 0)
+    if reason is None:
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return (
+        f"{reason}{where} ({error.strerror}). Nothing saved before is lost: put this right and run "
+        "the same command again"
+    )
 
 
 def exit_status(command: Callable[[], int | None]) -> int:

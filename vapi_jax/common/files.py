@@ -1,21 +1,53 @@
-"""Files that are whole or not there, and a sentence for what can go wrong with them."""
+"""Files and folders that are whole or not there, and objects read from JSON."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import json
 import os
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EIO: "the disk does not read or write (input/output error)",
-}
+from vapi_jax.common.errors import ExpectedError
+
+PARTIAL = ".partial"
+"""Ends the name of what is not complete yet, or never will be: its writer was killed."""
+
+LARGEST_JSON = 1 << 26
+"""Bytes: a larger file is no JSON of ours, nor of those that publish weights."""
+
+
+class FolderExistsError(ExpectedError, FileExistsError):
+    """A folder that was to be made is there already."""
+
+
+def partial_of(path: Path) -> Path:
+    """What `path` is called until it is complete."""
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write a file at, which becomes `path` when the context ends without an error.
+
+    Until then what was at `path` stays. The file gets the mode that the umask gives, also from a writer
+    that has another in mind, as safetensors has.
+    """
+    partial = partial_of(path)
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        yield partial
+        if stat.S_IMODE(partial.stat().st_mode) != mode:
+            partial.chmod(mode)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
 
 
 def write_all(file: BinaryIO, data: bytes, path: Path) -> None:
@@ -27,22 +59,67 @@ def write_all(file: BinaryIO, data: bytes, path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file under another name, and renames it when it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb", buffering=0) as file:
-        write_all(file, text.encode(), partial)
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_atomically(path: Path, data: str | bytes, *, sync: bool = True) -> None:
+    """Writes a `new_file` of these bytes, or of this text in UTF-8.
+
+    Args:
+      path: the file.
+      data: all of it.
+      sync: have it on the disk before it is renamed, so that a power cut leaves the old file or the new.
+    """
+    with new_file(path) as partial, partial.open("wb", buffering=0) as file:
+        write_all(file, data.encode() if isinstance(data, str) else data, partial)
+        if sync:
+            os.fsync(file.fileno())
 
 
-def disk_trouble(error: OSError) -> str | None:
-    """A sentence where an error is the disk's (full, read-only, no permission), else None."""
-    reason = _REASONS.get(error.errno or 0)
-    if reason is None:
-        return None
-    where = f" at {error.filename}" if error.filename else ""
-    return (
-        f"{reason}{where} ({error.strerror}). Nothing saved before is lost: put this right and run "
-        "the same command again"
-    )
+@contextlib.contextmanager
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, called `out` when the context ends, and gone when it ends with an error.
+
+    Until then it is `out`.partial; what a killed call left there is removed.
+
+    Args:
+      out: the folder.
+      replace: one that is there already goes once the new one is complete.
+
+    Raises:
+      FolderExistsError: there is something at `out`.
+    """
+    if out.exists() and not replace:
+        raise FolderExistsError(f"{out} exists; choose another place")
+    partial = partial_of(out)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(out)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_json(path: Path, error: type[ExpectedError]) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      ExpectedError: of the given kind, where there is no such file, or anything else in it.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        value = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except FileNotFoundError as missing:
+        raise error(f"there is no file {path}") from missing
+    except (OSError, ValueError, RecursionError) as wrong:
+        raise error(f"{path} cannot be read as JSON: {wrong}") from wrong
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object")
+    return value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vapi_jax.common.folders import new_folder
+from vapi_jax.common.files import new_folder
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.progress import Progress
 from vapi_jax.data.config import DataConfig

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.common.files import write_atomically
 from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.sources import Source
@@ -57,9 +58,7 @@ class SkippedImages:
             for row in filter(None, map(_parse, lines)):
                 self._found[row[0]] = row[1]
             if len(self._found) != len(lines):  # a run that was killed may leave half a line
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(_line(*row) for row in self._found.items()))
-                partial.replace(path)
+                write_atomically(path, "".join(_line(*row) for row in self._found.items()))
 
     def __len__(self) -> int:
         return len(self._found)

@@ -8,21 +8,18 @@ it lies beside the samples. Numbers are printed from the file and never without 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from vapi_jax import __version__
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import read_json, write_atomically
 from vapi_jax.common.tables import format_table
+from vapi_jax.common.versions import devices, versions
 
 FORMAT = "vapi_jax evaluation receipt"
 VERSION = 1
@@ -35,9 +32,7 @@ ABSOLUTE_TOLERANCE = {
     "lpips_vgg": 1e-6, "lpips_alex": 1e-6,
 }  # fmt: skip
 
-_MAX_BYTES = 16 * 2**20
 _SHOWN = 90  # characters of a recipe's entry
-_PACKAGES = ("jax", "jaxlib", "numpy", "pillow")
 _SECTIONS = ("samples", "reference", "settings", "metrics", "not_computed", "environment")
 
 
@@ -47,32 +42,8 @@ class ReceiptError(ExpectedError, ValueError):
 
 def environment() -> dict[str, Any]:
     """With what, where and when: library versions, devices, UTC date."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {
-        "versions": {"vapi_jax": __version__, "python": platform.python_version(), **versions},
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _read_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ReceiptError(f"{path} is too large for {what}")
-        value = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except FileNotFoundError as error:
-        raise ReceiptError(f"there is no file {path}") from error
-    except ReceiptError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ReceiptError(f"{path} cannot be read as {what}: {error}") from error
-    if not isinstance(value, dict):
-        raise ReceiptError(f"{path} is no {what}: it holds no JSON object")
-    return value
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"versions": versions(), "devices": devices(), "date": now}
 
 
 def find_recipe(samples: Path) -> dict[str, Any] | None:
@@ -94,7 +65,7 @@ def find_recipe(samples: Path) -> dict[str, Any] | None:
             places.append(samples.with_name("recipe.json"))
     for place in places:
         if place.is_file():
-            return _read_object(place, "a recipe")
+            return read_json(place, ReceiptError)
     return None
 
 
@@ -130,10 +101,8 @@ def write_receipt(path: Path, receipt: Mapping[str, Any]) -> None:
     """
     whole = {"format": FORMAT, "version": VERSION, **receipt}
     text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise ReceiptError(f"the receipt {path} cannot be written: {error}") from error
 
@@ -144,7 +113,7 @@ def read_receipt(path: Path) -> dict[str, Any]:
     Raises:
       ReceiptError: no such file, no receipt, or one of another version.
     """
-    receipt = _read_object(path, "a receipt")
+    receipt = read_json(path, ReceiptError)
     if receipt.get("format") != FORMAT or receipt.get("version") != VERSION:
         raise ReceiptError(
             f"{path} is no receipt of version {VERSION}: format {receipt.get('format')!r}, version"

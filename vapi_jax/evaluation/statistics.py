@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import new_file
 from vapi_jax.common.npz import array_names, open_npz, read_array
 
 MAX_DIM = 16_384
@@ -174,10 +175,8 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
     if statistics.facts is not None:
         text = json.dumps(dict(statistics.facts), sort_keys=True)
         arrays["facts"] = np.frombuffer(text.encode(), np.uint8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with new_file(path) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    partial.replace(path)
 
 
 def holds_statistics(path: str | Path) -> bool:

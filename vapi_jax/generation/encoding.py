@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vapi_jax.common.digests import params_digest
-from vapi_jax.common.folders import new_folder
+from vapi_jax.common.files import new_folder
 from vapi_jax.data import class_names, fixed_batch, make_dataset
 from vapi_jax.data.encoded import write_encoded
 from vapi_jax.data.sources import Encoder, source_class

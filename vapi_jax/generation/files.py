@@ -32,13 +32,13 @@ from PIL import Image
 
 from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import PARTIAL, new_file, read_json, write_atomically
 from vapi_jax.common.npz import NpzError, open_array, open_npz
 
 RECIPE = "recipe.json"
 FORMATS = ("png", "npz", "both")
 PER_FOLDER = 10_000
 
-_PARTIAL = ".partial"
 # What may differ when a run goes on: when, where and with what it is computed. All of it is noted.
 _ENVIRONMENT = ("versions", "devices", "started", "resumed")
 # Two roads to the same files are the same checkpoint: digests decide. Attention follows the devices.
@@ -48,13 +48,6 @@ _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 class SampleFilesError(ExpectedError, ValueError):
     """A directory that these samples cannot go to, or a file that is not what it should be."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A file that is either absent (or the old one) or complete."""
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 # --- recipe ---------------------------------------------------------------------------------------
@@ -99,7 +92,7 @@ def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     path, asked = directory / RECIPE, json.loads(json.dumps(recipe))
     if not path.exists():
-        names = (p.name for p in directory.iterdir() if p.suffix != _PARTIAL)
+        names = (p.name for p in directory.iterdir() if p.suffix != PARTIAL)
         if foreign := sorted(name for name in names if name != locks.LOCK):
             raise SampleFilesError(
                 f"{directory} holds {', '.join(foreign[:5])} but no {RECIPE}, so these are no samples "
@@ -107,12 +100,7 @@ def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
             )
         write_recipe(directory, asked)
         return asked
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SampleFilesError(f"{path} is no recipe of samples: {error}") from error
-    if not isinstance(old, dict):
-        raise SampleFilesError(f"{path} is no recipe of samples: it holds no object")
+    old = read_json(path, SampleFilesError)
     if lines := differences(old, asked):
         raise SampleFilesError(
             f"{directory} holds samples of another recipe; give another --out, or ask for the same:"
@@ -123,7 +111,7 @@ def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Writes recipe.json."""
-    write_atomically(directory / RECIPE, (json.dumps(recipe, indent=2) + "\n").encode())
+    write_atomically(directory / RECIPE, json.dumps(recipe, indent=2) + "\n")
 
 
 # --- arrays in zip files --------------------------------------------------------------------------
@@ -227,7 +215,7 @@ class SampleFiles:
 
     def todo(self) -> list[int]:
         """The chunks that are not complete, after removing what a killed run left half-written."""
-        for left in self.directory.rglob(f"*{_PARTIAL}"):
+        for left in self.directory.rglob(f"*{PARTIAL}"):
             left.unlink()
         return [chunk for chunk in range(-(-self.count // self.batch)) if not self._done(chunk)]
 
@@ -254,10 +242,12 @@ class SampleFiles:
             for sample, image in zip(self.ids(chunk), images, strict=True):
                 encoded = io.BytesIO()
                 Image.fromarray(image).save(encoded, "PNG")
-                write_atomically(self.png(sample), encoded.getvalue())
+                write_atomically(self.png(sample), encoded.getvalue(), sync=False)
         if self.format in ("npz", "both") and not self.npz.exists():
             self._chunks.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._npy(chunk), self._npy_header(chunk) + images.tobytes())
+            write_atomically(
+                self._npy(chunk), self._npy_header(chunk) + images.tobytes(), sync=False
+            )
 
     def finish(self, labels: np.ndarray | None) -> None:
         """Puts samples.npz together from the chunks, where asked for, and labels.txt.
@@ -267,16 +257,17 @@ class SampleFiles:
         """
         if labels is not None:
             text = "".join(f"{label}\n" for label in labels)
-            write_atomically(self.directory / "labels.txt", text.encode())
+            write_atomically(self.directory / "labels.txt", text)
         if self.format in ("npz", "both") and not self.npz.exists():
-            partial = self.npz.with_name(self.npz.name + _PARTIAL)
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with (
+                new_file(self.npz) as partial,
+                zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            ):
                 self._store_images(archive)
                 if labels is not None:
                     with archive.open(_member("arr_1"), "w") as file:
                         file.write(_npy_header(np.int64, labels.shape))
                         file.write(labels.astype("<i8").tobytes())
-            partial.replace(self.npz)
         if self._chunks.exists():
             shutil.rmtree(self._chunks)
 

@@ -8,7 +8,6 @@ SHA-256 of the files) come along, so that whoever uses its images can say where 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.files import read_json
 from vapi_jax.data import DataConfig, class_names
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import sized_policy
@@ -293,11 +293,8 @@ def _dtype_option(dtype: str | None) -> dict[str, str]:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(summary, dict) or not isinstance(summary.get("config"), dict):
+    summary = read_json(path, WeightsError)
+    if not isinstance(summary.get("config"), dict):
         raise WeightsError(f"{path} holds no configuration of a run")
     return summary
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vapi_jax.common.files import read_json
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
 from vapi_jax.models.vq import VQ_PRESETS, VQConfig
 from vapi_jax.weights.names import WeightsError
@@ -369,13 +370,7 @@ def read_args(path: str | Path) -> dict[str, Any]:
     Raises:
       WeightsError: if it cannot be read or is no JSON object.
     """
-    try:
-        args = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(args, dict):
-        raise WeightsError(f"{path} holds no JSON object of arguments")
-    return args
+    return read_json(Path(path), WeightsError)
 
 
 def _known_args(args: Mapping[str, Any], kind: type, more: Sequence[str] = ()) -> dict[str, Any]:

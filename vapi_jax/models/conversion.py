@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +22,7 @@ import numpy as np
 
 from vapi_jax import __version__
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.files import new_folder
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import llama, vq
@@ -149,17 +149,8 @@ def convert(
             file = stack.enter_context(open_tensors(vq))
             parts.append(_part("vq", file, infer_vq(_shapes(file), vq_args)))
         _check_pair(parts)
-        partial = out.with_name(out.name + ".partial")
-        if partial.exists():  # of a conversion that was interrupted
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            manifest = _write(partial, parts, dtype, shard_bytes)
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with new_folder(out, replace=overwrite) as folder:
+            manifest = _write(folder, parts, dtype, shard_bytes)
     return manifest
 
 

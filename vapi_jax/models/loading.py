@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.files import read_json
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models.architecture import (
     disagreements,
@@ -159,16 +159,8 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       WeightsError: if one cannot be read.
     """
-    found = []
-    for name in (CONFIG, MANIFEST):
-        try:
-            value = json.loads((directory / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{directory / name} cannot be read: {error}") from error
-        if not isinstance(value, dict):
-            raise WeightsError(f"{directory / name} holds no JSON object")
-        found.append(value)
-    return found[0], found[1]
+    config, manifest = (read_json(directory / name, WeightsError) for name in (CONFIG, MANIFEST))
+    return config, manifest
 
 
 def verify_directory(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.files import read_json
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import vq
@@ -125,9 +125,9 @@ def _zeros(shape: tuple[int, ...]) -> LazyTensor:
 def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...]]:
     """Which part of a model a run trains, and its table of names."""
     try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        config = read_json(workdir / "config.json", WeightsError)
         method, policy = config["method"], dict(config["policy"])
-    except (OSError, ValueError, KeyError) as error:
+    except (WeightsError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{workdir} is neither the workdir of a run nor a converted directory: {error}"
         ) from error

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 
 import vapi_jax
+from vapi_jax.common.versions import versions
 from vapi_jax.methods import find_method
 from vapi_jax.methods.config import TrainConfig, to_dict
 from vapi_jax.parallel.sharding import replicated
@@ -31,8 +30,6 @@ from vapi_jax.training.train import TrainState
 logger = logging.getLogger(__name__)
 
 FACTS = ("config", "code", "origin", "data", "progress")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
 FREE = (
     # How it is computed: the same numbers, but for the order in which they are rounded.
     "mesh.", "cpu_devices", "microbatch_size", "decode_chunk", "policy.remat", "data.num_threads",
@@ -100,10 +97,8 @@ def code_facts() -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return {
-        "vapi_jax": vapi_jax.__version__,
+        **versions(),
         "source_sha256": digest.hexdigest(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.files import new_file
 from vapi_jax.common.trees import Params, flatten, unflatten
 from vapi_jax.weights.names import WeightsError
 
@@ -45,9 +46,8 @@ def save_safetensors(
         for name, leaf in flatten(params).items()
     }
     header = {"vapi_jax": json.dumps(dict(metadata or {}), sort_keys=True)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(arrays, partial, metadata=header)
-    partial.replace(path)
+    with new_file(path) as partial:
+        save_file(arrays, partial, metadata=header)
     return sha256_file(path)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vapi_jax.common.files import new_file, read_json
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.safe_pickle import PickleRefused
 from vapi_jax.weights.torch_file import TorchFileError, TorchTensor, open_torch_file
@@ -137,9 +138,9 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _open_index(path: Path) -> TensorFile:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = read_json(path, WeightsError)["weight_map"]
         shards = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is no index of safetensors shards: {error!r}") from error
     tensors: dict[str, LazyTensor] = {}
     for shard in shards:
@@ -225,7 +226,7 @@ def write_safetensors(
     """Writes one safetensors file piece by piece and returns its SHA-256.
 
     Args:
-      path: the file; a half-written one carries ".partial" behind its name.
+      path: the file; a half-written one never carries this name.
       tensors: what to write.
       metadata: of the file's header.
       tick: told the bytes of every piece once it is written.
@@ -242,8 +243,8 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, partial = hashlib.sha256(), path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    digest = hashlib.sha256()
+    with new_file(path) as partial, partial.open("wb") as file:
 
         def put(data: Any) -> None:
             digest.update(data)
@@ -259,7 +260,6 @@ def write_safetensors(
                 tick(piece.size * tensor.dtype.itemsize)
             if written != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} announced")
-    partial.replace(path)
     return digest.hexdigest()
 
 

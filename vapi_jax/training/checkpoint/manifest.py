@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import read_json
 from vapi_jax.parallel.sharding import host_array
 
 MANIFEST = "manifest"
@@ -153,12 +154,7 @@ def _blocks_of(part: Manifest, name: str, folder: Path) -> tuple[Block, ...]:
 
 
 def _read_part(path: Path) -> tuple[Manifest, int]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ManifestError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
+    document = read_json(path, ManifestError)
     try:
         body = document["manifest"]
         if _text_digest(body) != document["sha256"]:

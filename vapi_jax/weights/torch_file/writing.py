@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
+from vapi_jax.common.files import new_file
 from vapi_jax.weights.safe_pickle import Record
 from vapi_jax.weights.torch_file.archive import LOCAL_HEADER
 from vapi_jax.weights.torch_file.storage_file import (
@@ -194,15 +195,13 @@ def write_torch_file(path: str | Path, value: Any) -> None:
             f" one file (at most {MAX_ENTRIES - 3} in {MAX_PICKLE}): write several files"
         )
     stem = path.stem if re.fullmatch(r"\w[\w.-]*", path.stem, re.ASCII) else "archive"
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with open(partial_path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            _write_entry(archive, file, f"{stem}/data.pkl", data)
-            _write_entry(archive, file, f"{stem}/byteorder", b"little")
-            for key, (where, array) in enumerate(pickler.arrays):
-                _write_entry(archive, file, f"{stem}/data/{key}", _array_bytes(array, where))
-            _write_entry(archive, file, f"{stem}/version", b"3\n")
-        partial_path.replace(path)
-    except BaseException:
-        partial_path.unlink(missing_ok=True)
-        raise
+    with (
+        new_file(path) as partial,
+        open(partial, "wb") as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
+        _write_entry(archive, file, f"{stem}/data.pkl", data)
+        _write_entry(archive, file, f"{stem}/byteorder", b"little")
+        for key, (where, array) in enumerate(pickler.arrays):
+            _write_entry(archive, file, f"{stem}/data/{key}", _array_bytes(array, where))
+        _write_entry(archive, file, f"{stem}/version", b"3\n")
