@@ -92,9 +92,8 @@ class LPIPS(Reward):
     net: Literal["vgg", "alex"] = (
         "vgg"  # the paper: VGG; the reference implementation for Janus: AlexNet
     )
-    files: tuple[
-        str, ...
-    ] = ()  # the well-known files of backbone and heads; () for the bundled ones
+    # the well-known files of backbone and heads; () for the bundled ones
+    files: tuple[PathText, ...] = ()
     dtype: Dtype = "float32"  # of the convolutions
 
     @property
