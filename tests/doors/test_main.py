@@ -84,7 +84,7 @@ def test_what_is_missing_here_is_said_before_anything_is_written(tmp_path):
     lines = done.stderr.splitlines()
     assert lines[0] == "error: 3 error(s) in the configuration:"
     assert [line.split("=")[0] for line in lines[1:]] == [
-        "  - config.data.path",
+        "  - config.data.name",
         "  - config.init.gpt",
         "  - config.init.vq",
     ]
@@ -99,7 +99,7 @@ def test_check_prints_the_plan_and_all_that_is_in_its_way():
     assert done.returncode == 1
     assert done.stdout.startswith('c2i_xxl: VA-π post-training, preset "paper"\n')
     assert "1,410,972,672" in done.stdout
-    assert done.stderr.startswith("error: 3 error(s) in the configuration:\n  - config.data.path=")
+    assert done.stderr.startswith("error: 3 error(s) in the configuration:\n  - config.data.name=")
     assert "Traceback" not in done.stderr
 
 
