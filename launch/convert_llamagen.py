@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
 
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.files import read_json
 from vapi_jax.common.paths import local_path
 
 
@@ -62,15 +63,15 @@ def parse() -> argparse.Namespace:
 def convert_files(args: argparse.Namespace) -> None:
     """Converts, and says what it found."""
     # After the command line, so that --help needs no JAX.
-    from vapi_jax.models.architecture import read_args
     from vapi_jax.models.conversion import convert
+    from vapi_jax.weights.names import WeightsError
 
     manifest = convert(
         args.out,
         gpt=args.gpt,
         vq=args.vq,
-        gpt_args=read_args(args.args) if args.args else None,
-        vq_args=read_args(args.vq_args) if args.vq_args else None,
+        gpt_args=read_json(args.args, WeightsError) if args.args else None,
+        vq_args=read_json(args.vq_args, WeightsError) if args.vq_args else None,
         image_size=args.image_size,
         t2i=args.t2i,
         dtype=args.dtype,

@@ -15,7 +15,6 @@ from vapi_jax.models.architecture import (
     gpt_facts,
     infer_gpt,
     infer_vq,
-    read_args,
 )
 from vapi_jax.models.conversion import model_shapes, name_rules
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
@@ -155,15 +154,3 @@ def test_what_is_kept_of_a_configuration_is_what_decides_the_meaning_of_weights(
     assert from_json(stored, LlamaConfig) == TINY
     with pytest.raises(WeightsError, match="no LlamaConfig"):
         from_json({**stored, "dim": 3}, LlamaConfig)
-
-
-def test_argument_files_are_json_objects(tmp_path):
-    path = tmp_path / "args.json"
-    for text, message in (("[1]", "no JSON object"), ("{", "cannot be read as JSON")):
-        path.write_text(text)
-        with pytest.raises(WeightsError, match=message):
-            read_args(path)
-    with pytest.raises(WeightsError, match="absent.json cannot be read"):
-        read_args(tmp_path / "absent.json")
-    path.write_text('{"dim": 64}')
-    assert read_args(path) == {"dim": 64}

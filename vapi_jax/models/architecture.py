@@ -13,10 +13,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vapi_jax.common.files import read_json
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
 from vapi_jax.models.vq import VQ_PRESETS, VQConfig
 from vapi_jax.weights.names import WeightsError
@@ -362,15 +360,6 @@ def vq_differences(facts: Mapping[str, Any], config: VQConfig) -> list[str]:
 
 
 # --- arguments ------------------------------------------------------------------------------------
-
-
-def read_args(path: str | Path) -> dict[str, Any]:
-    """LlamaGen's arguments from a JSON file.
-
-    Raises:
-      WeightsError: if it cannot be read or is no JSON object.
-    """
-    return read_json(Path(path), WeightsError)
 
 
 def _known_args(args: Mapping[str, Any], kind: type, more: Sequence[str] = ()) -> dict[str, Any]:

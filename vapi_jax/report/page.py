@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vapi_jax.common.files import write_atomically
 from vapi_jax.common.images import enlargement
 from vapi_jax.common.progress import format_duration
 from vapi_jax.evaluation.held_out import HELD_OUT
@@ -104,7 +105,7 @@ def write_report(
     )
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "report.html"
-    path.write_text(text.lstrip(), encoding="utf-8")
+    write_atomically(path, text.lstrip())
     return path
 
 
