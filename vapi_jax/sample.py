@@ -8,7 +8,7 @@ CHECKPOINT is "demo" for the weights that ship with the package, or the director
 The published protocol (50,000 images of random classes at 384 px, judged at 256 px):
 
   python -m vapi_jax.sample --ckpt runs/xxl --num 50000 --batch 64 --labels random --resize 256 \\
-      --format npz --out samples/xxl
+      --format npz --dtype bfloat16 --out samples/xxl
 
 The same command after an interruption goes on where it was. Sample i depends on --seed, i and its
 label alone, whatever the batch and the number of devices. DIR/recipe.json says how the images were
@@ -121,8 +121,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=_number(0.0, 1.0), default=1.0, help="nucleus; 1 keeps all")
     add("--greedy", action="store_true", help="take the likeliest token")
     add(
-        "--dtype", choices=("float32", "bfloat16"), help="compute in it (default: the checkpoint's)"
-    )
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="what generator and decoder compute in, whatever the checkpoint was trained in "
+        "(default %(default)s)",
+    )  # fmt: skip
     drawing = parser.add_argument_group("guidance")
     add = drawing.add_argument
     add("--cfg", type=_number(-math.inf), default=1.0, help="scale; 1 (the default) is none")

@@ -280,6 +280,18 @@ def test_the_directory_of_a_sampler_is_understood(tmp_path, sets):
     assert found["warnings"] == ["the sampler's recipe is for 30 images, there are 29"]
 
 
+def test_samples_of_two_precisions_bring_a_warning(tmp_path, sets):
+    for name, images, dtype in (("a", sets[2], "float32"), ("b", sets[3], "bfloat16")):
+        toy.folder(tmp_path / name / "images", images)
+        checkpoint = {"policy": {"dtype": dtype}, "tokenizer": {"decoder_dtype": dtype}}
+        (tmp_path / name / "recipe.json").write_text(json.dumps({"checkpoint": checkpoint}))
+    found = run(tmp_path / "a", tmp_path / "b", metrics=("fid",))
+    (warning,) = found["warnings"]
+    assert "float32" in warning and "bfloat16" in warning
+    assert run(tmp_path / "a", tmp_path / "a", metrics=("fid",))["warnings"] == []
+    assert run(tmp_path / "a", sets[1], metrics=("fid",))["warnings"] == []
+
+
 def test_pairs_are_judged_by_pixels_and_by_lpips(tmp_path):
     originals = toy.pixels(9, seed=1, side=32)
     noise = np.random.default_rng(0).normal(scale=12, size=originals.shape)

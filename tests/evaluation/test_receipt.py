@@ -12,6 +12,8 @@ from vapi_jax.evaluation.receipt import (
     environment,
     find_recipe,
     free_path,
+    precision,
+    precision_differs,
     read_receipt,
     show_comparison,
     show_receipt,
@@ -146,6 +148,28 @@ def test_a_recipe_is_found_beside_the_samples(tmp_path):
     (tmp_path / "out/recipe.json").write_text("no JSON")
     with pytest.raises(ReceiptError, match=r"out/recipe\.json cannot be read as JSON"):
         find_recipe(tmp_path / "out/images")
+
+
+def computed_in(policy, decoder, **more):
+    checkpoint = {"policy": {"dtype": policy}, "tokenizer": {"decoder_dtype": decoder}}
+    return {"seed": 7, "checkpoint": checkpoint, **more}
+
+
+def test_another_precision_is_said_where_both_recipes_tell(tmp_path):
+    ours, theirs = computed_in("float32", "float32"), computed_in("float32", "bfloat16")
+    assert precision(theirs) == {"policy.dtype": "float32", "tokenizer.decoder_dtype": "bfloat16"}
+    assert precision_differs(ours, computed_in("float32", "float32", seed=8)) is None
+    assert "tokenizer.decoder_dtype bfloat16" in precision_differs(ours, theirs)
+    for foreign in (None, {}, {"checkpoint": "x"}, {"checkpoint": {"policy": 1, "tokenizer": {}}}):
+        assert precision(foreign) is None and precision_differs(ours, foreign) is None
+    recorded, found = changed("sampling", ours), changed("sampling", theirs)
+    comparison = compare_receipts(recorded, found)
+    assert not comparison.equal
+    assert comparison.digests == [precision_differs(theirs, ours)]
+    write_receipt(tmp_path / "r.json", found)
+    assert "policy.dtype float32, tokenizer.decoder_dtype bfloat16" in show_receipt(
+        tmp_path / "r.json"
+    )
 
 
 def test_an_earlier_receipt_beside_the_samples_is_kept(tmp_path):

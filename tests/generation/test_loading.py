@@ -9,8 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers.paths import CONFIGS
+from vapi_jax.common import digests
+from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.common.trees import flatten
+from vapi_jax.evaluation.receipt import precision
 from vapi_jax.generation import loading as module
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.methods.resolve import resolve
@@ -101,14 +104,25 @@ def test_a_run_is_read_by_its_summary(tmp_path, demo, mesh):
     assert run.facts["sha256"]["tokenizer"] == demo.facts["sha256"]["tokenizer"]
 
 
-def test_converted_weights_give_the_same_generator(tmp_path, demo, mesh):
-    """The shipped weights under LlamaGen's names, converted back."""
-    for kind, rules in (("policy", llama.NAME_RULES), ("tokenizer", vq.NAME_RULES)):
+CONVERSION = {"n_head": 6, "n_kv_head": 2, "multiple_of": 64, "block_size": 64, "num_classes": 12}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The shipped weights under LlamaGen's names."""
+    files, folder = {}, tmp_path_factory.mktemp("released")
+    for part, kind, rules in (
+        ("gpt", "policy", llama.NAME_RULES),
+        ("vq", "tokenizer", vq.NAME_RULES),
+    ):
+        files[part] = folder / f"{kind}.safetensors"
         params = load_safetensors(ASSETS[kind], "float32")
-        save_file(to_reference(params, rules), tmp_path / f"{kind}.safetensors")
-    args = {"n_head": 6, "n_kv_head": 2, "multiple_of": 64, "block_size": 64, "num_classes": 12}
-    files = {"gpt": tmp_path / "policy.safetensors", "vq": tmp_path / "tokenizer.safetensors"}
-    manifest = convert(tmp_path / "both", **files, gpt_args=args)
+        save_file(to_reference(params, rules), files[part])
+    return files
+
+
+def test_converted_weights_give_the_same_generator(tmp_path, released, demo, mesh):
+    manifest = convert(tmp_path / "both", **released, gpt_args=CONVERSION)
     found = load_generator(str(tmp_path / "both"), mesh)
     assert equal_trees(found.params, demo.params)
     assert equal_trees(found.frozen, demo.frozen)
@@ -120,7 +134,7 @@ def test_converted_weights_give_the_same_generator(tmp_path, demo, mesh):
         "policy.safetensors", "tokenizer.safetensors",
     ]  # fmt: skip
 
-    convert(tmp_path / "alone", gpt=files["gpt"], gpt_args=args)
+    convert(tmp_path / "alone", gpt=released["gpt"], gpt_args=CONVERSION)
     with pytest.raises(WeightsError, match="holds no vq: .* with --gpt and --vq"):
         load_generator(str(tmp_path / "alone"), mesh)
     weights = tmp_path / "both" / "model.safetensors"
@@ -131,17 +145,51 @@ def test_converted_weights_give_the_same_generator(tmp_path, demo, mesh):
         load_generator(str(tmp_path / "both"), mesh)
 
 
-def test_another_compute_dtype_leaves_the_weights_and_the_tokenizer_as_they_are(
-    tmp_path, mesh, demo
-):
-    for ckpt in ("demo", str(write_run(tmp_path / "run"))):
-        narrow = load_generator(ckpt, mesh, dtype="bfloat16")
-        assert narrow.policy == dataclasses.replace(
-            demo.policy, config=dataclasses.replace(demo.policy.config, dtype="bfloat16")
+@pytest.mark.parametrize("asked", [{}, {"dtype": "bfloat16"}])
+def test_every_checkpoint_computes_in_what_is_asked_for(tmp_path, released, mesh, demo, asked):
+    """A converted base, its post-trained run in bfloat16 and the demo: in one precision, float32."""
+    base, dtype = tmp_path / "base", asked.get("dtype", "float32")
+    convert(base, **released, gpt_args=CONVERSION)
+    narrow = {"policy": {"dtype": "bfloat16", "attention": "xla"}}
+    narrow["tokenizer"] = {"decoder_dtype": "bfloat16"}
+    run = write_run(tmp_path / "run", init={"gpt": str(base), "vq": str(base)}, **narrow)
+    for ckpt in ("demo", str(base), str(run)):
+        found = load_generator(ckpt, mesh, **asked)
+        assert found.policy == dataclasses.replace(
+            demo.policy, config=dataclasses.replace(demo.policy.config, dtype=dtype)
         )
-        assert equal_trees(narrow.params, demo.params)
-        assert narrow.pixels.tokenizer == demo.pixels.tokenizer
-        assert narrow.facts["policy"]["dtype"] == "bfloat16"
+        sizes = dataclasses.replace(demo.pixels.tokenizer.config, decoder_dtype=dtype)
+        assert found.pixels.tokenizer.config == sizes
+        assert equal_trees(found.params, demo.params)
+        assert precision({"checkpoint": json.loads(json.dumps(found.facts))}) == {
+            "policy.dtype": dtype,
+            "tokenizer.decoder_dtype": dtype,
+        }
+
+
+def test_every_file_is_hashed_once(tmp_path, released, mesh, monkeypatch):
+    base = tmp_path / "base"
+    outputs = convert(base, **released, gpt_args=CONVERSION)["outputs"]
+    run = write_run(tmp_path / "run", init={"gpt": str(base), "vq": str(base)})
+    hashed = []
+
+    def counting(path):
+        return sha256_file(path, hashed.append)
+
+    monkeypatch.setattr(digests, "sha256_file", counting)
+    load_generator(str(base), mesh)
+    size = sum(facts["size"] for facts in outputs.values())
+    assert sum(hashed) == size
+    load_generator(str(base), mesh)  # and by a process once: a table samples many times
+    assert sum(hashed) == size
+    load_generator(str(run), mesh)
+    weights = run / "weights" / "policy.safetensors"
+    assert sum(hashed) == size + weights.stat().st_size
+    with weights.open("r+b") as file:  # what has changed is another file
+        file.seek(-5, 2)
+        file.write(b"x")
+    with pytest.raises(WeightsError, match="not the file that the run wrote"):
+        load_generator(str(run), mesh)
 
 
 def test_class_names_are_left_out_where_the_data_is_gone(tmp_path, mesh):

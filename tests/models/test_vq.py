@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.jaxprs import every_equation
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import quantize, vq
 
@@ -147,6 +148,20 @@ def test_bfloat16_runs_and_is_close(params, images, output):
     latents = apply(params, images, "encode_latents", model)
     assert latents.dtype == jnp.float32
     np.testing.assert_allclose(latents, output.z, atol=0.05)
+
+
+def test_the_encoder_asks_accelerators_for_float32(params, images):
+    """Their default is one pass in bfloat16 or TF32, and other tokens."""
+
+    def encode(params, images):
+        return MODEL.apply({"params": params}, images, method="encode")
+
+    jaxpr = jax.make_jaxpr(encode)(params, images).jaxpr
+    products = ("conv_general_dilated", "dot_general")
+    found = [e for e in every_equation(jaxpr) if e.primitive.name in products]
+    assert {e.primitive.name for e in found} == set(products)  # convolutions; attention, search
+    enough = {jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST}
+    assert all(enough.issuperset(e.params["precision"] or (None,)) for e in found)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from vapi_jax.evaluation.inception_score import SPLIT_SIZE, inception_score, shu
 from vapi_jax.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
 from vapi_jax.evaluation.pairs import PAIR_METRICS, pair_metrics
 from vapi_jax.evaluation.precision_recall import NEIGHBOUR, precision_recall
-from vapi_jax.evaluation.receipt import environment, find_recipe
+from vapi_jax.evaluation.receipt import environment, find_recipe, precision_differs
 from vapi_jax.evaluation.reference import Network, Reference, open_reference
 from vapi_jax.evaluation.statistics import Gaussian, Statistics, save_statistics
 from vapi_jax.parallel.sharding import make_mesh
@@ -266,6 +266,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         assert reference.images is not None
         check_pairs(samples, reference.images)
     warnings = [*reference.warnings, *_differences(samples, reference.images, recipe)]
+    if other := precision_differs(recipe, find_recipe(path)):
+        warnings.append(other)
     missing: dict[str, str] = {}
     if network is not None:
         missing = _missing(settings.metrics, network, samples, reference)

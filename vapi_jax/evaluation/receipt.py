@@ -33,6 +33,7 @@ ABSOLUTE_TOLERANCE = {
 }  # fmt: skip
 
 _SHOWN = 90  # characters of a recipe's entry
+_PRECISION = (("policy", "dtype"), ("tokenizer", "decoder_dtype"))
 _SECTIONS = ("samples", "reference", "settings", "metrics", "not_computed", "environment")
 
 
@@ -67,6 +68,34 @@ def find_recipe(samples: Path) -> dict[str, Any] | None:
         if place.is_file():
             return read_json(place, ReceiptError)
     return None
+
+
+def precision(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What generator and decoder computed in, where a recipe says; recipes may come from anywhere."""
+    checkpoint = (recipe or {}).get("checkpoint")
+    if not isinstance(checkpoint, Mapping):
+        return None
+    found = {}
+    for part, option in _PRECISION:
+        network = checkpoint.get(part)
+        if not isinstance(network, Mapping) or option not in network:
+            return None
+        found[f"{part}.{option}"] = network[option]
+    return found
+
+
+def precision_differs(
+    ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
+) -> str | None:
+    """A sentence where two recipes say that their samples were computed in different precision."""
+    one, other = precision(ours), precision(theirs)
+    if one is None or other is None or one == other:
+        return None
+    return f"the samples were computed in {_options(one)}, those they are compared with in {_options(other)}"
+
+
+def _options(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def free_path(samples: Path) -> Path:
@@ -182,6 +211,8 @@ def show_receipt(path: Path) -> str:
     settings = ", ".join(f"{name} {_brief(v)}" for name, v in receipt["settings"].items())
     lines.append(f"settings: {settings}")
     if sampling := receipt.get("sampling"):
+        if computed := precision(sampling):
+            lines.append(f"computed in: {_options(computed)}")
         lines.append("sampling (cut short here, whole in the receipt):")
         lines += [f"  {name} {_cut(_brief(value))}" for name, value in sampling.items()]
     else:
@@ -200,7 +231,7 @@ class Comparison:
     """A recomputed receipt against the recorded one.
 
     Attributes:
-      digests: a sentence for each digest that differs.
+      digests: a sentence for each digest that differs, and where samples are of another precision.
       rows: (metric, recorded, found, relative difference, verdict), as a table shows them.
       equal: whether all digests agree and all metrics lie within the tolerance.
     """
@@ -228,6 +259,8 @@ def compare_receipts(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> C
         old, new = ((receipt.get(what) or {}).get(key) for receipt in (recorded, found))
         if old != new:
             digests.append(f"{what} differ: recorded SHA-256 {old}, found {new}")
+    if other := precision_differs(found.get("sampling"), recorded.get("sampling")):
+        digests.append(other)
     rows, equal = [], not digests
     for name in list(dict.fromkeys([*recorded["metrics"], *found["metrics"]])):
         old, new = (receipt["metrics"].get(name) for receipt in (recorded, found))

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
+from vapi_jax.common.options import Dtype
 from vapi_jax.data import DataConfig, class_names
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import sized_policy
@@ -106,25 +107,25 @@ def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Arr
     return pixels.decode(frozen, tokens)
 
 
-def load_generator(ckpt: str, mesh: Mesh, *, dtype: str | None = None) -> Generator:
+def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Generator:
     """The generator that a checkpoint holds.
 
     Args:
       ckpt: "demo", or a directory of one of the kinds in `DIRECTORIES`.
       mesh: devices for the weights and all that is computed with them.
-      dtype: compute dtype of the policy, "float32" or "bfloat16"; None is the checkpoint's own. The
-        tokenizer always keeps its own.
+      dtype: what policy and decoder compute in, "float32" or "bfloat16", whatever the checkpoint was
+        trained in: images of two checkpoints are compared in one precision.
 
     Raises:
       WeightsError: if there is no such checkpoint, with what was looked for; if it is unfinished or
         damaged; or if its parts do not fit.
     """
     if ckpt == DEMO:
-        return _assemble(_demo(dtype), mesh)
+        return _assemble(_demo(), mesh, dtype)
     path = Path(ckpt).expanduser()
     for marker, (_, reader) in DIRECTORIES.items():
         if (path / marker).is_file():
-            return _assemble(reader(path, mesh, dtype), mesh)
+            return _assemble(reader(path), mesh, dtype)
     if path.is_dir():
         looked = "; ".join(f"{marker} of {what}" for marker, (what, _) in DIRECTORIES.items())
         raise WeightsError(f"{path} holds no generator. Looked there for: {looked}")
@@ -149,16 +150,17 @@ class _Found:
     facts: dict[str, Any]
 
 
-def _assemble(found: _Found, mesh: Mesh) -> Generator:
+def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
     """Reads the weights, each device its own slices."""
-    policy, side = on_devices(found.policy, mesh), found.image_size
-    grid = side // found.tokenizer.downsample_factor
-    if (policy.num_tokens, policy.vocab_size) != (grid * grid, found.tokenizer.codebook_size):
+    policy, side = on_devices(found.policy, mesh, dtype), found.image_size
+    tokenizer = dataclasses.replace(found.tokenizer, decoder_dtype=dtype)
+    grid = side // tokenizer.downsample_factor
+    if (policy.num_tokens, policy.vocab_size) != (grid * grid, tokenizer.codebook_size):
         raise WeightsError(
             f"generator and tokenizer do not fit: {policy.num_tokens} tokens of {policy.vocab_size} "
-            f"codes, and a {grid}x{grid} grid of {found.tokenizer.codebook_size} codes"
+            f"codes, and a {grid}x{grid} grid of {tokenizer.codebook_size} codes"
         )
-    pixels = PixelSpace(tokenizer=VQModel(found.tokenizer), mesh=mesh)
+    pixels = PixelSpace(tokenizer=VQModel(tokenizer), mesh=mesh)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     image = jnp.zeros((1, side, side, 3))
     frozen = jax.eval_shape(
@@ -176,7 +178,7 @@ def _assemble(found: _Found, mesh: Mesh) -> Generator:
         facts={
             **found.facts,
             "policy": _named(policy),
-            "tokenizer": dataclasses.asdict(found.tokenizer),
+            "tokenizer": dataclasses.asdict(tokenizer),
             "image_size": side,
             "sha256": {
                 PARTS[source.part]: _digests(source)
@@ -186,14 +188,14 @@ def _assemble(found: _Found, mesh: Mesh) -> Generator:
     )
 
 
-def _policy_source(path: str, policy: Policy, verify: bool = True) -> WeightsSource:
+def _policy_source(path: str, policy: Policy) -> WeightsSource:
     config = getattr(policy, "config", None)
-    return WeightsSource(path, "gpt", policy.name_rules, policy.ignored_names, config, verify)
+    return WeightsSource(path, "gpt", policy.name_rules, policy.ignored_names, config)
 
 
-def _demo(dtype: str | None) -> _Found:
+def _demo() -> _Found:
     """The shipped generator of photographs, 32x32 pixels and 12 classes."""
-    policy = make_policy(**_DEMO_POLICY, **_dtype_option(dtype))
+    policy = make_policy(**_DEMO_POLICY)
     return _Found(
         policy=policy,
         tokenizer=_DEMO_TOKENIZER,
@@ -207,9 +209,8 @@ def _demo(dtype: str | None) -> _Found:
     )
 
 
-def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
+def _trained(directory: Path) -> _Found:
     """What a run of `vapi_jax.main` has trained."""
-    del mesh
     summary = _read_summary(directory / SUMMARY)
     weights = directory / "weights" / "policy.safetensors"
     if not weights.is_file():
@@ -217,9 +218,9 @@ def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
             f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}: it trained no "
             "generator"
         )
-    config = _run_config(directory, summary, dtype)
+    config = _run_config(directory, summary)
     policy = make_policy(**sized_policy(config))
-    found, noted = sha256_file(weights), summary.get("weights", {}).get(weights.name)
+    found, noted = digest_of(weights), summary.get("weights", {}).get(weights.name)
     if noted is not None and found != noted:
         raise WeightsError(
             f"{weights} is not the file that the run wrote: its SHA-256 is {found}, {SUMMARY} says "
@@ -245,9 +246,8 @@ def _trained(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
     )
 
 
-def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
+def _converted(directory: Path) -> _Found:
     """Released weights that launch/convert_llamagen.py has converted, generator and tokenizer."""
-    del mesh
     config, manifest = read_manifest(directory)
     if missing := [part for part in PARTS if part not in config]:
         raise WeightsError(
@@ -258,7 +258,7 @@ def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
     try:
         tokenizer = VQConfig(**options["vq"])
         kind = "class" if options["gpt"].get("model_type") == "c2i" else "text"
-        policy = make_policy(kind, **options["gpt"], **_dtype_option(dtype))
+        policy = make_policy(kind, **options["gpt"])
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{directory} has a config.json that does not work: {error}") from error
     names = vq.NAME_RULES, vq.IGNORED_NAMES
@@ -266,8 +266,7 @@ def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
         policy=policy,
         tokenizer=tokenizer,
         weights=_policy_source(str(directory), policy),
-        # Both parts are in the same files, whose digests are compared with the first.
-        tokenizer_weights=WeightsSource(str(directory), "vq", *names, tokenizer, verify=False),
+        tokenizer_weights=WeightsSource(str(directory), "vq", *names, tokenizer),
         image_size=math.isqrt(policy.num_tokens) * tokenizer.downsample_factor,
         class_names=None,
         facts={
@@ -281,15 +280,11 @@ def _converted(directory: Path, mesh: Mesh, dtype: str | None) -> _Found:
     )
 
 
-DIRECTORIES: dict[str, tuple[str, Callable[[Path, Mesh, str | None], _Found]]] = {
+DIRECTORIES: dict[str, tuple[str, Callable[[Path], _Found]]] = {
     SUMMARY: ("a finished run of vapi_jax.main", _trained),
     MANIFEST: ("weights converted by launch/convert_llamagen.py", _converted),
 }
 """The file by which a kind of checkpoint directory is known -> (what it is, its reader)."""
-
-
-def _dtype_option(dtype: str | None) -> dict[str, str]:
-    return {} if dtype is None else {"dtype": dtype}
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -299,7 +294,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _run_config(directory: Path, summary: Mapping[str, Any], dtype: str | None) -> TrainConfig:
+def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
     """What sampling needs of a run's configuration: generator, tokenizer and data.
 
     How it was trained is left out, and with it every name of code that only training needs. Other code of
@@ -308,9 +303,8 @@ def _run_config(directory: Path, summary: Mapping[str, Any], dtype: str | None) 
     told = summary["config"]
     kept = ("name", "policy", "condition", "tokenizer", "data", "init")
     raw = {**{name: told[name] for name in kept if name in told}, "method": "base"}
-    raw["policy"] = {**(raw.get("policy") or {}), **_dtype_option(dtype)}
     named = (
-        raw["policy"].get("kind"),
+        (raw.get("policy") or {}).get("kind"),
         *((raw.get(part) or {}).get("name") for part in ("condition", "data")),
     )
     for name in filter(None, named):
@@ -330,7 +324,7 @@ def _named(policy: Policy) -> dict[str, Any]:
     """A policy's kind and hyper-parameters, compute dtype included."""
     config: Any = getattr(policy, "config", None)
     kind = type(policy).__name__.removesuffix("Policy").lower()
-    return {"kind": kind, **dataclasses.asdict(config)}
+    return {"kind": kind, **dataclasses.asdict(config), "dtype": policy.compute_dtype}
 
 
 def _digests(source: WeightsSource) -> dict[str, str]:
@@ -344,7 +338,7 @@ def _digests(source: WeightsSource) -> dict[str, str]:
     elif path.is_dir():
         path = path / "weights" / f"{PARTS[source.part]}.safetensors"
     with open_tensors(path) as file:
-        return {part.name: sha256_file(part) for part in file.paths}
+        return {part.name: digest_of(part) for part in file.paths}
 
 
 def _class_names(config: DataConfig, policy: Policy) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models.architecture import (
@@ -177,7 +177,7 @@ def verify_directory(directory: Path, manifest: Mapping[str, Any]) -> None:
         path = directory / name
         if Path(name).name != name or not path.is_file():
             wrong.append(f"{name} (missing)")
-        elif path.stat().st_size != facts.get("size") or sha256_file(path) != facts.get("sha256"):
+        elif path.stat().st_size != facts.get("size") or digest_of(path) != facts.get("sha256"):
             wrong.append(f"{name} (its SHA-256 differs)")
     if wrong:
         raise WeightsError(

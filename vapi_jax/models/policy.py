@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vapi_jax.common.options import hints_of
+from vapi_jax.common.options import Dtype, hints_of
 from vapi_jax.common.plugins import find
 from vapi_jax.models import janus, llama
 from vapi_jax.models.conditions import Caption, Condition, Label, Prompt, Tree
@@ -370,8 +370,13 @@ def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**fields)
 
 
-def on_devices(policy: Policy, mesh: Mesh) -> Policy:
+def on_devices(policy: Policy, mesh: Mesh, dtype: Dtype | None = None) -> Policy:
     """The policy with its attention settled for these devices, which need not be the default ones.
+
+    Args:
+      policy: one of another make than `POLICIES` stays as it is.
+      mesh: the devices.
+      dtype: to compute in instead of the policy's own; attention is then chosen anew.
 
     Raises:
       ValueError: cuDNN attention is asked for where it cannot be.
@@ -380,10 +385,10 @@ def on_devices(policy: Policy, mesh: Mesh) -> Policy:
     block = getattr(config, "block", None)
     if not isinstance(block, BlockConfig):
         return policy
-    settled = attention_implementation(
-        block.attention, block.dtype, block.head_dim, mesh.devices.flat[0]
-    )
-    config = dataclasses.replace(config, attention=settled)
+    attention = block.attention if dtype is None else "auto"
+    computed = dtype or block.dtype
+    attention = attention_implementation(attention, computed, block.head_dim, mesh.devices.flat[0])
+    config = dataclasses.replace(config, dtype=computed, attention=attention)
     return dataclasses.replace(cast(Any, policy), config=config)
 
 

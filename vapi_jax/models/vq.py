@@ -289,7 +289,10 @@ class VQModel(nn.Module):
         factor = self.config.downsample_factor
         if images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(f"image sides {images.shape[1:3]} must be multiples of {factor}")
-        return self.quant_conv(self.encoder(images, deterministic)).astype(jnp.float32)
+        # Accelerators multiply float32 in fewer bits unless told otherwise. Of the demo's tokens, one
+        # bfloat16 pass (a TPU's default) changes 0.9 %, TF32 0.2 %, three passes none.
+        with jax.default_matmul_precision("high"):
+            return self.quant_conv(self.encoder(images, deterministic)).astype(jnp.float32)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B T"]:
         """Tokens of images, int32 in raster order: the x* of the paper (Eq. 34)."""

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.digests import digest_of, sha256_file
 from vapi_jax.common.files import new_file
 from vapi_jax.common.trees import Params, flatten, unflatten
 from vapi_jax.weights.names import WeightsError
@@ -77,7 +77,7 @@ def resolve_shipped(kind: str) -> Path:
     if not shipped.exists():
         raise WeightsError(f"{shipped} is missing: reinstall the package")
     wanted = json.loads(DIGESTS.read_text())[shipped.name]
-    found = sha256_file(shipped)
+    found = digest_of(shipped)
     if found != wanted:
         raise WeightsError(
             f"{shipped} is damaged: its SHA-256 is {found}, {DIGESTS.name} says {wanted}. Reinstall "
