@@ -336,7 +336,7 @@ def test_a_preemption_notice_to_one_process_stops_all_at_the_same_step(
         for index, log in enumerate(logs)
     ]
     deadline = time.monotonic() + 180
-    while "  1/2000" not in (logs[0].read_text() if logs[0].exists() else ""):
+    while " 1/2000 " not in (logs[0].read_text() if logs[0].exists() else ""):
         assert all(process.is_alive() for process in both), [log.read_text() for log in logs]
         assert time.monotonic() < deadline
         time.sleep(0.05)
