@@ -73,11 +73,13 @@ def parse(value: Any, errors: Errors) -> tuple[RewardSpec, ...]:
 
     A reward of weight 0 is none. Everything wrong becomes a line in `errors`.
     """
-    items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple):
         errors.append(f"rewards={value!r}: wants a list of names and of {{name, weight, options}}")
         return DEFAULT
     specs = []
+    # A command line makes a tuple of one text where the recipe has a tuple.
+    items = [part for x in listed for part in (x.split(",") if isinstance(x, str) else [x])]
     for item in items:
         spec = item if isinstance(item, RewardSpec) else _spec(item, errors)
         if spec is None:
