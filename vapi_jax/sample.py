@@ -18,12 +18,10 @@ made; DIR/images and DIR/samples.npz (ADM's layout) are what evaluators take.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,7 +29,6 @@ import numpy as np
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError, exit_status
-from vapi_jax.common.images import to_uint8
 from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.progress import Progress, format_duration
 from vapi_jax.evaluation.receipt import environment
@@ -44,10 +41,9 @@ from vapi_jax.generation.files import (
 )
 from vapi_jax.generation.loading import Generator, load_generator
 from vapi_jax.generation.requests import Conditions, make_conditions
-from vapi_jax.models.resize import bicubic_torch
-from vapi_jax.models.sampling import generate
+from vapi_jax.generation.sampler import Sampler
 from vapi_jax.parallel import compiler
-from vapi_jax.parallel.sharding import host_array, make_mesh, replicate, shard_whole
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.report.pictures import overview
 
 SCHEDULES = ("constant", "interval", "cosine")
@@ -182,55 +178,9 @@ def draw_options(args: argparse.Namespace) -> dict[str, Any]:
 # --- drawing --------------------------------------------------------------------------------------
 
 
-class Sampler:
-    """Draws chunks of samples, always in batches of one shape, so that one program serves all.
-
-    Args:
-      generator: what to draw from.
-      conditions: of every sample.
-      options: see `draw_options`.
-      seed: of the run.
-      batch: samples of a chunk; rounded up to the devices, which changes no sample.
-      side: of the images in pixels; they are resized where they are decoded at another.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        conditions: Conditions,
-        options: Mapping[str, Any],
-        seed: int,
-        batch: int,
-        side: int,
-    ):
-        self._generator, self._conditions, self._options = generator, conditions, dict(options)
-        devices = generator.mesh.size
-        self._rows, self._side = -(-batch // devices) * devices, side
-        self._rng = replicate(jax.random.key(seed), generator.mesh)
-
-    def draw(self, samples: range) -> Any:
-        """Float32 images [rows, H, W, 3] of these samples, still on the devices; padding follows."""
-        generator = self._generator
-        ids = np.arange(samples.start, samples.start + self._rows, dtype=np.uint32)
-        given = np.minimum(ids, samples[-1])  # padding repeats the last sample's condition
-        batch = {"condition": self._conditions.of(given), "ids": ids}
-        batch = shard_whole(batch, generator.mesh)
-        tokens = generate(
-            generator.policy,
-            generator.params,
-            batch["condition"],
-            self._rng,
-            sample_ids=batch["ids"],
-            **self._options,
-        )
-        images = generator.decode(tokens)
-        if self._side == generator.image_size:
-            return images
-        # A program of its own, so that no rounding differs from the published protocol's function.
-        return bicubic_torch(images, self._side, self._side)
-
-
-def write_samples(sampler: Sampler, files: SampleFiles) -> int:
+def write_samples(
+    sampler: Sampler, params: Any, conditions: Conditions, seed: int, files: SampleFiles
+) -> int:
     """Draws and writes every chunk that is not there yet; returns how many samples that were.
 
     Images of one chunk are encoded and written while the devices draw the next.
@@ -238,35 +188,12 @@ def write_samples(sampler: Sampler, files: SampleFiles) -> int:
     todo = files.todo()
     missing = sum(len(files.ids(chunk)) for chunk in todo)
     done = files.count - missing
-
-    def write(chunk: int, images: np.ndarray) -> int:
-        files.write(chunk, to_uint8(images))
-        return len(images)
-
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        Progress(files.count, "samples", first_step=done) as progress,
-    ):
-        writing: concurrent.futures.Future[int] | None = None
-
-        def settle() -> None:
-            nonlocal done
-            if writing is not None:
-                written = writing.result()
-                done += written
-                progress.update(done, written)
-
-        for chunk in todo:
-            samples = files.ids(chunk)
-            images = host_array(sampler.draw(samples))[: len(samples)]
-            if not np.isfinite(images).all():
-                raise SampleError(
-                    f"samples {samples[0]} to {samples[-1]} hold NaN or infinite values: the weights "
-                    "are broken, or the compute dtype is too narrow for them"
-                )
-            settle()
-            writing = pool.submit(write, chunk, images)
-        settle()
+    drawn = sampler(params, conditions.of, map(files.ids, todo), seed)
+    with Progress(files.count, "samples", first_step=done) as progress:
+        for chunk, batch in zip(todo, drawn, strict=True):
+            files.write(chunk, batch.images)
+            done += len(batch.images)
+            progress.update(done, len(batch.images))
     return missing
 
 
@@ -343,8 +270,10 @@ def run(args: argparse.Namespace) -> None:
         if recipe["started"] != asked["started"] and files.todo():
             again = {name: asked[name] for name in ("started", "devices", "versions")}
             write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
-        sampler = Sampler(generator, conditions, draw_options(args), args.seed, batch, side)
-        drawn = write_samples(sampler, files)
+        sampler = Sampler(
+            generator.policy, generator.pixels, generator.frozen, batch, draw_options(args), side
+        )
+        drawn = write_samples(sampler, generator.params, conditions, args.seed, files)
         files.finish(conditions.rows if conditions.labels else None)
         if args.grid:
             Image.fromarray(grid(files, conditions)).save(args.out / "grid.png")

@@ -14,11 +14,11 @@ from tests.helpers import commands
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import bandwidth, batches, evaluation, sampling
 from vapi_jax.evaluation import features as F
-from vapi_jax.generation.requests import make_conditions
+from vapi_jax.generation.sampler import Sampler
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.models import inception
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.sample import Sampler, draw_options, parse
+from vapi_jax.sample import draw_options, parse
 
 DEMO = "--config=configs/c2i_demo.py:tiny"
 ONE_DEVICE = ("--config.cpu_devices=1", "--config.mesh.data=1", "--config.mesh.fsdp=1")
@@ -130,34 +130,21 @@ def test_the_text_says_what_was_measured(sampled):
 def test_a_program_compiled_between_batches_is_noticed(monkeypatch):
     """A sampler whose batches are of another size each time."""
     made = []
-    draw = Sampler.draw
+    draw = Sampler.tokens
 
-    def restless(self, samples):
-        self._rows += 1
-        made.append(self._rows)
-        return draw(self, samples)
+    def restless(self, *args):
+        self.rows += 1
+        made.append(self.rows)
+        return draw(self, *args)
 
-    monkeypatch.setattr(Sampler, "draw", restless)
+    monkeypatch.setattr(Sampler, "tokens", restless)
     monkeypatch.setattr(sampling, "WARM_UP", 1)
     monkeypatch.setattr(bandwidth, "measured_bandwidth", lambda: 1e9)
     config = tiny(policy={"num_classes": 12, "n_layer": 1})
     found = sampling.measure(config, one_device(), 1, 2, 1.0)
     assert found["compilations"] >= 1
     assert batches.problem(found)
-    assert len(set(made)) == len(made) - 2  # the two samplers take turns
-
-
-def test_tokens_alone_are_the_tokens_of_the_whole():
-    config = tiny(policy={"num_classes": 12, "n_layer": 1})
-    generator, _ = sampling.build(config, one_device())
-    parts = {field.name: getattr(generator, field.name) for field in dataclasses.fields(generator)}
-    conditions = make_conditions(generator, 4, 0, None, None)
-    made = [
-        Sampler(one, conditions, {"cfg_scale": 1.0}, 0, 4, 8).draw(range(4))
-        for one in (generator, sampling._TokensAlone(**parts))
-    ]
-    assert made[1].shape == (4, 16) and made[1].dtype == jnp.int32
-    np.testing.assert_array_equal(generator.decode(made[1]), made[0])
+    assert len(set(made)) == len(made) == 4
 
 
 def test_settings_are_those_of_the_sampling_command():

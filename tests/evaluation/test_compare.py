@@ -7,16 +7,14 @@ from vapi_jax.common.recipes import load_recipe
 from vapi_jax.evaluation.compare import (
     BASE,
     REAL,
-    SEEN,
     TUNED,
-    UNSEEN,
     Entry,
     Judge,
     compare,
     estimate,
-    even_batch,
 )
 from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.evaluation.samples import SEEN, UNSEEN, Judged, even_batch, on_judging_devices
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
@@ -32,7 +30,8 @@ def judge_and_base():
     config = resolve(recipe)
     task = make_method(config, make_mesh(2, 4))
     state, _ = init_state(task, make_optimizer(config.optimizer, 1), 0)
-    frozen = load_frozen(task)
+    task, frozen = on_judging_devices(task, load_frozen(task))
+    assert task.mesh.size == 1  # parameters are on eight devices, judgement is on one
     return Judge(task, frozen, HeldOut(task, frozen), batch=64), state.params
 
 
@@ -49,24 +48,28 @@ def test_batches_divide_a_count_with_little_rest(count, devices, batch):
     assert even_batch(count, devices) == batch
 
 
-def test_samples_depend_on_seed_and_place_alone(judge_and_base):
+def test_samples_depend_on_seed_and_count_alone_and_the_first_are_shown(judge_and_base):
     judge, base = judge_and_base
-    labels = np.arange(80) % 12
-    whole, entropies = judge.sample_labels(base, labels, seed=3)
-    assert whole.shape == (80, 32, 32, 3)
-    assert entropies.shape == (80, 64)
-    first, _ = judge.sample_labels(base, labels[:70], seed=3)
-    np.testing.assert_array_equal(whole[:70], first)
-    other, _ = judge.sample_labels(base, labels[:70], seed=4)
-    assert np.abs(first - other).mean() > 0.01
+    whole, first, other = (
+        judge.judge.samples(base, count, seed, 1.0, shown)
+        for count, seed, shown in ((80, 3, 70), (70, 3, 70), (70, 4, 8))
+    )
+    assert whole.features[SEEN].shape == (80, 512) and whole.images.shape == (70, 32, 32, 3)
+    np.testing.assert_array_equal(whole.images, first.images)
+    for name in (SEEN, UNSEEN):
+        np.testing.assert_array_equal(whole.features[name][:64], first.features[name][:64])
+    assert other.images.shape == (8, 32, 32, 3)
+    assert np.abs(first.images[:8] - other.images.astype(float)).mean() > 2
 
 
 def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     judge, base = judge_and_base
-    entropies = [judge.sample(base, 64, 0, t)[1] for t in (1.0, 0.9, 0.7)]
+    entropy_at = judge.judge.entropies(base, 0)
+    entropies = [entropy_at(t) for t in (1.0, 0.9, 0.7)]
     assert entropies[0] > entropies[1] > entropies[2]
-    target = entropies[1]
-    matched = judge.match_entropy(base, target, seed=0)
+    drawn = judge.judge.samples(base, 64, 0, 0.9)
+    assert drawn.entropy == pytest.approx(entropies[1], rel=1e-5)
+    matched = judge.match_entropy(base, entropies[1], seed=0)
     assert matched == pytest.approx(0.9, abs=0.02)
     assert judge.match_entropy(base, entropies[0] + 1.0, seed=0) == 1.0
 
@@ -81,17 +84,19 @@ def test_a_row_names_its_features_and_its_terms(judge_and_base):
     assert sharp["reward"] > row["reward"]  # fewer unlikely tokens, images nearer to the target
     assert sharp["ce"] == pytest.approx(row["ce"], rel=1e-5)  # the model is the same
     # The features that it hands on are those of the first seed's samples.
-    again = judge.features(judge.sample(base, 520, 0, 1.0)[0])
+    again = judge.judge.samples(base, 520, 0, 1.0).features
     for name, found in features.items():
         np.testing.assert_array_equal(found, again[name])
 
 
-def test_real_crops_are_nearer_than_reconstructions(judge_and_base):
+def test_real_crops_are_nearer_than_reconstructions_and_all_are_rounded_alike(judge_and_base):
     judge, _ = judge_and_base
-    real = judge.real(1)
-    assert not np.array_equal(real, judge.real(0))
-    images = (real, judge.reconstruct(real))
-    straight, through = (judge.distances(judge.features(x)) for x in images)
+    made = [list(images(520, 1)) for images in (judge.judge.real, judge.judge.reconstructed)]
+    for batches in made:
+        assert [len(batch) for batch in batches] == [64] * 8 + [8]
+        assert {batch.dtype for batch in batches} == {np.dtype(np.uint8)}
+    assert not np.array_equal(made[0][0], next(judge.judge.real(520, 0)))
+    straight, through = (judge.distances(judge.judge.features(batches)) for batches in made)
     for feature in (SEEN, UNSEEN):
         assert 0.0 < straight[feature] < through[feature]
 
@@ -101,30 +106,28 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
     judge, base = judge_and_base
     calls, fake = [], {}
 
-    def features(images):
-        calls.append(images.shape)
-        key = images.tobytes()
-        value = np.random.default_rng(len(fake)).normal(size=(len(images), 4))
-        return fake.setdefault(key, {SEEN: value, UNSEEN: -value})
+    def features(name):
+        calls.append(name)
+        value = np.random.default_rng(len(fake)).normal(size=(6, 4))
+        return fake.setdefault(name, {SEEN: value, UNSEEN: -value})
 
-    monkeypatch.setattr(judge, "features", features)
+    drawn = iter(range(1, 100))
+    samples = judge.judge
     monkeypatch.setattr(judge, "reference", {SEEN: np.eye(8, 4), UNSEEN: -np.eye(8, 4)})
     statistics = {name: (np.zeros(4), np.eye(4)) for name in (SEEN, UNSEEN)}
     monkeypatch.setattr(judge, "_reference_statistics", statistics)
-    drawn = iter(range(1, 100))
-    shape = (6, 2, 2, 3)
-    monkeypatch.setattr(judge, "sample", lambda *_: (np.full(shape, next(drawn)), 1.0))
+    monkeypatch.setattr(samples, "features", features)
+    monkeypatch.setattr(samples, "samples", lambda *_: Judged(features(next(drawn)), 1.0, None))
     monkeypatch.setattr(judge, "match_entropy", lambda *_, seed: 0.9)
-    monkeypatch.setattr(judge, "real", lambda number: np.full(shape, -number))
-    monkeypatch.setattr(judge, "reconstruct", lambda images: images - 0.5)
+    monkeypatch.setattr(samples, "real", lambda count, number: f"real {number}")
+    monkeypatch.setattr(samples, "reconstructed", lambda count, number: f"again {number}")
     rows, found = compare(judge, base, base, {})
     kinds = [row["kind"] for row in rows]
     assert kinds == ["base", "temperature", "matched", "vapi", "floor", "real"]
-    assert len(calls) == 6 * 2  # rows and seeds
+    # Rows and seeds; drawn first: the post-trained policy's two seeds, then the base's.
+    assert calls == [*range(1, 9), "again 1", "again 2", "real 1", "real 2"]
     assert [list(found[name]) for name in (SEEN, UNSEEN)] == [[REAL, BASE, TUNED]] * 2
-    # Drawn first: the post-trained policy's two seeds, then the base's.
     for label, first in ((TUNED, 1), (BASE, 3)):
-        want = fake[np.full(shape, first).tobytes()]
         for name in (SEEN, UNSEEN):
-            np.testing.assert_array_equal(found[name][label], want[name])
+            np.testing.assert_array_equal(found[name][label], fake[first][name])
     np.testing.assert_array_equal(found[UNSEEN][REAL], -np.eye(8, 4))

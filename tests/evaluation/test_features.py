@@ -33,9 +33,8 @@ def stream(images, batch, mesh=None, names=("pool",), extractor=TOY):
     params = extractor.load(None, False).params
     parts = np.split(images, range(batch, len(images), batch))
     mesh = make_mesh() if mesh is None else mesh
-    return list(
-        F.stream_features(extractor, params, parts, mesh=mesh, batch_size=batch, names=names)
-    )
+    found = F.FeatureStream(extractor.apply, params, mesh=mesh, batch_size=batch, names=names)
+    return list(found(parts))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 50])
@@ -61,12 +60,22 @@ def test_one_device_and_eight_give_the_same_features():
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6, atol=1e-6)
 
 
-def test_the_lpips_extractors_are_the_features_of_their_rows():
-    images = np.random.default_rng(2).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    extractor = F.EXTRACTORS["lpips_alex"]
-    found = stream(images, 2, extractor=extractor)[0]["pool"]
-    want = F.extract_features("alex_conv5", images / 127.5 - 1.0, batch_size=2)
-    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+def test_a_runs_features_are_those_of_the_command_and_come_in_one_pass():
+    images = np.random.default_rng(2).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    both = F.stream_of(tuple(F.FEATURES), mesh, 2)
+    passed = iter(np.split(images, [2, 4]))
+    found = both.whole(passed)
+    assert next(passed, None) is None
+    for name, command in (("vgg_relu4_3", "lpips_vgg"), ("alex_conv5", "lpips_alex")):
+        assert found[name].shape == (5, F.FEATURES[name].dim) and found[name].dtype == np.float32
+        assert found[name].std(axis=0).max() > 0
+        alone = stream(images, 4, mesh, extractor=F.EXTRACTORS[command])
+        alone = np.concatenate([part["pool"] for part in alone])
+        np.testing.assert_allclose(found[name], alone, rtol=1e-4, atol=1e-5)
+        row = F.FEATURES[name]
+        want = jax.jit(row.apply)(row.load(), images.astype(np.float32) / 127.5 - 1)
+        np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-5)
     assert F.EXTRACTORS["lpips_vgg"].label == "LPIPS-VGG relu4_3"
 
 

@@ -121,18 +121,6 @@ def test_singular_covariances():
     assert frechet_distance(mu, flat, mu, np.zeros_like(cov)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", sorted(F.FEATURES))
-def test_extraction_does_not_depend_on_batching(name):
-    images = np.random.default_rng(3).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
-    params = F.FEATURES[name].load()
-    out = F.extract_features(name, images, params=params, batch_size=2)
-    assert out.shape == (5, F.FEATURES[name].dim) and out.dtype == np.float32
-    assert out.std(axis=0).max() > 0
-    # The same rows elsewhere in a batch, and beside padding.
-    again = F.extract_features(name, images[[4, 0, 2]], params=params, batch_size=2)
-    np.testing.assert_allclose(again, out[[4, 0, 2]], rtol=1e-5, atol=1e-5)
-
-
 def test_features_are_what_their_names_say():
     images = jnp.asarray(np.random.default_rng(4).uniform(-1, 1, (1, 32, 32, 3)), jnp.float32)
     vgg, alex = load_lpips_params("vgg"), load_lpips_params("alex")
@@ -145,18 +133,3 @@ def test_features_are_what_their_names_say():
     assert maps.shape == (1, 3, 3, 256)
     got = jax.jit(F.alex_conv5)(alex, images)
     np.testing.assert_allclose(got, maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
-
-
-def test_extraction_refuses_other_images():
-    good = np.zeros((1, 32, 32, 3), np.float32)
-    for images, message in [
-        (good.astype(np.uint8), "floating point"),
-        (good + 255, r"\[-1, 1\]"),
-        (good + np.nan, r"\[-1, 1\]"),
-        (good[0], "shape"),
-        (good[:0], "N > 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            F.extract_features("vgg_relu4_3", images, params={})
-    with pytest.raises(ValueError, match="unknown"):
-        F.extract_features("fid", good)

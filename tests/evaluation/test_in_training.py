@@ -12,11 +12,11 @@ from tests.helpers.tiny import make_tiny_config, make_tiny_method, with_random_h
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
 from vapi_jax.evaluation import in_training
-from vapi_jax.evaluation.compare import SEEN
 from vapi_jax.evaluation.features import FEATURES, FeatureExtractor
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.in_training import GRID, SEED, Sampled, sampled_of
 from vapi_jax.evaluation.kernel_distance import unbiased_mmd2
+from vapi_jax.evaluation.samples import SEEN, on_judging_devices
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.models.sampling import generate
 from vapi_jax.parallel.sharding import make_mesh
@@ -70,10 +70,12 @@ def test_the_numbers_are_those_of_an_offline_computation(parts):
     tokens, entropy = generate(
         task.policy, params, labels, jax.random.key(SEED), return_entropy=True
     )
-    images = np.clip(np.asarray(task.pixels.decode(frozen, tokens)), -1.0, 1.0)
-    fake = np.asarray(blocks({"gain": 3.0}, images), np.float64)
-    crops = fixed_batch(task.config.data, "train", COUNT, 1202)["image"]
-    real = np.asarray(blocks({"gain": 3.0}, crops), np.float64)
+    images = to_uint8(task.pixels.decode(frozen, tokens))
+    crops = to_uint8(fixed_batch(task.config.data, "train", COUNT, 1202)["image"])
+    fake, real = (
+        np.asarray(blocks({"gain": 3.0}, x.astype(np.float32) / 127.5 - 1), np.float64)
+        for x in (images, crops)
+    )
     found, grid = sampled(params)
     kernel, error = unbiased_mmd2(fake, real)
     assert found == {
@@ -85,7 +87,7 @@ def test_the_numbers_are_those_of_an_offline_computation(parts):
         ),
     }
     assert error > 0.0 and kernel > 0.0
-    want = image_grid(to_uint8(images[:GRID]), columns=8)
+    want = image_grid(images[:GRID], columns=8)
     assert grid.shape == want.shape
     assert np.abs(grid.astype(int) - want).max() <= 1
 
@@ -156,7 +158,7 @@ def test_a_run_judges_at_its_start_every_so_often_and_at_its_end(kind, mesh, tmp
     rows = read_history(tmp_path / "metrics.jsonl")
     judged = [row["step"] for row in rows if "sampled/kernel_distance" in row]
     assert judged == [0, 2, 4, 5]
-    last, _ = Sampled(task, run.frozen)(run.params)
+    last, _ = Sampled(*on_judging_devices(task, run.frozen))(run.params)
     for name, value in last.items():
         assert rows[-1][f"sampled/{name}"] == pytest.approx(value, rel=1e-5)
     assert "sampled" in run.timer.summary()

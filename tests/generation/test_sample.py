@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,9 @@ from tests.helpers.paths import ROOT
 from vapi_jax import sample
 from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.files import SampleFiles
-from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.loading import load_generator
 from vapi_jax.generation.requests import make_conditions
+from vapi_jax.generation.sampler import Sampler, in_batches
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import sampling
@@ -146,22 +146,20 @@ def test_the_files_hold_the_samples_of_their_numbers(finished, expected):
 
 
 def test_a_sample_is_the_same_in_any_batch_at_any_place_and_on_any_devices(
-    many, alone, ckpt, expected_tokens, monkeypatch
+    many, alone, ckpt, expected_tokens
 ):
     """Batches of 3 on one device, of 3 and 8 on eight, padded; parameters split as well."""
-    monkeypatch.setattr(Generator, "decode", lambda self, tokens: tokens)
     split = load_generator(str(ckpt), make_mesh(2, 4))
     options = sample.draw_options(sample.parse([*ASKED, "--out=x"]))
     for generator, batch, rows in ((alone, 3, 3), (many, 3, 8), (many, 8, 8), (split, 8, 8)):
         conditions = make_conditions(generator, 11, 3, "chelsea,coffee", None)
-        sampler = sample.Sampler(generator, conditions, options, 3, batch, 8)
-        files = SampleFiles(Path("x"), 11, batch, 8)
-        for chunk in range(-(-11 // batch)):
-            samples = files.ids(chunk)
-            tokens = np.asarray(sampler.draw(samples))
+        sampler = Sampler(generator.policy, generator.pixels, generator.frozen, batch, options)
+        weights = sampler.weights(generator.params)
+        for samples in in_batches(11, batch):
+            tokens = sampler.tokens(weights, conditions.of, samples, sampler.key(3))
             assert len(tokens) == rows
             np.testing.assert_array_equal(
-                tokens[: len(samples)], np.asarray(expected_tokens)[list(samples)]
+                np.asarray(tokens)[: len(samples)], np.asarray(expected_tokens)[list(samples)]
             )
 
 

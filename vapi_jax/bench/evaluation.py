@@ -150,7 +150,7 @@ def stream_seconds(engine: Engine, side: int, batches: int) -> tuple[list[float]
 def _compiled(engine: Engine, side: int) -> tuple[Any, tuple[Any, Any], float]:
     """The extractor as one program, what it takes, and the seconds of tracing and compiling it.
 
-    As `stream_features` has it, but with its arguments in the caller's hands.
+    As `FeatureStream` has it, but with its arguments in the caller's hands.
     """
     shape = (engine.batch, side, side, 3)
     images = np.random.default_rng(_SEED).integers(0, 256, shape, np.uint8)

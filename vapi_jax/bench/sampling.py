@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from vapi_jax.bench import bandwidth
 from vapi_jax.bench.batches import (
@@ -50,28 +50,22 @@ from vapi_jax.common.tables import format_table
 from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import make_conditions
+from vapi_jax.generation.sampler import Sampler
 from vapi_jax.methods import make_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, with_classes
 from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
+from vapi_jax.models.policy import Policy
 from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import shard_whole, tree_shardings
-from vapi_jax.sample import Sampler, draw_options, parse
+from vapi_jax.sample import draw_options, parse
 from vapi_jax.weights.names import WeightsError
 
 SEED = 0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _TokensAlone(Generator):
-    """A generator whose samples stay tokens, so that drawing them can be timed through `Sampler`."""
-
-    def decode(self, tokens: Int[Array, "B T"]) -> Any:
-        return tokens
 
 
 def _weights(
@@ -147,7 +141,9 @@ def _check_guidance(generator: Generator, scale: float) -> None:
             raise ConfigError(f"--cfg={scale:g}: {error}") from error
 
 
-def _memory(generator: Generator, condition: Any, options: Mapping[str, Any]) -> tuple[int, str]:
+def _memory(
+    generator: Generator, weights: Any, condition: Any, options: Mapping[str, Any]
+) -> tuple[int, str]:
     """Bytes in use at most so far; where the backend keeps no account, as the compiler plans."""
     if "peak_bytes_in_use" in (jax.local_devices()[0].memory_stats() or {}):
         return peak_memory(None)
@@ -158,9 +154,7 @@ def _memory(generator: Generator, condition: Any, options: Mapping[str, Any]) ->
         partial(generate, generator.policy, **options),
         compiler_options=compiler.options(generator.mesh),
     )
-    lowered = draw.lower(
-        generator.params, batch["condition"], jax.random.key(SEED), sample_ids=batch["ids"]
-    )
+    lowered = draw.lower(weights, batch["condition"], jax.random.key(SEED), sample_ids=batch["ids"])
     return planned_memory(lowered.compile()), "as the compiler plans the loop over tokens"
 
 
@@ -190,15 +184,17 @@ def measure(
     conditions = make_conditions(generator, turns * rows, SEED, None, None)
     options = draw_settings(cfg_scale)
     side = generator.image_size
-    whole = Sampler(generator, conditions, options, SEED, rows, side)
-    parts = {field.name: getattr(generator, field.name) for field in dataclasses.fields(generator)}
-    alone = Sampler(_TokensAlone(**parts), conditions, options, SEED, rows, side)
+    sampler = Sampler(generator.policy, generator.pixels, generator.frozen, rows, options)
+    weights, rng = sampler.weights(generator.params), sampler.key(SEED)
+
+    def draw(samples: range) -> Array:
+        return sampler.tokens(weights, conditions.of, samples, rng)
 
     def turn(number: int) -> list[float]:
         samples = range(number * rows, (number + 1) * rows)
-        _, all_of_it = timed(whole.draw, samples)
-        tokens, drawing = timed(alone.draw, samples)
-        _, decoding = timed(generator.decode, tokens)
+        _, all_of_it = timed(lambda: sampler.images(draw(samples)))
+        tokens, drawing = timed(draw, samples)
+        _, decoding = timed(sampler.images, tokens)
         return [all_of_it, drawing, decoding]
 
     say("compiling")
@@ -212,9 +208,9 @@ def measure(
             progress.update(len(laps))
     seconds, drawing, decoding = (spread(one) for one in zip(*laps, strict=True))
     given = conditions.of(np.zeros(rows, np.int64))
-    memory, memory_source = _memory(generator, given, options)
+    memory, memory_source = _memory(generator, weights, given, options)
     rate = rows * generator.policy.num_tokens / drawing.median
-    leaves = jax.tree.leaves(generator.params)
+    leaves = jax.tree.leaves(weights)
     return {
         "name": config.name,
         "mode": "sample",
@@ -237,17 +233,17 @@ def measure(
         "tokens_per_second": rate,
         "peak_memory_bytes": memory,
         "peak_memory_source": memory_source,
-        **_against_memory(generator, given, cfg_scale != 1.0, rate),
+        **_against_memory(generator.policy, weights, given, mesh, cfg_scale != 1.0, rate),
     }
 
 
 def _against_memory(
-    generator: Generator, given: Any, guided: bool, tokens_per_second: float
+    policy: Policy, weights: Any, given: Any, mesh: Mesh, guided: bool, tokens_per_second: float
 ) -> dict[str, Any]:
     """What was reached of the tokens/s that the memory's bandwidth allows for a batch like `given`."""
     say("the memory's bandwidth")
-    devices, rows = generator.mesh.size, len(jax.tree.leaves(given)[0])
-    found = bandwidth.step_bytes(generator.policy, generator.params, given, devices, guided)
+    devices, rows = mesh.size, len(jax.tree.leaves(given)[0])
+    found = bandwidth.step_bytes(policy, weights, given, devices, guided)
     speed = bandwidth.measured_bandwidth()
     sharing = devices if jax.default_backend() == "cpu" else 1
     return {

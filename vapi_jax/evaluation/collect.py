@@ -121,17 +121,17 @@ def collect(
     dims, digest = engine.network.dims, PixelDigest(images)
     moments = {name: Moments(dims[name]) for name in gaussians}
     kept = {name: np.empty((len(which), dims[name]), np.float32) for name, which in rows.items()}
-    stream = F.stream_features(
-        engine.extractor,
+    stream = F.FeatureStream(
+        engine.extractor.apply,
         engine.weights.params,
-        digested(images, engine.batch, digest),
         mesh=engine.mesh,
         batch_size=engine.batch,
         names=sorted({*gaussians, *rows}),
     )
+    found_in = stream(digested(images, engine.batch, digest))
     seen = 0
     with Progress(-(-images.count // engine.batch), title) as progress:
-        for done, found in enumerate(stream, 1):
+        for done, found in enumerate(found_in, 1):
             count = len(next(iter(found.values())))
             if broken := [name for name, part in found.items() if not np.isfinite(part).all()]:
                 raise F.FeaturesError(

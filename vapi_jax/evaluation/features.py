@@ -96,57 +96,6 @@ FEATURES: dict[str, FeatureExtractor] = {
 }
 
 
-@functools.cache
-def _compiled(name: str) -> Callable[[Params, Array], Array]:
-    return jax.jit(FEATURES[name].apply)
-
-
-def extract_features(
-    name: str,
-    images: Float[np.ndarray, "N H W 3"],
-    *,
-    params: Params | None = None,
-    batch_size: int = 128,
-) -> Float[np.ndarray, "N D"]:
-    """Features of many images, in batches of one size so that one program is compiled.
-
-    Args:
-      name: a key of `FEATURES`.
-      images: floating point, in [-1, 1].
-      params: parameters of that extractor; loaded if None.
-      batch_size: images per call; the last batch is filled with zeros which are dropped again.
-
-    Returns:
-      float32 [N, dim].
-
-    Raises:
-      ValueError: unknown name, no images, or images of another type, shape or range.
-    """
-    if name not in FEATURES:
-        raise ValueError(f"feature {name!r} is unknown; choose one of {sorted(FEATURES)}")
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise ValueError(f"images must have shape [N, H, W, 3] with N > 0, got {images.shape}")
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
-    low, high = float(images.min()), float(images.max())
-    # Decoders overshoot a little; 0..255 or NaN would pass through the network unnoticed.
-    if not (low >= -2 and high <= 2):
-        raise ValueError(f"images must lie in [-1, 1], got values from {low} to {high}")
-    extractor = FEATURES[name]
-    params = jax.device_put(extractor.load() if params is None else params)
-    apply = _compiled(name)
-    out = np.empty((len(images), extractor.dim), np.float32)
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].astype(np.float32)
-        missing = batch_size - len(batch)
-        padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        out[start : start + len(batch)] = np.asarray(apply(params, jnp.asarray(padded)))[
-            : len(batch)
-        ]
-    return out
-
-
 class FeaturesError(ExpectedError, ValueError):
     """A feature extractor that is unknown, cannot be loaded, or does not fit the images."""
 
@@ -206,6 +155,11 @@ def _apply_inception(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping
     return inception.inception_features(params, inception.preprocess(images))
 
 
+def _as_floats(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
+    """In [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
 def _from_lpips(name: str, label: str) -> Extractor:
     row = FEATURES[name]
 
@@ -213,7 +167,7 @@ def _from_lpips(name: str, label: str) -> Extractor:
         return Weights(row.load())
 
     def apply(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping[str, Array]:
-        return {"pool": row.apply(params, images.astype(jnp.float32) / 127.5 - 1)}
+        return {"pool": row.apply(params, _as_floats(images))}
 
     return Extractor(label, load, apply)
 
@@ -288,49 +242,77 @@ def feature_dims(extractor: Extractor, params: Params, height: int, width: int) 
     return {name: leaf.shape[1] for name, leaf in shapes.items()}
 
 
-def stream_features(
-    extractor: Extractor,
-    params: Params,
-    batches: Iterable[UInt8[np.ndarray, "N H W 3"]],
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    names: Sequence[str],
-) -> Iterator[dict[str, Float[np.ndarray, "N D"]]]:
-    """Features of a stream of images, batch by batch, computed on all devices of a mesh.
+class FeatureStream:
+    """Features of streams of images, batch by batch, on all devices of a mesh, by one program.
 
     The last batch is filled with black images whose features are dropped. The next batch is on its way
     while the caller works on the last one. The result does not depend on the number of devices beyond
     float32's rounding.
 
     Args:
-      extractor: what computes them.
+      apply: see `Extractor.apply`.
       params: its parameters; brought to every device once.
-      batches: uint8 images of one size, no batch larger than `batch_size`.
       mesh: from `make_mesh`.
       batch_size: images per call, rounded up to a multiple of the number of devices.
       names: which of the features; others are not computed where that saves something.
-
-    Yields:
-      {name: float32 [N, dim]} with the N of each batch.
     """
-    size = -(-batch_size // mesh.size) * mesh.size
-    params = jax.device_put(params, replicated(mesh))
 
-    @jax.jit
-    def apply(params: Params, images: Array) -> dict[str, Array]:
-        found = extractor.apply(params, images)
-        return {name: found[name].astype(jnp.float32) for name in names}
+    def __init__(
+        self,
+        apply: Callable[[Params, Array], Mapping[str, Array]],
+        params: Params,
+        *,
+        mesh: Mesh,
+        batch_size: int,
+        names: Sequence[str],
+    ):
+        self._size, self._mesh = -(-batch_size // mesh.size) * mesh.size, mesh
+        self._params = jax.device_put(params, replicated(mesh))
 
-    def fetch(features: dict[str, Array], count: int) -> dict[str, np.ndarray]:
-        return {name: host_array(value)[:count] for name, value in features.items()}
+        def named(params: Params, images: Array) -> dict[str, Array]:
+            found = apply(params, images)
+            return {name: found[name].astype(jnp.float32) for name in names}
 
-    pending: tuple[dict[str, Array], int] | None = None
-    for images in batches:
-        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
-        running = apply(params, shard_whole(padded, mesh)), len(images)
+        self._apply = jax.jit(named)
+
+    def __call__(
+        self, batches: Iterable[UInt8[np.ndarray, "N H W 3"]]
+    ) -> Iterator[dict[str, Float[np.ndarray, "N D"]]]:
+        """{name: float32 [N, dim]} with the N of each batch.
+
+        Args:
+          batches: uint8 images of one size, no batch larger than `batch_size`.
+        """
+        pending: tuple[dict[str, Array], int] | None = None
+        for images in batches:
+            missing = self._size - len(images)
+            padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            running = self._apply(self._params, shard_whole(padded, self._mesh)), len(images)
+            if pending is not None:
+                yield _fetch(*pending)
+            pending = running
         if pending is not None:
-            yield fetch(*pending)
-        pending = running
-    if pending is not None:
-        yield fetch(*pending)
+            yield _fetch(*pending)
+
+    def whole(
+        self, batches: Iterable[UInt8[np.ndarray, "N H W 3"]]
+    ) -> dict[str, Float[np.ndarray, "N D"]]:
+        """The features of all batches."""
+        parts = list(self(batches))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _fetch(features: dict[str, Array], count: int) -> dict[str, np.ndarray]:
+    return {name: host_array(value)[:count] for name, value in features.items()}
+
+
+def stream_of(names: Sequence[str], mesh: Mesh, batch_size: int) -> FeatureStream:
+    """These rows of `FEATURES`, all of them in one pass over the images."""
+    rows = {name: FEATURES[name] for name in names}
+
+    def apply(params: Params, images: UInt8[Array, "N H W 3"]) -> dict[str, Array]:
+        seen = _as_floats(images)
+        return {name: row.apply(params[name], seen) for name, row in rows.items()}
+
+    params = {name: row.load() for name, row in rows.items()}
+    return FeatureStream(apply, params, mesh=mesh, batch_size=batch_size, names=names)

@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from vapi_jax.common.images import image_grid, to_uint8
-from vapi_jax.data import num_classes
-from vapi_jax.evaluation.compare import SEEN, Sampler, even_batch, real_crops
+from vapi_jax.common.images import image_grid
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.kernel_distance import kernel_distance
+from vapi_jax.evaluation.samples import SEEN, SampleJudge, even_batch
 from vapi_jax.methods import Method
-from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
 
 SAMPLED = "sampled/"
 """Begins the names of numbers and pictures of free-running samples in training."""
@@ -45,31 +42,17 @@ class Sampled:
 
     def __init__(self, method: Method, frozen: Mapping[str, Any]):
         config = method.config
-        count = config.eval.sampled
-        self._every, self._mesh = config.eval.sampled_every, method.mesh
-        self._labels = np.arange(count) % num_classes(config.data)
-        self._sampler = Sampler(method, frozen, even_batch(count, method.mesh.size))
-        extractor = FEATURES[SEEN]
-        self._extract = jax.jit(extractor.apply)
-        self._weights = replicate(extractor.load(), method.mesh)
-        self._real = self._features(real_crops(config, count))
+        self._every, self._count = config.eval.sampled_every, config.eval.sampled
+        batch = even_batch(self._count, method.mesh.size)
+        self._judge = SampleJudge(method, frozen, batch, (SEEN,))
+        self._real = self._judge.features(self._judge.real(self._count, 0))[SEEN]
         # With no more samples than features the covariance would be singular.
-        enough = count > extractor.dim
+        enough = self._count > FEATURES[SEEN].dim
         self._real_statistics = gaussian_statistics(self._real) if enough else None
 
     def due(self, step: int) -> bool:
         """Whether it is the turn of this step; the first and the last are the caller's to add."""
         return step % self._every == 0
-
-    def _features(self, images: np.ndarray) -> np.ndarray:
-        """Features of images [N, H, W, 3] in [-1, 1], each device taking its share of a batch."""
-        size, found = self._sampler.batch, []
-        for start in range(0, len(images), size):
-            part = images[start : start + size].astype(np.float32)
-            padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-            features = self._extract(self._weights, shard_whole(padded, self._mesh))
-            found.append(host_array(features)[: len(part)])
-        return np.concatenate(found)
 
     def __call__(self, params: Any) -> tuple[dict[str, float], np.ndarray]:
         """Metrics of a policy's samples, and a picture of the first ones.
@@ -80,18 +63,18 @@ class Sampled:
           {"kernel_distance", "kernel_distance_error" (its standard error), "entropy" (nats per token
           of what is drawn from), and "frechet" where there are samples enough}; uint8 [h, w, 3].
         """
-        images, entropies = self._sampler(params, self._labels, SEED)
-        features = self._features(images)
+        judged = self._judge.samples(params, self._count, SEED, 1.0, shown=GRID)
+        features = judged.features[SEEN]
         kernel = kernel_distance(features, self._real)
         found = {
             "kernel_distance": kernel.distance,
             "kernel_distance_error": kernel.standard_error,
-            "entropy": float(entropies.mean()),
+            "entropy": judged.entropy,
         }
         if self._real_statistics is not None:
             statistics = gaussian_statistics(features)
             found["frechet"] = frechet_distance(*statistics, *self._real_statistics)
-        return found, image_grid(to_uint8(images[:GRID]), columns=8)
+        return found, image_grid(judged.images, columns=8)
 
 
 def sampled_of(method: Method, frozen: Mapping[str, Any]) -> Sampled | None:

@@ -24,6 +24,7 @@ from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
 from vapi_jax.common.options import Dtype
 from vapi_jax.data import DataConfig, class_names
+from vapi_jax.generation.sampler import decode
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.method import tokenizer_source
@@ -33,7 +34,6 @@ from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, make_policy, on_devices
 from vapi_jax.models.vq import VQConfig, VQModel
-from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import tree_shardings
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import load_metadata, resolve_shipped
@@ -98,13 +98,7 @@ class Generator:
 
     def decode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
         """Images of tokens, unclamped; B is a multiple of the device count."""
-        decode = jax.jit(_decode, static_argnums=0, compiler_options=compiler.options(self.mesh))
         return decode(self.pixels, self.frozen, tokens)
-
-
-# The tokenizer is hashable, so that all generators with the same one share a compiled program.
-def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Array:
-    return pixels.decode(frozen, tokens)
 
 
 def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Generator:

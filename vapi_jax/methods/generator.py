@@ -126,6 +126,13 @@ class GeneratorMethod(Method):
         del extra
         return {"policy": params}
 
+    def narrowed(self, params: Any) -> Any:
+        return self.policy.narrowed(params)
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        return {"policy": self.policy.compute_dtype, **super().precision}
+
     def sampled(self) -> SampledPolicy:
         return SampledPolicy(self.policy, lambda params: params, self.pixels)
 

@@ -288,6 +288,16 @@ class Method(abc.ABC):
 
     # --- judgement --------------------------------------------------------------------------------
 
+    def narrowed(self, params: Params) -> Params:
+        """The parameters for forward passes alone: see `Policy.narrowed`."""
+        return params
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """Dtypes of everything between parameters and a judgement, the same for all that is judged."""
+        tokenizer = self.config.tokenizer
+        return {"encoder": tokenizer.encoder_dtype, "decoder": tokenizer.decoder_dtype}
+
     @abc.abstractmethod
     def held_out(
         self,

@@ -394,6 +394,11 @@ class VAPi(GeneratorMethod):
                 )
         return found
 
+    @property
+    def precision(self) -> dict[str, Any]:
+        rewards = {term.name: getattr(term.reward, "dtype", "float32") for term in self.terms}
+        return {**super().precision, "rewards": rewards}
+
     def controls(self) -> dict[str, TrainConfig]:
         changes: dict[str, dict[str, Any]] = {
             "CE only": {"policy_gradient": False},

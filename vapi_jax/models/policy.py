@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -96,6 +97,14 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def init(self, rng: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, a nested dict; the same for the same key."""
+
+    def narrowed(self, params: Params) -> Params:
+        """The same parameters in fewer bytes, for forward passes alone.
+
+        Only what every use casts to the compute dtype anyway may be cast, so that results are the same
+        to the bit. A kind that does not say so keeps its float32.
+        """
+        return params
 
     @abc.abstractmethod
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
@@ -182,6 +191,9 @@ class _LlamaPolicy(Policy):
         context = jnp.zeros((1, 1), dtype=jnp.int32)
         variables = llama.Llama(self.config).init(rng, self.example_condition(1), context)
         return variables["params"]
+
+    def narrowed(self, params: Params) -> Params:
+        return _cast_matrices(params, self.compute_dtype)
 
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
@@ -322,6 +334,9 @@ class JanusPolicy(Policy):
         context = jnp.zeros((1, 1), dtype=jnp.int32)
         return janus.Janus(self.config).init(rng, self.example_condition(1), context)["params"]
 
+    def narrowed(self, params: Params) -> Params:
+        return _cast_matrices(params, self.compute_dtype)
+
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
 
@@ -356,6 +371,16 @@ class JanusPolicy(Policy):
         self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
     ) -> tuple[Float[Array, "B V"], Cache]:
         return janus.decode(self.config, params, cache, token, index)
+
+
+def _cast_matrices(params: Params, dtype: str) -> Params:
+    """Matrices and tables in the compute dtype. Norms, biases and learned features stay."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.astype(dtype) if name in ("kernel", "embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:

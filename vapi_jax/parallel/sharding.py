@@ -154,6 +154,25 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def whole_copy(params: Any, mesh: Mesh, narrowed: Callable[[Any], Any]) -> Any:
+    """Parameters in any layout, narrowed where they are and then sent whole to every device of a mesh.
+
+    `narrowed` is compiled already, and kept by the caller.
+    """
+    return jax.device_put(narrowed(params), replicated(mesh))
+
+
+def without_virtual_devices(mesh: Mesh) -> Mesh:
+    """The mesh, or the first of one process's virtual CPU devices.
+
+    Those share its cores and only wait for each other where nothing is divided among them.
+    """
+    first = mesh.devices.flat[0]
+    if first.platform != "cpu" or jax.process_count() > 1 or mesh.size == 1:
+        return mesh
+    return make_mesh(1, 1, [first])
+
+
 def local_rows(leaf: jax.Array) -> np.ndarray:
     """This process's rows of an array whose leading axis is split over all devices."""
     shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)

@@ -24,6 +24,7 @@ from vapi_jax.common.progress import Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
 from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
+from vapi_jax.evaluation.samples import on_judging_devices
 from vapi_jax.methods import HealthError, Method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.loading import CONFIG
@@ -156,11 +157,12 @@ def fit(
             after=-1 if facts is None else progress.step,
         )
         with writer:
+            judged = on_judging_devices(method, frozen)
             trainer = _Trainer(
                 method=method,
                 step_fn=train.make_train_step(method, optimizer, shardings),
-                held_out=HeldOut(method, frozen),
-                sampled=sampled_of(method, frozen),
+                held_out=HeldOut(*judged),
+                sampled=sampled_of(*judged),
                 frozen=frozen,
                 batches=batches,
                 saver=saver,

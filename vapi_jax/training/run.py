@@ -4,13 +4,14 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from vapi_jax.common import locks
@@ -23,17 +24,22 @@ from vapi_jax.data import class_names, fixed_batch, num_classes
 from vapi_jax.evaluation.compare import (
     BASE,
     REAL,
-    SEEN,
     TUNED,
-    UNSEEN,
     Judge,
-    Sampler,
     compare,
-    even_batch,
 )
 from vapi_jax.evaluation.embeddings import Plane, planes_of
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.held_out import HELD_OUT
+from vapi_jax.evaluation.samples import (
+    SEEN,
+    UNSEEN,
+    by_label,
+    even_batch,
+    on_judging_devices,
+    sampler_of,
+)
+from vapi_jax.generation.sampler import in_batches
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.config import TrainConfig, to_dict
 from vapi_jax.methods.generator import with_classes
@@ -129,6 +135,7 @@ def _summary(method: Method, done: Run) -> dict[str, Any]:
         "parameters": done.parameters,
         "weights": done.weights,
         "held_out": {"split": config.eval.split, "images": config.eval.images},
+        "precision": method.precision,
     }
     if config.eval.sampled_every:
         feature = FEATURES[SEEN].description
@@ -163,21 +170,31 @@ def _pictures(
     names, per_class = class_names(config.data), config.eval.grid_per_class
     labels = np.repeat(np.arange(min(config.eval.grid_classes, len(names))), per_class)
     summary["sample_classes"] = [names[label] for label in labels]
-    # A comparison draws thousands in large batches; a picture alone needs no more than it shows.
-    compared, devices = config.eval.compare, method.mesh.size
-    size = (
-        even_batch(config.eval.samples, devices)
-        if compared
-        else -(-len(labels) // devices) * devices
-    )
-    sampler = Sampler(method, done.frozen, size)
-    samples = to_uint8(sampler(done.params, labels, seed=7)[0])
-    if not compared:
+    judged = on_judging_devices(method, done.frozen)
+    draw = partial(_samples, *judged, labels)
+    samples = draw(done.params)
+    if not config.eval.compare:
         return {"samples": samples, **images}
     images["samples_after"] = samples
     images |= _real_of_classes(config, labels)
-    images["samples_before"] = to_uint8(sampler(done.start_params, labels, seed=7)[0])
+    images["samples_before"] = draw(done.start_params)
     return images
+
+
+def _samples(
+    method: Method, frozen: Mapping[str, Any], labels: Int[np.ndarray, " N"], params: Any
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """A sample of each label."""
+    found = method.sampled()
+    assert found is not None, "asked before"
+    config, devices = method.config.eval, method.mesh.size
+    # A comparison draws thousands in large batches, with a program that does here too; a picture
+    # alone needs no more than it shows.
+    batch = even_batch(config.samples if config.compare else len(labels), devices)
+    sampler = sampler_of(method, frozen, batch)
+    batches = in_batches(len(labels), batch)
+    drawn = sampler(found.params(params), by_label(method, labels), batches, 7, temperature=1.0)
+    return np.concatenate([part.images for part in drawn])
 
 
 def _reconstruct(
@@ -212,7 +229,7 @@ def _compare(
         for name, config in method.controls().items():
             place = workdir / "controls" / name.replace(" ", "_").lower()
             controls[name] = fit(make_method(config, method.mesh), place, **fitting).params
-    judge = Judge(method, done.frozen, done.held_out)
+    judge = Judge(*on_judging_devices(method, done.frozen), done.held_out)
     rows, features = compare(judge, done.start_params, done.params, controls)
     summary["table"] = rows
     by_kind = {row["kind"]: row for row in rows}

@@ -1,0 +1,176 @@
+"""Samples of what a method trains and real crops beside them, as features, batch by batch.
+
+All images are rounded to uint8 before they are judged, samples, crops and reconstructions alike, and no
+more than a batch or two of them is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from vapi_jax.common.images import to_uint8
+from vapi_jax.data import fixed_samples, num_classes
+from vapi_jax.evaluation.features import FeatureStream, stream_of
+from vapi_jax.generation.sampler import Sampler, in_batches
+from vapi_jax.methods import Method
+from vapi_jax.methods.config import TrainConfig
+from vapi_jax.models.conditions import Tree
+from vapi_jax.parallel import compiler
+from vapi_jax.parallel.sharding import (
+    host_array,
+    replicated,
+    shard_whole,
+    without_virtual_devices,
+)
+
+SEEN, UNSEEN = "vgg_relu4_3", "alex_conv5"
+"""Features of the network that the reward looks through, and of one it has never seen."""
+
+# Reference crops come from a seed of their own for each split, so that settings chosen against one
+# set are never judged against the same.
+_REFERENCE_SEED = {"train": 101, "val": 202, "test": 303}
+
+
+def on_judging_devices(
+    method: Method, frozen: Mapping[str, Any]
+) -> tuple[Method, Mapping[str, Any]]:
+    """A run's method and frozen weights where it is judged: on all devices, or on one virtual one."""
+    mesh = without_virtual_devices(method.mesh)
+    if mesh is method.mesh:
+        return method, frozen
+    return dataclasses.replace(method, mesh=mesh), jax.device_put(dict(frozen), replicated(mesh))
+
+
+def even_batch(count: int, devices: int, most: int = 256) -> int:
+    """About `most` samples at once, a multiple of the devices that divides `count` with little rest."""
+    rounds = -(-count // most)
+    return -(-count // (rounds * devices)) * devices
+
+
+def real_crops(
+    config: TrainConfig, count: int, batch: int, number: int = 0
+) -> Iterator[Float[np.ndarray, "N H W 3"]]:
+    """Fresh real crops, set `number`, in [-1, 1] and batches; set 0 is the reference.
+
+    Raises:
+      DataError: the training split is smaller than `count`.
+    """
+    seed = 1000 * (number + 1) + _REFERENCE_SEED[config.eval.split]
+    samples = fixed_samples(config.data, "train", count, seed)
+    while part := list(itertools.islice(samples, batch)):
+        yield np.stack([sample["image"] for sample in part])
+
+
+def by_label(
+    method: Method, labels: Int[np.ndarray, " N"]
+) -> Callable[[Int[np.ndarray, " B"]], Tree]:
+    """Conditions of samples of these labels, as `Sampler` takes them."""
+    return lambda ids: method.prepare({"condition": labels[ids].astype(np.int32)})["condition"]
+
+
+def sampler_of(method: Method, frozen: Mapping[str, Any], batch: int) -> Sampler:
+    """Draws from what a method trains; its parameters are the method's."""
+    found = method.sampled()
+    assert found is not None, "a method that trains no generator has no samples"
+    return Sampler(found.policy, found.pixels, frozen, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What is kept of a set of samples.
+
+    Attributes:
+      features: name -> features of all of them.
+      entropy: mean of the distributions drawn from, in nats per token.
+      images: the first of them.
+    """
+
+    features: dict[str, Float[np.ndarray, "N D"]]
+    entropy: float
+    images: UInt8[np.ndarray, "K H W 3"]
+
+
+class SampleJudge:
+    """Samples and real images as features, with programs that are compiled at the first call.
+
+    Args:
+      method: the run's.
+      frozen: its frozen weights on the mesh.
+      batch: images at once, a multiple of the devices.
+      features: of `vapi_jax.evaluation.features.FEATURES`.
+    """
+
+    def __init__(
+        self, method: Method, frozen: Mapping[str, Any], batch: int, features: Sequence[str]
+    ):
+        found = method.sampled()
+        assert found is not None, "a method that trains no generator has no samples"
+        self._params = found.params
+        self.method, self.frozen, self.batch = method, frozen, batch
+        self.sampler = sampler_of(method, frozen, batch)
+        self._stream: FeatureStream = stream_of(features, method.mesh, batch)
+        self._there_and_back = jax.jit(
+            partial(method.reconstruct, None), compiler_options=compiler.options(method.mesh)
+        )
+        self._classes = num_classes(method.config.data)
+
+    def features(
+        self, batches: Iterable[UInt8[np.ndarray, "B H W 3"]]
+    ) -> dict[str, Float[np.ndarray, "N D"]]:
+        """Features of all images."""
+        return self._stream.whole(batches)
+
+    def samples(
+        self, params: Any, count: int, seed: int, temperature: float, shown: int = 0
+    ) -> Judged:
+        """Judges samples of all classes in turn, of which the first `shown` are kept as images.
+
+        The same count and seed give the same uniforms. Every process of a run has to call it.
+        """
+        conditions, kept, entropy = by_label(self.method, np.arange(count) % self._classes), [], 0.0
+        batches = in_batches(count, self.batch)
+        drawn = self.sampler(self._params(params), conditions, batches, seed, temperature)
+
+        def images() -> Iterator[np.ndarray]:
+            nonlocal entropy
+            for batch in drawn:
+                assert batch.entropies is not None
+                entropy += batch.entropies.mean(axis=1, dtype=np.float64).sum()
+                if batch.samples.start < max(shown, 1):
+                    kept.append(batch.images)
+                yield batch.images
+
+        features = self.features(images())
+        return Judged(features, entropy / count, np.concatenate(kept)[:shown])
+
+    def entropies(self, params: Any, seed: int) -> Callable[[float], float]:
+        """Temperature -> mean entropy of one batch of samples, always of the same uniforms."""
+        weights = self.sampler.weights(self._params(params))
+        conditions = by_label(self.method, np.arange(self.batch) % self._classes)
+        key = self.sampler.key(seed)
+
+        def entropy(temperature: float) -> float:
+            at = self.sampler.at(temperature)
+            found = self.sampler.tokens(weights, conditions, range(self.batch), key, **at)
+            return float(host_array(found[1]).mean(dtype=np.float64))
+
+        return entropy
+
+    def real(self, count: int, number: int) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
+        """Real crops, set `number`; set 0 is the reference."""
+        return map(to_uint8, real_crops(self.method.config, count, self.batch, number))
+
+    def reconstructed(self, count: int, number: int) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
+        """D(Q(E(I))) of the same crops."""
+        for part in real_crops(self.method.config, count, self.batch, number):
+            padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
+            decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
+            yield to_uint8(host_array(decoded)[: len(part)])
