@@ -12,7 +12,7 @@ from tests.helpers.policies import BATCH, CASES, draw_weights, make_condition
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
 from vapi_jax.common.images import to_uint8
-from vapi_jax.generation.sampler import BrokenSamplesError, Sampler, in_batches
+from vapi_jax.generation.sampler import BrokenSamplesError, Sampler, decode, in_batches
 from vapi_jax.models import sampling
 from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole, tree_shardings
@@ -105,7 +105,7 @@ def test_batches_hold_the_samples_of_their_numbers_and_their_entropies(split):
         method.policy, params, LABELS, jax.random.key(3), temperature=0.9, return_entropy=True
     )
     padded = np.pad(np.asarray(tokens), ((0, 2), (0, 0)))
-    images = to_uint8(method.pixels.decode(frozen, shard_whole(padded, method.mesh)))[:30]
+    images = to_uint8(decode(method.pixels, frozen, shard_whole(padded, method.mesh)))[:30]
     got = np.concatenate([batch.images for batch in drawn])
     assert np.abs(got.astype(int) - images).max() <= 1  # another batch may round otherwise
     assert np.mean(got != images) < 1e-3
