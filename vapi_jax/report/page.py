@@ -277,6 +277,7 @@ def _settings(summary: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
         for k, v in (summary.get("parameters") or {}).items()
     }
     machine = {"devices": summary.get("devices") or {}, "parameters": parameters}
+    machine["precision"] = summary.get("precision") or {}
     seconds = {
         k: s for k, v in (summary.get("seconds") or {}).items() if (s := number(v)) is not None
     }
