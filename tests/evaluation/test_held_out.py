@@ -16,7 +16,7 @@ from vapi_jax.training.train import load_frozen
 def split():
     """A method, frozen weights, and parameters split over four devices."""
     mesh = make_mesh(2, 4)
-    method = make_tiny_method("vapi", mesh, policy={"dtype": "bfloat16"})
+    method = make_tiny_method("vapi", mesh)
     params = with_random_head(jax.jit(method.init)(jax.random.key(0)), 1)
     params = jax.device_put(params, tree_shardings(params, mesh))
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
@@ -45,13 +45,14 @@ def test_metrics_are_those_of_split_parameters_and_none_of_them_is_gathered(spli
     alone, alone_frozen = on_judging_devices(method, frozen)
     assert (method.mesh.size, alone.mesh.size) == (8, 1)
     on_one = HeldOut(alone, alone_frozen)(params, 0.8)
-    assert on_one == {name: pytest.approx(value, rel=2e-3) for name, value in found.items()}
+    assert on_one == {name: pytest.approx(value, rel=1e-3) for name, value in found.items()}
     assert on_judging_devices(alone, alone_frozen) == (alone, alone_frozen)
 
 
 def test_a_run_says_in_which_dtypes_it_is_judged(split):
     method, _, _ = split
-    assert method.precision == {
+    narrow = make_tiny_method("vapi", method.mesh, policy={"dtype": "bfloat16"})
+    assert narrow.precision == {
         "policy": "bfloat16", "encoder": "float32", "decoder": "float32",
         "rewards": {"mse": "float32"},
     }  # fmt: skip

@@ -267,7 +267,7 @@ def test_a_repeated_command_draws_what_is_missing_and_nothing_else(
 @pytest.mark.usefixtures("no_model")
 def test_when_a_run_went_on_is_noted(tmp_path, asked, monkeypatch):
     now = {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 8}, "date": "monday"}
-    monkeypatch.setattr("vapi_jax.evaluation.receipt.environment", lambda: now)
+    monkeypatch.setattr("vapi_jax.sample.environment", lambda: now)
     command = [*asked, "--out", str(tmp_path)]
     assert sample.main(command) == 0
     (tmp_path / "images" / "000001.png").unlink()
@@ -358,9 +358,7 @@ def test_captions_are_sampled_in_turn(tmp_path, monkeypatch, captioned):
     features = rng.normal(size=(3, 4, 6)).astype(np.float32)
     mask = np.arange(4) >= np.array([[0], [3], [1]])
     np.savez(tmp_path / "c.npz", features=features, mask=mask)
-    monkeypatch.setattr(
-        "vapi_jax.generation.loading.load_generator", lambda *args, **kwargs: captioned
-    )
+    monkeypatch.setattr("vapi_jax.sample.load_generator", lambda *args, **kwargs: captioned)
     out, flags = tmp_path / "out", ["--batch=8", "--seed=3", "--format=npz", "--cfg=2", "--grid"]
     command = ["--ckpt=text", "--num=8", *flags, f"--out={out}"]
     assert sample.main([*command, f"--conditions={tmp_path / 'c.npz'}"]) == 0
@@ -436,7 +434,7 @@ def test_guidance_of_a_model_without_an_unconditional_embedding_is_refused(
 ):
     config = dataclasses.replace(many.policy.config, class_dropout_prob=0.0)
     bare = dataclasses.replace(many, policy=dataclasses.replace(many.policy, config=config))
-    monkeypatch.setattr("vapi_jax.generation.loading.load_generator", lambda *args, **kwargs: bare)
+    monkeypatch.setattr("vapi_jax.sample.load_generator", lambda *args, **kwargs: bare)
     assert sample.main([*ASKED, "--cfg=2", f"--out={tmp_path / 'out'}"]) == 1
     assert "error: --cfg 2: class_dropout_prob is 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -448,9 +446,7 @@ def test_broken_weights_are_not_written_as_pictures(tmp_path, monkeypatch, many,
     last = frozen["tokenizer"]["decoder"]["conv_out"]
     last["bias"] = jnp.full_like(last["bias"], jnp.nan)
     broken = dataclasses.replace(many, frozen=frozen)
-    monkeypatch.setattr(
-        "vapi_jax.generation.loading.load_generator", lambda *args, **kwargs: broken
-    )
+    monkeypatch.setattr("vapi_jax.sample.load_generator", lambda *args, **kwargs: broken)
     assert sample.main([*ASKED, f"--out={tmp_path}"]) == 1
     assert "error: samples 0 to 7 hold NaN or infinite values" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
@@ -461,7 +457,7 @@ def test_an_error_of_the_writer_is_the_commands(tmp_path, monkeypatch, many, cap
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "000001.png")
 
-    monkeypatch.setattr("vapi_jax.generation.loading.load_generator", lambda *args, **kwargs: many)
+    monkeypatch.setattr("vapi_jax.sample.load_generator", lambda *args, **kwargs: many)
     monkeypatch.setattr(SampleFiles, "write", full)
     assert sample.main([*ASKED, f"--out={tmp_path}"]) == 1
     assert re.search("error: .*No space left on device", told := capsys.readouterr().err)
