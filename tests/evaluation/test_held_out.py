@@ -58,7 +58,9 @@ def test_a_run_says_in_which_dtypes_it_is_judged(split):
     }  # fmt: skip
     rewards = ({"name": "lpips", "options": {"dtype": "bfloat16"}}, {"name": "mse"})
     decoder = {"decoder_dtype": "bfloat16"}
-    other = make_tiny_method("vapi", method.mesh, rewards=rewards, tokenizer=decoder).precision
+    other = make_tiny_method(
+        "vapi", method.mesh, image_size=16, rewards=rewards, tokenizer=decoder
+    ).precision
     assert (other["policy"], other["decoder"]) == ("float32", "bfloat16")
     assert other["rewards"] == {"lpips": "bfloat16", "mse": "float32"}
     tokenizer = make_tiny_method("tokenizer", method.mesh)
