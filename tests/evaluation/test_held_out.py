@@ -63,5 +63,5 @@ def test_a_run_says_in_which_dtypes_it_is_judged(split):
     ).precision
     assert (other["policy"], other["decoder"]) == ("float32", "bfloat16")
     assert other["rewards"] == {"lpips": "bfloat16", "mse": "float32"}
-    tokenizer = make_tiny_method("tokenizer", method.mesh)
+    tokenizer = make_tiny_method("tokenizer", method.mesh, image_size=16)
     assert tokenizer.precision == {"encoder": "float32", "decoder": "float32"}
