@@ -52,6 +52,7 @@ from vapi_jax.evaluation.receipt import (
     show_receipt,
     write_receipt,
 )
+from vapi_jax.library import callable_door
 from vapi_jax.models.inception import FILE_NAME, SHA256
 from vapi_jax.parallel import compiler
 
@@ -282,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"evaluate": evaluate, "precompute": precompute, "verify": verify}[args.mode]
     return exit_status(lambda: command(args))
 
+
+callable_door(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,6 +42,7 @@ from vapi_jax.generation.files import (
 from vapi_jax.generation.loading import Generator, load_generator
 from vapi_jax.generation.requests import Conditions, make_conditions
 from vapi_jax.generation.sampler import Sampler
+from vapi_jax.library import callable_door
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.report.pictures import overview
@@ -294,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
 
+
+callable_door(__name__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -50,7 +50,7 @@ from vapi_jax.common.tables import format_table
 from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import make_conditions
-from vapi_jax.generation.sampler import Sampler
+from vapi_jax.generation.sampler import DEFAULTS, Sampler
 from vapi_jax.methods import make_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, with_classes
@@ -62,7 +62,6 @@ from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import shard_whole, tree_shardings
-from vapi_jax.sample import draw_options, parse
 from vapi_jax.weights.names import WeightsError
 
 SEED = 0
@@ -129,8 +128,7 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
 
 def draw_settings(cfg_scale: float) -> dict[str, Any]:
     """What `generate` gets from `vapi_jax.sample` where nothing but the guidance is asked for."""
-    asked = parse(["--ckpt=demo", "--out=nowhere", f"--cfg={cfg_scale}"])
-    return draw_options(asked)
+    return {**DEFAULTS, "cfg_scale": cfg_scale}
 
 
 def _check_guidance(generator: Generator, scale: float) -> None:

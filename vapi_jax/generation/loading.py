@@ -11,20 +11,22 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, UInt8
 
 from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
 from vapi_jax.common.options import Dtype
+from vapi_jax.common.images import to_uint8
 from vapi_jax.data import DataConfig, class_names
-from vapi_jax.generation.sampler import decode
+from vapi_jax.generation.sampler import DEFAULTS, Sampler, decode, encode, in_batches
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.method import tokenizer_source
@@ -34,7 +36,7 @@ from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, make_policy, on_devices
 from vapi_jax.models.vq import VQConfig, VQModel
-from vapi_jax.parallel.sharding import tree_shardings
+from vapi_jax.parallel.sharding import host_array, shard_whole, tree_shardings
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import load_metadata, resolve_shipped
 from vapi_jax.weights.tensors import open_tensors
@@ -96,9 +98,69 @@ class Generator:
         """How many labels there are; None for a generator of another condition."""
         return self.policy.condition.num_classes
 
-    def decode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
-        """Images of tokens, unclamped; B is a multiple of the device count."""
-        return decode(self.pixels, self.frozen, tokens)
+    def sample(
+        self,
+        conditions: Sequence[Any] | None = None,
+        *,
+        per_condition: int = 1,
+        count: int | None = None,
+        seed: int = 0,
+        cfg: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch: int = 64,
+    ) -> UInt8[np.ndarray, "N H W 3"]:
+        """Images, drawn as `python -m vapi_jax.sample` draws them.
+
+        Args:
+          conditions: labels, or whatever raw conditions the generator's kind prepares; labels in turn
+            where none are given.
+          per_condition: images of each, one after the other.
+          count: how many in all, the conditions repeated as often as needed; None for all of them once.
+          seed: image i depends on it, on i and on its condition alone.
+          cfg: scale of classifier-free guidance; 1 is none.
+          temperature, top_k, top_p: of the distribution that is drawn from; 0 and 1 filter nothing.
+          batch: images at once.
+
+        Raises:
+          ValueError: guidance of a model without an unconditional embedding, or nothing to draw.
+        """
+        if conditions is None:
+            if self.num_classes is None:
+                raise ValueError("a generator without classes has to be told its conditions")
+            conditions = np.arange(self.num_classes)
+        rows = np.repeat(np.arange(len(conditions)), per_condition)
+        rows = rows if count is None else np.resize(rows, count)
+        if not len(rows):
+            raise ValueError("there is nothing to draw: no conditions, or a count of 0")
+        prepared = self.policy.condition.prepare(np.asarray(conditions)[rows])
+        asked = {"cfg_scale": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        size = min(batch, len(rows))
+        sampler = Sampler(self.policy, self.pixels, self.frozen, size, {**DEFAULTS, **asked})
+        drawn = sampler(
+            self.params,
+            lambda ids: jax.tree.map(lambda leaf: leaf[ids], prepared),
+            in_batches(len(rows), size),
+            seed,
+        )
+        return np.concatenate([part.images for part in drawn])
+
+    def encode(self, images: UInt8[np.ndarray, "N H W 3"]) -> Int[np.ndarray, "N T"]:
+        """Tokens of images of the generator's size."""
+        floats = np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1.0)
+        return self._by_device(lambda batch: encode(self.pixels, self.frozen, batch), floats)
+
+    def decode(self, tokens: Int[np.ndarray, "N T"]) -> UInt8[np.ndarray, "N H W 3"]:
+        """Images of tokens."""
+        tokens = np.asarray(tokens, np.int32)
+        return to_uint8(self._by_device(lambda x: decode(self.pixels, self.frozen, x), tokens))
+
+    def _by_device(self, function: Callable[[Array], Array], rows: np.ndarray) -> np.ndarray:
+        """`function` of any number of rows, padded to the devices."""
+        missing = -len(rows) % self.mesh.size
+        padded = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
+        return host_array(function(shard_whole(padded, self.mesh)))[: len(rows)]
 
 
 def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Generator:

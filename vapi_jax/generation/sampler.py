@@ -46,6 +46,31 @@ class Drawn:
     entropies: Float[np.ndarray, "N T"] | None
 
 
+DEFAULTS: Mapping[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "greedy": False,
+    "cfg_scale": 1.0,
+    "cfg_schedule": "constant",
+    "cfg_interval": -1,
+    "cfg_power": 1.0,
+}
+"""Settings of `sampling.generate` where nothing is asked for."""
+
+
+def encode(
+    pixels: PixelSpace, frozen: Mapping[str, Any], images: Float[Array, "B H W 3"]
+) -> Int[Array, "B T"]:
+    """Tokens of images, compiled; B is a multiple of the device count."""
+    options = compiler.options(frozen)
+    return jax.jit(_encode, static_argnums=0, compiler_options=options)(pixels, frozen, images)
+
+
+def _encode(pixels: PixelSpace, frozen: Mapping[str, Any], images: Array) -> Array:
+    return pixels.encode(frozen, images)
+
+
 def decode(
     pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B H W 3"]:
