@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, UInt8
     from ml_collections import ConfigDict
 
+    from vapi_jax.common.options import Dtype
     from vapi_jax.generation.loading import Generator
     from vapi_jax.methods.config import TrainConfig
 
@@ -122,7 +123,7 @@ def train(
     return Trained(place, run(config, place, resume_with_changes=resume_with_changes))
 
 
-def load(checkpoint: str | os.PathLike[str] | Trained, *, dtype: str | None = None) -> Generator:
+def load(checkpoint: str | os.PathLike[str] | Trained, *, dtype: Dtype = "float32") -> Generator:
     """A generator to sample from, to encode and to decode with, on all devices.
 
     Args:

@@ -22,7 +22,7 @@ from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.generation.requests import make_conditions
-from vapi_jax.generation.sampler import Sampler, in_batches
+from vapi_jax.generation.sampler import Sampler, decode, in_batches
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import sampling
@@ -101,7 +101,7 @@ def expected_tokens(alone):
 @pytest.fixture(scope="module")
 def expected(alone, expected_tokens):
     """Their images, float32."""
-    return np.asarray(alone.decode(expected_tokens))
+    return np.asarray(decode(alone.pixels, alone.frozen, expected_tokens))
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_captions_are_sampled_in_turn(tmp_path, monkeypatch, captioned):
     condition = text_condition(features[rows], mask[rows])
     condition = shard_whole(jax.tree.map(np.asarray, condition), captioned.mesh)
     tokens = sampling.generate(TEXT, captioned.params, condition, jax.random.key(3), cfg_scale=2.0)
-    want = to_uint8(captioned.decode(tokens))
+    want = to_uint8(decode(captioned.pixels, captioned.frozen, tokens))
     archive = np.load(out / "samples.npz")
     assert archive.files == ["arr_0"]
     assert_same_pictures(archive["arr_0"], want)

@@ -23,8 +23,8 @@ from jaxtyping import Array, Int, UInt8
 
 from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
-from vapi_jax.common.options import Dtype
 from vapi_jax.common.images import to_uint8
+from vapi_jax.common.options import Dtype
 from vapi_jax.data import DataConfig, class_names
 from vapi_jax.generation.sampler import DEFAULTS, Sampler, decode, encode, in_batches
 from vapi_jax.methods.config import ConfigError, TrainConfig
@@ -129,7 +129,7 @@ class Generator:
         if conditions is None:
             if self.num_classes is None:
                 raise ValueError("a generator without classes has to be told its conditions")
-            conditions = np.arange(self.num_classes)
+            conditions = range(self.num_classes)
         rows = np.repeat(np.arange(len(conditions)), per_condition)
         rows = rows if count is None else np.resize(rows, count)
         if not len(rows):
