@@ -9,7 +9,14 @@ from jax.test_util import check_grads
 from tests.helpers.jaxprs import largest_intermediate
 from vapi_jax.models import categorical
 from vapi_jax.models.categorical import sample_group, uniforms_24
-from vapi_jax.models.head import Head, block_length, draw, project, token_log_probs
+from vapi_jax.models.head import (
+    Head,
+    block_length,
+    cross_entropy_and_entropy,
+    draw,
+    project,
+    token_log_probs,
+)
 
 B, T, D, V, K = 3, 6, 5, 11, 4
 LIMITS = [B * V, 2 * B * V, 2**26]
@@ -60,6 +67,36 @@ def test_the_gradient_is_that_of_finite_differences(case):
 
 
 @pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_cross_entropy_and_entropy_are_those_of_all_logits(case, limit, temperature, with_bias):
+    """In value and gradient; the temperature is the entropy's, and no gradient flows through that."""
+    hidden, head, tokens, _ = case
+    head, tokens = head if with_bias else Head(head.kernel), tokens[:, 2]
+    weights = jnp.arange(1.0, B + 1)
+
+    def plain(hidden, head):
+        logits = project(hidden, head)
+        entropy = jax.lax.stop_gradient(categorical.entropy(logits, temperature))
+        ce = categorical.cross_entropy(logits, tokens)
+        return jnp.sum(ce * weights) + entropy.sum(), (ce, entropy)
+
+    def blocks(hidden, head, temperature):
+        ce, entropy = cross_entropy_and_entropy(hidden, head, tokens, temperature, limit)
+        return jnp.sum(ce * weights) + entropy.sum(), (ce, entropy)
+
+    gradient = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)
+    (_, want), wanted = gradient(hidden, head)
+    gradient = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))
+    (_, got), grads = gradient(hidden, head, temperature)  # traced, as in held-out judgements
+    assert [x.shape for x in got] == [(B,), (B, T)]
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 def test_draws_are_those_of_the_whole_logits(case, limit):
     hidden, head, _, _ = case
     key, temperature = jax.random.key(3), 0.7
@@ -78,15 +115,17 @@ def test_nothing_flows_back_through_a_draw(case):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_forward_and_backward_never_hold_all_logits():
+@pytest.mark.parametrize("function", [token_log_probs, cross_entropy_and_entropy])
+def test_forward_and_backward_never_hold_all_logits(function):
     batch, length, width, vocab = 4, 64, 8, 512
     hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
     kernel = jax.ShapeDtypeStruct((width, vocab), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((batch, 3, length), jnp.int32)
+    several = (3,) if function is token_log_probs else ()
+    tokens = jax.ShapeDtypeStruct((batch, *several, length), jnp.int32)
 
     def traced(limit):
         def loss(hidden, kernel, tokens):
-            return token_log_probs(hidden, Head(kernel), tokens, 1.0, limit).sum()
+            return jax.tree.leaves(function(hidden, Head(kernel), tokens, 1.0, limit))[0].sum()
 
         return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel, tokens).jaxpr
 

@@ -104,38 +104,78 @@ def token_log_probs(
     chosen = jnp.swapaxes(tokens, 1, 2)
     temperature = jax.lax.stop_gradient(jnp.float32(temperature))
     with jax.named_scope("head"):
-        logps = _log_probs(hidden, head.kernel, head.bias, chosen, temperature, limit)
+        logps, _ = _log_probs(hidden, head.kernel, head.bias, chosen, temperature, None, limit)
     return jnp.swapaxes(logps, 1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def cross_entropy_and_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    tokens: Int[Array, "B T"],
+    temperature: float | Float[Array, ""] = 1.0,
+    limit: int = BLOCK_LOGITS,
+) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
+    """The cross-entropy of every image, and the entropy of sampling from it, in one pass over blocks.
+
+    What `categorical.cross_entropy` (of the model itself, whatever the temperature) and
+    `categorical.entropy` (of softmax(logits / temperature)) give of all logits. A gradient flows
+    through the cross-entropy alone.
+    """
+    one, temperature = jnp.float32(1.0), jax.lax.stop_gradient(jnp.float32(temperature))
+    with jax.named_scope("head"):
+        logps, entropy = _log_probs(
+            hidden, head.kernel, head.bias, tokens[..., None], one, temperature, limit
+        )
+    return -logps[..., 0].mean(axis=-1), jax.lax.stop_gradient(entropy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _log_probs(
-    hidden: Array, kernel: Array, bias: Array | None, tokens: Array, temperature: Array, limit: int
-) -> Float[Array, "B T K"]:
-    return _forward(hidden, kernel, bias, tokens, temperature, limit)[0]
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    tokens: Array,
+    temperature: Array,
+    entropy_temperature: Array | None,
+    limit: int,
+) -> tuple[Array, Any]:
+    """Log-probabilities [B, T, K] and, where a temperature for it is given, the entropy [B, T]."""
+    args = (hidden, kernel, bias, tokens, temperature, entropy_temperature, limit)
+    return _forward(*args)[0]
 
 
 def _forward(
-    hidden: Array, kernel: Array, bias: Array | None, tokens: Array, temperature: Array, limit: int
-) -> tuple[Array, tuple[Any, ...]]:
-    def block(carry: None, hidden: Array, tokens: Array) -> tuple[None, tuple[Array, Array]]:
-        logits = project(hidden, Head(kernel, bias)) / temperature
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    tokens: Array,
+    temperature: Array,
+    entropy_temperature: Array | None,
+    limit: int,
+) -> tuple[tuple[Array, Any], tuple[Any, ...]]:
+    def block(carry: None, hidden: Array, tokens: Array) -> tuple[None, tuple[Any, ...]]:
+        raw = project(hidden, Head(kernel, bias))
+        logits = raw / temperature
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return carry, (jnp.take_along_axis(logits, tokens, axis=-1) - total, total)
+        entropy = None
+        if entropy_temperature is not None:
+            entropy = categorical.entropy(raw, entropy_temperature)
+        return carry, (jnp.take_along_axis(logits, tokens, axis=-1) - total, entropy, total)
 
     size = block_length(hidden.shape[0], hidden.shape[1], kernel.shape[1], limit)
-    _, (logps, totals) = _over_blocks(block, size, None, hidden, tokens)
-    return logps, (hidden, kernel, bias, tokens, temperature, totals)
+    _, (logps, entropy, totals) = _over_blocks(block, size, None, hidden, tokens)
+    return (logps, entropy), (hidden, kernel, bias, tokens, temperature, totals)
 
 
-def _backward(limit: int, saved: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
-    """Of Σ c_k (l[x_k] - logsumexp l): c_k at x_k, minus (Σ c_k) softmax(l).
+def _backward(limit: int, saved: tuple[Any, ...], cotangents: tuple[Array, Any]) -> tuple[Any, ...]:
+    """Of Σ c_k (l[x_k] - logsumexp l): c_k at x_k, minus (Σ c_k) softmax(l); none of the entropy.
 
     The policy gradient alone is sparse in the vocabulary, for the advantages of a group sum to
     zero; the dense part is that of the cross-entropy. Rounded to the compute dtype, or float32 would
     drag both matmuls of the largest layer to its speed.
     """
     hidden, kernel, bias, tokens, temperature, totals = saved
+    cotangent, _ = cotangents
     narrow = kernel.astype(hidden.dtype)
 
     def block(
@@ -163,13 +203,13 @@ def _backward(limit: int, saved: tuple[Any, ...], cotangent: Array) -> tuple[Any
     (d_kernel, d_bias), d_hidden = _over_blocks(
         block, size, zeros, hidden, tokens, totals, cotangent
     )
-    no_gradient = jnp.zeros_like(temperature)
     return (
         d_hidden,
         d_kernel.astype(kernel.dtype),
         None if bias is None else d_bias.astype(bias.dtype),
         None,
-        no_gradient,
+        None,
+        None,
     )
 
 
