@@ -10,10 +10,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.helpers.compare import comparing
 from tests.helpers.golden import Golden
 from tests.helpers.paths import GOLDEN
 
@@ -33,6 +33,13 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "compilation_cache"):
         config.compilation_cache.cleanup()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what compares floats, so that it can be run for other processors."""
+    for item in items:
+        if item.name.startswith(tuple(comparing(item.path))):  # chex adds to the names of methods
+            item.add_marker("floats")
 
 
 def pytest_addoption(parser):
@@ -66,9 +73,3 @@ def compile_effort(request):
     whole_runs = request.path.name in ("test_configs.py", "test_compare.py")
     lean = not whole_runs and "parity" not in request.path.parts
     jax.config.update("jax_disable_most_optimizations", lean)
-
-
-def relative_l2(got, want) -> float:
-    """||got - want|| / ||want||, the measure of the gradient tolerances."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.compare import assert_close
 from tests.helpers.image_folders import assert_same, folder_config, numbers, take, write_images
 from vapi_jax.data import (
     DataConfig,
@@ -90,7 +91,7 @@ def test_to_array_maps_bytes_to_minus_one_and_one():
     image = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
     actual = to_array(image)
     assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, [[[-1.0, -0.6, 1.0]]], atol=1e-7)
+    assert_close(actual, [[[-1.0, -0.6, 1.0]]], 1e-6)
 
 
 # Folders ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import gaussian_kde
 
+from tests.helpers.compare import assert_close
 from tests.helpers.toy_features import blobs
 from vapi_jax.evaluation import embeddings
 from vapi_jax.evaluation.embeddings import (
@@ -44,7 +45,7 @@ def test_the_components_are_those_of_the_singular_value_decomposition():
     axes = np.linalg.svd(sets["real"] - mean, full_matrices=False)[2][:2]
     for name, rows in sets.items():
         want = (rows - mean) @ axes.T
-        np.testing.assert_allclose(np.abs(points[name]), np.abs(want), atol=1e-4)
+        assert_close(np.abs(points[name]), np.abs(want), 1e-9)
 
 
 def test_a_region_of_a_normal_distribution_has_the_area_of_its_ellipse():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from tests.helpers.compare import assert_close
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.frechet import (
     FrechetResult,
@@ -28,15 +29,15 @@ def test_closed_form_of_commuting_covariances():
     rotation = scipy.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
     mu = np.array([1.0, -2.0, 0.5])
     got = frechet_distance(mu, rotation * a @ rotation.T, np.zeros(3), rotation * b @ rotation.T)
-    assert got == pytest.approx(mu @ mu + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-7)
+    assert got == pytest.approx(mu @ mu + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
 
 
 def test_against_matrix_root_symmetry_and_zero():
     (mu1, cov1), (mu2, cov2) = gaussians()
     root = scipy.linalg.sqrtm(cov1 @ cov2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root)
-    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(mu2, cov2, mu1, cov1) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(mu2, cov2, mu1, cov1) == pytest.approx(expected, rel=1e-12)
     assert 0 <= frechet_distance(mu1, cov1, mu1, cov1) < 1e-9
     with pytest.raises(ValueError, match="two means"):
         frechet_distance(mu1, cov1, mu2[:-1], cov2)
@@ -47,14 +48,14 @@ def test_same_mean_and_another_scale():
     (mu, cov), _ = gaussians()
     for scale in (0.0, 0.3, 1.0, 5.0):
         got = frechet_distance(mu, cov, mu, scale**2 * cov)
-        assert got == pytest.approx((scale - 1) ** 2 * np.trace(cov), rel=1e-7, abs=1e-9)
+        assert got == pytest.approx((scale - 1) ** 2 * np.trace(cov), rel=1e-12, abs=1e-9)
 
 
 def test_two_lines_in_the_plane():
     # Rank one each, at an angle of 60 degrees: tr = 4 + 9, cross term 2 * |cos| * 2 * 3 = 6.
     u, v = np.array([1.0, 0.0]), np.array([0.5, np.sqrt(0.75)])
     got = frechet(np.zeros(2), 4 * np.outer(u, u), np.zeros(2), 9 * np.outer(v, v))
-    assert got.distance == pytest.approx(13 - 6, rel=1e-9)
+    assert got.distance == pytest.approx(13 - 6, rel=1e-12)
     assert got.singular
 
 
@@ -67,9 +68,9 @@ def test_a_shift_a_rotation_and_the_order_of_samples_change_nothing():
 
     whole = distance(a, b)
     rotation = scipy.linalg.qr(rng.normal(size=(4, 4)))[0]
-    assert distance(a @ rotation + 7, b @ rotation + 7) == pytest.approx(whole, rel=1e-9)
-    assert distance(rng.permutation(a), rng.permutation(b)) == pytest.approx(whole, rel=1e-9)
-    assert distance(3 * a, 3 * b) == pytest.approx(9 * whole, rel=1e-9)
+    assert distance(a @ rotation + 7, b @ rotation + 7) == pytest.approx(whole, rel=1e-12)
+    assert distance(rng.permutation(a), rng.permutation(b)) == pytest.approx(whole, rel=1e-12)
+    assert distance(3 * a, 3 * b) == pytest.approx(9 * whole, rel=1e-12)
 
 
 def test_singular_covariances_are_reported_and_nothing_is_added_to_them():
@@ -100,8 +101,8 @@ def test_statistics_equal_numpy_and_refuse_bad_samples():
     sample = np.random.default_rng(2).normal(loc=100, size=(20, 4)).astype(np.float32)
     mean, cov = gaussian_statistics(sample)
     assert mean.dtype == cov.dtype == np.float64
-    np.testing.assert_allclose(mean, sample.astype(np.float64).mean(0))
-    np.testing.assert_allclose(cov, np.cov(sample.astype(np.float64), rowvar=False, ddof=1))
+    assert_close(mean, sample.astype(np.float64).mean(0), 1e-12)
+    assert_close(cov, np.cov(sample.astype(np.float64), rowvar=False, ddof=1), 1e-12)
     with pytest.raises(ValueError, match="at least 5"):
         gaussian_statistics(sample[:4])
     assert gaussian_statistics(sample[:4], allow_singular=True)[1].shape == (4, 4)
@@ -127,9 +128,9 @@ def test_features_are_what_their_names_say():
     maps = jax.jit(lambda p, x: backbone_features(p, x, "vgg"))(vgg, images)[3]
     assert maps.shape == (1, 4, 4, 512)
     got = jax.jit(F.vgg_relu4_3)(vgg, images)
-    np.testing.assert_allclose(got, maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    assert_close(got, maps.mean(axis=(1, 2)), 3e-6)
     enlarged = jax.image.resize(images, (1, 64, 64, 3), "bilinear")
     maps = jax.jit(lambda p, x: backbone_features(p, x, "alex"))(alex, enlarged)[4]
     assert maps.shape == (1, 3, 3, 256)
     got = jax.jit(F.alex_conv5)(alex, images)
-    np.testing.assert_allclose(got, maps.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    assert_close(got, maps.mean(axis=(1, 2)), 3e-6)

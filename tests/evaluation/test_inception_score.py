@@ -30,16 +30,16 @@ def test_literal_values():
     # Two classes, certain and balanced: 2. All alike: 1. p = (3/4, 1/4) and its mirror image:
     # the KL is ln 2 - H(1/4), the score 2 / exp(0.5623) = 1.1397535...
     assert inception_score(np.array([[1e4, 0.0], [0.0, 1e4]])).score == 2.0
-    assert inception_score(np.full((4, 9), -7.0)).score == pytest.approx(1.0, abs=1e-15)
+    assert inception_score(np.full((4, 9), -7.0)).score == pytest.approx(1.0, abs=1e-13)
     three = np.log(3.0)
     score = inception_score(np.array([[three, 0.0], [0.0, three]])).score
-    assert score == pytest.approx(1.1397535284773888, rel=1e-14)
+    assert score == pytest.approx(1.1397535284773888, rel=1e-13)
 
 
 def test_probabilities_that_underflow_do_not_spoil_the_score():
     # Class 2 is at exp(-2000) in every sample: 0 in float64, and log 0 would be NaN.
     logits = np.array([[0.0, 1000.0, -1000.0], [1000.0, 0.0, -1000.0]])
-    assert inception_score(logits).score == pytest.approx(2.0, rel=1e-15)
+    assert inception_score(logits).score == pytest.approx(2.0, rel=1e-13)
 
 
 def test_a_shift_of_logits_changes_nothing_and_order_matters_only_between_splits():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.compare import assert_close
 from vapi_jax.common.npz import NpzError
 from vapi_jax.evaluation import statistics as S
 from vapi_jax.evaluation.statistics import (
@@ -36,7 +37,7 @@ def moments_of(*parts):
 
 def close(a, b):
     """Equal to 1e-10 of the largest entry."""
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(b).max())
+    assert_close(a, b, 1e-10)
 
 
 def test_moments_equal_numpy():

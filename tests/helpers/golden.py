@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_close_in_norm
 from vapi_jax.models import vq
 from vapi_jax.models.conditions import text_condition
 from vapi_jax.models.llama import LlamaConfig
@@ -59,6 +60,12 @@ def pick(kind, args):
     """Those of the hyper-parameters that a dataclass has."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {key: value for key, value in args.items() if key in names and value is not None}
+
+
+def assert_golden_gradients(got, arrays, prefix, within):
+    """Gradients under the reference's names are those that the arrays have behind a prefix."""
+    want = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    assert_close_in_norm({name: got[name] for name in want}, want, within)
 
 
 def make_generator(golden, name, weights=None):

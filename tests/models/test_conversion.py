@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.helpers import commands
+from tests.helpers.compare import assert_close
 from tests.helpers.golden import KINDS, nhwc, read_condition
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
@@ -84,7 +85,7 @@ def test_converted_generators_reproduce_their_logits(golden, released, tmp_path,
     policy = make_policy(KINDS[name], **dataclasses.asdict(config))
     context = jnp.asarray(arrays["noisy_context"])
     logits = jax.jit(policy.logits)(params, read_condition(name, arrays), context)
-    np.testing.assert_allclose(logits, arrays["logits_noisy"], atol=1e-4, rtol=0)
+    assert_close(logits, arrays["logits_noisy"], 1e-5)
     assert manifest["ignored"] == {"gpt": ["args", "steps"]}
     assert manifest["sources"][0]["sha256"] == sha256_file(file)
     assert manifest["parameters"]["gpt"] == sum(x.size for x in jax.tree.leaves(params))

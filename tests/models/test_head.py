@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from tests.helpers.compare import assert_close, assert_close_in_norm
 from tests.helpers.jaxprs import largest_intermediate
 from vapi_jax.models import categorical
 from vapi_jax.models.categorical import sample_group, uniforms_24
@@ -52,9 +53,9 @@ def test_blocks_give_the_values_and_gradients_of_all_logits(case, limit, tempera
     args = (hidden, head)
     (_, want), wanted = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(*args)
     (_, got), grads = jax.jit(jax.value_and_grad(blocks, argnums=(0, 1), has_aux=True))(*args)
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert_close(got, want, 1e-6)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+        assert_close(ours, theirs, 2e-6)
 
 
 def test_the_gradient_is_that_of_finite_differences(case):
@@ -104,7 +105,7 @@ def test_draws_are_those_of_the_whole_logits(case, limit):
     samples, entropy = jax.jit(lambda *a: draw(*a, temperature, limit))(hidden, head, uniforms)
     logits = project(hidden, head)
     np.testing.assert_array_equal(samples, sample_group(key, logits, 40, temperature))
-    np.testing.assert_allclose(entropy, categorical.entropy(logits, temperature), atol=2e-6)
+    assert_close(entropy, categorical.entropy(logits, temperature), 1e-6)
     assert len(np.unique(samples)) > V // 2
 
 
@@ -162,7 +163,7 @@ def test_bfloat16_gradients_are_close_to_float32_ones(case):
     wanted = jax.grad(loss, argnums=1)(hidden, head.kernel)
     got = jax.grad(loss, argnums=1)(hidden.astype(jnp.bfloat16), head.kernel)
     assert got.dtype == jnp.float32
-    assert np.linalg.norm(got - wanted) < 0.02 * np.linalg.norm(wanted)
+    assert_close_in_norm(got, wanted, 0.02)
 
 
 @pytest.mark.parametrize(

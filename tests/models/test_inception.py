@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 from torch.nn import functional as F
 
+from tests.helpers.compare import assert_close
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models import inception
 from vapi_jax.models.inception import (
@@ -238,14 +239,6 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def assert_close(got, want, relative):
-    """Largest error as a share of the largest value."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    error = np.abs(got - want).max() / np.abs(want).max()
-    assert error < relative, f"relative error {error:.2e}"
-
-
 # --- blocks ---------------------------------------------------------------------------------------
 
 
@@ -289,10 +282,8 @@ def test_block_equals_torch_in_values_and_order_of_channels(name):
 
 def test_average_pool_divides_by_the_pixels_inside_and_maximum_ignores_padding():
     x = jnp.asarray([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])[None, :, :, None]
-    np.testing.assert_allclose(
-        inception._average_pool(x)[0, :, :, 0],
-        [[3, 3.5, 4], [4.5, 5, 5.5], [6, 6.5, 7]],
-        rtol=1e-6,
+    assert_close(
+        inception._average_pool(x)[0, :, :, 0], [[3, 3.5, 4], [4.5, 5, 5.5], [6, 6.5, 7]], 1e-6
     )
     np.testing.assert_array_equal(  # negative everywhere: a padding of zeros would win
         inception._max_pool(x - 10, 1, "SAME")[0, :, :, 0],
@@ -317,8 +308,8 @@ def test_batch_norm_folds_into_the_convolution():
     assert folded["fc"]["kernel"] is tree["fc"]["kernel"]
     assert folded["layer"].keys() == {"kernel", "bias"}
     root = 1000**0.5
-    np.testing.assert_allclose(folded["layer"]["kernel"].ravel(), [2, 2 * root], rtol=1e-6)
-    np.testing.assert_allclose(folded["layer"]["bias"], [-3, 0.5 - 100 * root], rtol=1e-6)
+    assert_close(folded["layer"]["kernel"].ravel(), [2, 2 * root], 1e-6)
+    assert_close(folded["layer"]["bias"], [-3, 0.5 - 100 * root], 1e-6)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(folded))
 
 
@@ -378,7 +369,7 @@ def test_logits_have_no_bias(compared, network):
     bias = network.fc.bias.detach().numpy()
     assert np.abs(bias).max() > 1e-2
     assert_close(got["logits"], logits - bias, 5e-6)
-    np.testing.assert_allclose(got["logits"], pool @ matrix.T, atol=5e-6 * np.abs(logits).max())
+    assert_close(got["logits"], pool @ matrix.T, 1e-5, scale=np.abs(logits).max())
 
 
 def test_every_product_runs_in_full_precision():
@@ -405,7 +396,7 @@ def test_preprocess_places_pixels_on_tf1s_grid_and_centres_at_128():
     positions = np.minimum(np.arange(299) * 256 / 299, 255)  # of a ramp the value is the position
     got = preprocess(jnp.asarray(ramp))
     assert got.shape == (1, 299, 299, 3) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got[0, 150, :, 1], (positions - 128) / 128, rtol=0, atol=1e-6)
+    assert_close(got[0, 150, :, 1], (positions - 128) / 128, 1e-6)
     for value, wanted in ((0, -1.0), (128, 0.0), (255, 127 / 128)):
         image = jnp.full((1, 7, 5, 3), value, jnp.uint8)
         np.testing.assert_array_equal(preprocess(image), np.float32(wanted))
@@ -486,8 +477,8 @@ def small(monkeypatch):
 def equal_to_the_state(weights, state):
     conv, norm = state["Conv2d_1a_3x3.conv.weight"], "Conv2d_1a_3x3.bn."
     factor = state[f"{norm}weight"] / np.sqrt(state[f"{norm}running_var"] + 1e-3)
-    np.testing.assert_allclose(
-        weights.params["Conv2d_1a_3x3"]["kernel"][1, 2, 0], conv[:, 0, 1, 2] * factor, rtol=1e-6
+    assert_close(
+        weights.params["Conv2d_1a_3x3"]["kernel"][1, 2, 0], conv[:, 0, 1, 2] * factor, 1e-6
     )
     np.testing.assert_array_equal(weights.params["fc"]["kernel"], state["fc.weight"].T)
 

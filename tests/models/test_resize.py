@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.helpers.compare import assert_close
 from tests.helpers.paths import GOLDEN
 from vapi_jax.models.resize import bicubic_torch, bilinear_tf1_legacy, published_384_to_256
 
@@ -88,7 +89,7 @@ def test_the_committed_numbers_come_out(function):
         assert len(golden.files) == 3 * len(SIZES)
         for i, (_, new) in enumerate(SIZES):
             got = function(golden[f"{i}/images"].astype(np.float32), *new)
-            np.testing.assert_allclose(got, golden[f"{i}/{function.__name__}"], atol=1e-3, rtol=0)
+            assert_close(got, golden[f"{i}/{function.__name__}"], 4e-6)
 
 
 def test_two_pixels_become_four_on_the_grid_of_corners():
@@ -124,7 +125,7 @@ def test_legacy_bilinear_equals_a_scalar_loop(old, new):
     images = pixels(2, *old, 3, dtype=np.uint8)
     got = bilinear_tf1_legacy(images, *new)
     assert got.dtype == jnp.float32 and got.shape == (2, *new, 3)
-    np.testing.assert_allclose(got, tf1_loop(images, *new), rtol=0, atol=6e-5)  # 4 ulp of 255
+    assert_close(got, tf1_loop(images, *new), 1e-6)
 
 
 @pytest.mark.parametrize("old, new", [*SIZES, ((48, 48), (32, 32)), ((32, 24), (299, 299))])
@@ -132,7 +133,7 @@ def test_bicubic_equals_torch(old, new):
     images = pixels(2, *old, 3)
     got = bicubic_torch(images, *new)
     assert got.dtype == jnp.float32 and got.shape == (2, *new, 3)
-    np.testing.assert_allclose(got, by_torch(images, *new), rtol=0, atol=1e-5)
+    assert_close(got, by_torch(images, *new), 6e-6)
 
 
 @settings(max_examples=15)
@@ -140,7 +141,7 @@ def test_bicubic_equals_torch(old, new):
 def test_bicubic_equals_torch_at_any_size(old_height, old_width, height, width):
     images = pixels(1, old_height, old_width, 1)
     got = bicubic_torch(images, height, width)
-    np.testing.assert_allclose(got, by_torch(images, height, width), rtol=0, atol=1e-5)
+    assert_close(got, by_torch(images, height, width), 6e-6)
 
 
 def test_the_neighbouring_choices_would_be_noticed():
@@ -168,7 +169,7 @@ def test_equal_size_is_the_identity_and_constants_stay(function):
     np.testing.assert_array_equal(function(images, 9, 6), images)
     constant = np.full((1, 9, 6, 3), 0.7, np.float32)
     for size in ((4, 13), (20, 3)):
-        np.testing.assert_allclose(function(constant, *size), 0.7, rtol=0, atol=2e-6)
+        assert_close(function(constant, *size), np.float32(0.7), 6e-6)
     np.testing.assert_array_equal(bilinear_tf1_legacy(constant, 20, 3), np.float32(0.7))
 
 
@@ -176,12 +177,10 @@ def test_axes_are_treated_alike_and_only_the_centred_grid_commutes_with_mirrors(
     images = pixels(1, 12, 12, 2)
     for function in (bilinear_tf1_legacy, bicubic_torch):
         turned = function(np.swapaxes(images, 1, 2), 7, 19)
-        np.testing.assert_allclose(
-            turned, np.swapaxes(function(images, 19, 7), 1, 2), rtol=0, atol=2e-6
-        )
+        assert_close(turned, np.swapaxes(function(images, 19, 7), 1, 2), 6e-6)
     mirrored = images[:, ::-1, ::-1]
     centred = bicubic_torch(images, 8, 20)[:, ::-1, ::-1]
-    np.testing.assert_allclose(bicubic_torch(mirrored, 8, 20), centred, rtol=0, atol=3e-6)
+    assert_close(bicubic_torch(mirrored, 8, 20), centred, 6e-6)
     legacy = bilinear_tf1_legacy(images, 8, 20)[:, ::-1, ::-1]
     assert np.abs(bilinear_tf1_legacy(mirrored, 8, 20) - legacy).max() > 0.1
 

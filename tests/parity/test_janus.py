@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_close
 from vapi_jax.models import janus
 from vapi_jax.models.policy import make_policy
 from vapi_jax.weights import names as weights
-
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_logits(make, arrays, condition, alignment, key):
     policy, params = make(alignment=alignment, padding="counted")
     context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)[:, : policy.context_length]
     got = jax.jit(policy.logits)(params, condition, context)
-    np.testing.assert_allclose(got, arrays[key], atol=TOLERANCE, rtol=0)
+    assert_close(got, arrays[key], 1e-5)
 
 
 def test_guided_logits(make, arrays, condition):
@@ -82,7 +81,7 @@ def test_guided_logits(make, arrays, condition):
     guided = without + 5 * (given - without)
     # Guidance at 5 multiplies the rounding of both halves by up to 9.
     want = arrays["logits_cfg5_official_B1"]
-    np.testing.assert_allclose(guided, want, atol=9 * TOLERANCE, rtol=0)
+    assert_close(guided, want, 3e-5)
 
 
 def test_hidden_states_and_embeddings(make, arrays, condition):
@@ -108,9 +107,9 @@ def test_hidden_states_and_embeddings(make, arrays, condition):
     width = condition["tokens"].shape[1]
     if "last_hidden" in arrays:
         want = arrays["last_hidden"][:, width:]
-        np.testing.assert_allclose(hidden, want, atol=TOLERANCE, rtol=0)
+        assert_close(hidden, want, 1e-5)
     if "img_embeds" in arrays:
-        np.testing.assert_allclose(image, arrays["img_embeds"], atol=TOLERANCE, rtol=0)
+        assert_close(image, arrays["img_embeds"], 1e-5)
 
 
 def test_exact_padding_equals_no_padding(make, arrays, condition):
@@ -121,7 +120,7 @@ def test_exact_padding_equals_no_padding(make, arrays, condition):
     for row, length in enumerate(np.asarray(condition["mask"]).sum(axis=1)):
         alone = {key: leaf[row : row + 1, :length] for key, leaf in condition.items()}
         got = jax.jit(policy.logits)(params, alone, context[row : row + 1])
-        np.testing.assert_allclose(got[0], padded[row], atol=TOLERANCE, rtol=0)
+        assert_close(got[0], padded[row], 1e-5)
 
 
 def test_names_round_trip(make, golden):

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_close
 from tests.helpers.golden import KINDS, make_generator, read_condition
 from vapi_jax.models import llama
 from vapi_jax.models.transformer import causal_mask
 from vapi_jax.weights import names as weights
-
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
@@ -43,7 +42,7 @@ def test_logits_and_hidden_states(case):
             if f"logits_{prefix}{kind}" not in arrays:
                 continue
             want = arrays[f"logits_{prefix}{kind}"]
-            np.testing.assert_allclose(logits, want, atol=TOLERANCE, rtol=0)
+            assert_close(logits, want, 1e-5)
             checked += 1
             if (prefix, kind) == ("", "clean"):
                 hidden = state["intermediates"]["layers"]["hidden"][0]
@@ -51,7 +50,7 @@ def test_logits_and_hidden_states(case):
                 seen["hidden_norm"] = state["intermediates"]["hidden_norm"][0]
                 for key in seen.keys() & arrays.keys():
                     want = arrays[key][:, -seen[key].shape[1] :]  # the norm: where logits are read
-                    np.testing.assert_allclose(seen[key], want, atol=TOLERANCE, rtol=0)
+                    assert_close(seen[key], want, 1e-5)
     assert checked >= 2
 
 
@@ -60,7 +59,7 @@ def test_rotation_table(case):
     if "freqs_cis" not in arrays:
         pytest.skip("this golden set has no freqs_cis")
     table = llama.rope_table(policy.config)
-    np.testing.assert_allclose(table, arrays["freqs_cis"], atol=1e-6, rtol=0)
+    assert_close(table, arrays["freqs_cis"], 1e-6)
     assert not np.any(table[: policy.config.cls_token_num])
 
 

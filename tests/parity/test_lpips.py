@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compare import assert_close, assert_close_in_norm
 from vapi_jax.models import lpips as L
 
 
@@ -28,8 +29,8 @@ def test_values(pairs, net, prefix):
         return L.lpips_layers(params, feats_a, feats_b, net)
 
     per_layer = np.asarray(layers(params, a, b))
-    np.testing.assert_allclose(per_layer.sum(-1), data[f"{prefix}lpips"], atol=1e-6)
-    np.testing.assert_allclose(per_layer, data[f"{prefix}per_layer"], atol=1e-6)
+    assert_close(per_layer.sum(-1), data[f"{prefix}lpips"], 2e-6)
+    assert_close(per_layer, data[f"{prefix}per_layer"], 3e-6)
 
 
 def test_gradient(pairs):
@@ -37,5 +38,4 @@ def test_gradient(pairs):
     params = L.load_lpips_params("vgg")
     grad = jax.jit(jax.grad(lambda b, a, params: L.lpips(params, a, b).sum()))(b, a, params)
     expected = data["grad_b"].transpose(0, 2, 3, 1)
-    error = np.linalg.norm(grad - expected) / np.linalg.norm(expected)
-    assert error < 3e-5
+    assert_close_in_norm(grad, expected, 3e-5)

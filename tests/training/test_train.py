@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.compare import assert_close
 from tests.helpers.tiny import Machine, make_tiny_method
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import HealthError
@@ -61,7 +62,7 @@ def test_adamw_decays_matrices_only_and_clips_the_whole_gradient(clip):
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     for name, want in adamw_by_hand(config, 3, clip).items():
-        np.testing.assert_allclose(flatten(params)[name], want, rtol=2e-6, err_msg=name)
+        assert_close(flatten(params)[name], want, 2e-6)
 
 
 def test_the_first_step_in_numbers():
@@ -72,10 +73,10 @@ def test_the_first_step_in_numbers():
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     got = flatten(optax.apply_updates(params, updates))
     # p - 0.1 (g / (|g| + 0.5) + 0.2 p), without the last term for norm and bias
-    np.testing.assert_allclose(got["layer/kernel"], [[0.960245, -1.935287]], atol=2e-6)
-    np.testing.assert_allclose(got["layer/bias"], [0.450385], atol=2e-6)
-    np.testing.assert_allclose(got["attention_norm/scale"], [3.029093], atol=2e-6)
-    np.testing.assert_allclose(got["embed/embedding"], [[3.857861]], atol=2e-6)
+    assert_close(got["layer/kernel"], [[0.960245, -1.935287]], 2e-6)
+    assert_close(got["layer/bias"], [0.450385], 2e-6)
+    assert_close(got["attention_norm/scale"], [3.029093], 2e-6)
+    assert_close(got["embed/embedding"], [[3.857861]], 2e-6)
 
 
 def test_what_decays_in_a_real_generator():
@@ -104,7 +105,7 @@ def test_what_decays_in_a_tokenizer():
 def test_learning_rates(change, steps, want):
     schedule = train.learning_rate(OptimizerConfig(learning_rate=0.4, **change), steps)
     got = [float(schedule(step)) for step in range(len(want))]
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert_close(got, want, 2e-6)
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -144,8 +145,7 @@ def test_any_mesh_and_any_cut_of_the_batch_take_the_same_steps(one_device_run, d
             np.testing.assert_allclose(
                 got[name], want[name], rtol=2e-5, atol=2e-6, err_msg=f"step {number}: {name}"
             )
-    for name, want in one_device_run.params.items():
-        np.testing.assert_allclose(done.params[name], want, atol=2e-6, err_msg=name)
+    assert_close(done.params, one_device_run.params, 1e-5)
 
 
 @pytest.mark.slow
