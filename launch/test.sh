@@ -5,13 +5,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-usage: launch/test.sh [OPTION...]
+usage: launch/test.sh [--isa AVX2|SSE4_2] [OPTION...]
 
 Runs the whole test suite on the CPU (8 virtual devices). Needs Python 3.11 or newer; makes an
 environment in .venv, which the next call uses again. OPTION is passed on to pytest, for example:
   -m "not slow"                           leave out what takes long
-  tests/methods/test_grpo.py -n 0                 one file, in one process
+  tests/methods/test_grpo.py -n 0         one file, in one process
   tests/parity --golden DIR               another set of golden arrays
+
+--isa, before the others, runs what compares floats, compiled for an x86 processor that has AVX2 or
+SSE 4.2 at the most: other instructions add in another order and round elsewhere.
 
 Environment: PYTHON=... makes the environment with that interpreter, VAPI_VENV=... in that place.
 TEXT
@@ -22,6 +25,17 @@ for argument in "$@"; do
     -h | --help) usage; exit 0 ;;
   esac
 done
+
+if [ "${1:-}" = --isa ]; then
+  case "${2:-}" in  # for XLA, for PyTorch, for the linear algebra of NumPy
+    AVX2) export ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell ;;
+    SSE4_2) export ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem ;;
+    *) die "--isa takes AVX2 or SSE4_2, not '${2:-}'" ;;
+  esac
+  export XLA_FLAGS="--xla_cpu_max_isa=$2 ${XLA_FLAGS:-}"
+  shift 2
+  set -- -m "floats and not slow" "$@"
+fi
 
 prepare test
 cd "$root"
