@@ -116,7 +116,7 @@ def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_rig):
 
 @pytest.mark.parametrize("build", [rig.build, rig.abstract])
 def test_other_tasks_are_refused(build):
-    with pytest.raises(ConfigError, match="'base': the benchmark times method 'vapi'"):
+    with pytest.raises(ConfigError, match="'base':.*'vapi'"):
         build(make_tiny_config("base"), one_device())
 
 
@@ -274,7 +274,7 @@ def test_a_prediction_by_hand():
 
 @pytest.mark.parametrize(("images", "devices"), [(128, 512), (96, 12)])
 def test_a_prediction_for_devices_that_do_not_fit_is_refused(images, devices):
-    with pytest.raises(ValueError, match=f"{images} images on {devices} devices"):
+    with pytest.raises(ValueError, match=f"{images}.*{devices}"):
         scaling.predict(scaling.Parameters(1, 1, 1), "bfloat16", 1.0, images, devices, 4, LINK)
 
 
@@ -390,8 +390,8 @@ def test_any_option_is_varied_one_value_at_a_time():
         ("decode_chunk", "give values"),
         ("decode_chunk=two", "decode_chunk"),
         ("policy.no_such_thing=1", "no_such_thing"),
-        ("mesh.data=1,2", "one benchmark has one mesh"),
-        ("cpu_devices=1,2", "one benchmark has one cpu_devices"),
+        ("mesh.data=1,2", "mesh"),
+        ("cpu_devices=1,2", "cpu_devices"),
     ],
 )
 def test_an_option_that_cannot_be_varied_is_refused_in_a_sentence(option, message):
@@ -407,10 +407,10 @@ def test_a_varied_step_has_the_weights_of_the_recipe_and_the_option(tiny_rig):
     assert changed.state is tiny_rig.state
     assert changed.task.policy.config.remat == "full"
     wide = dataclasses.replace(config, policy={**config.policy, "dim": 64})
-    with pytest.raises(ConfigError, match="changes the generator's size"):
+    with pytest.raises(ConfigError, match="size"):
         sweep._resized(tiny_rig, wide, host)
     other = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, ch=64))
-    with pytest.raises(ConfigError, match="changes a frozen network"):
+    with pytest.raises(ConfigError, match="frozen"):
         sweep._resized(tiny_rig, other, host)
 
 

@@ -63,7 +63,7 @@ def test_what_was_compiled_beside_the_clock_is_an_error():
 def test_a_batch_that_does_not_fit_is_said_and_other_failures_stay():
     error = jax.errors.JaxRuntimeError
     with (
-        pytest.raises(ConfigError, match=r"smaller --batch: RESOURCE_EXHAUSTED: 9 GiB$"),
+        pytest.raises(ConfigError, match=r"--batch.*RESOURCE_EXHAUSTED: 9 GiB$"),
         batches.fitting(),
     ):
         raise error("RESOURCE_EXHAUSTED: 9 GiB\nmore than anybody wants to read")
@@ -161,13 +161,13 @@ def test_weights_that_are_named_are_taken_and_absent_ones_replaced():
 
 
 def test_a_recipe_without_a_generator_is_refused():
-    with pytest.raises(ConfigError, match="config.method='tokenizer' trains no generator"):
+    with pytest.raises(ConfigError, match="config.method='tokenizer'"):
         sampling.build(make_tiny_config("tokenizer", 16), one_device())
 
 
 def test_a_generator_without_an_unconditional_half_takes_no_guidance():
     config = tiny(policy={"num_classes": 12, "class_dropout_prob": 0.0})
-    with pytest.raises(ConfigError, match="--cfg=1.5: class_dropout_prob is 0"):
+    with pytest.raises(ConfigError, match="--cfg=1.5.*class_dropout_prob"):
         sampling.measure(config, one_device(), 1, 4, 1.5)
 
 

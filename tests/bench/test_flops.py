@@ -143,7 +143,7 @@ def test_model_and_hardware_are_sums():
 
 
 def test_another_way_is_refused(xxl):
-    with pytest.raises(ValueError, match="'fast': choose one of"):
+    with pytest.raises(ValueError, match="'fast'"):
         step_flops(*xxl, "fast")
 
 

@@ -91,7 +91,7 @@ def test_what_is_no_json_object_is_refused_with_its_name(content, tmp_path):
 
 def test_json_that_is_absent_or_too_large_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    with pytest.raises(OurError, match=f"no file {path}"):
+    with pytest.raises(OurError, match=f"{path}"):
         read_json(path, OurError)
     path.write_text('{"a": 1}')
     assert read_json(path, OurError) == {"a": 1}

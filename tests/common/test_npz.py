@@ -64,7 +64,7 @@ def test_a_header_that_claims_terabytes_allocates_nothing(tmp_path):
     path = archive_of(tmp_path / "a.npz", npy(np.zeros(4), shape=(10**6, 10**6)))
     tracemalloc.start()
     try:
-        with pytest.raises(NpzError, match="wants 8000000000000 bytes, it has 32"):
+        with pytest.raises(NpzError, match="8000000000000.*32"):
             read(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -75,7 +75,7 @@ def test_a_compressed_bomb_is_not_unpacked(tmp_path):
     data = npy(np.zeros(2**22, np.uint8))
     path = archive_of(tmp_path / "a.npz", data, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 2**14
-    with pytest.raises(NpzError, match="at most 1000 are read"):
+    with pytest.raises(NpzError, match="1000"):
         read(path, limit=1000)
 
 
@@ -108,7 +108,7 @@ def test_headers_that_lie_are_refused(tmp_path, data, message):
 
 def test_pickles_are_never_run(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.array([Boom()], dtype=object), allow_pickle=True)
-    with pytest.raises(NpzError, match="Python objects, which are never read"):
+    with pytest.raises(NpzError, match="Python objects"):
         read(tmp_path / "a.npz")
 
 
@@ -116,10 +116,10 @@ def test_files_that_are_no_npz_are_named(tmp_path):
     with pytest.raises(NpzError, match="there is no file"):
         read(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(NpzError, match="text.npz cannot be read as .npz"):
+    with pytest.raises(NpzError, match="text.npz"):
         read(tmp_path / "text.npz")
     np.savez(tmp_path / "a.npz", y=np.zeros(2), z=np.zeros(2))
-    with pytest.raises(NpzError, match="no array 'x'; there are: y, z"):
+    with pytest.raises(NpzError, match="'x'.*y, z"):
         read(tmp_path / "a.npz")
     with pytest.raises(NpzError, match="cannot be read"):
         read(tmp_path)

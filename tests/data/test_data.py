@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers.image_folders import assert_same, take
+from vapi_jax.common.options import Errors, build
 from vapi_jax.data import DataConfig, DataError, class_names, fixed_batch, make_dataset, num_classes
 from vapi_jax.data.photos import (
     PHOTOS,
@@ -169,51 +171,55 @@ def test_flip_off_and_on():
 def test_missing_photographs_are_explained():
     with pytest.raises(DataError, match="pip install no_such_package"):
         load_photo(Photo("nobody", "no_such_package", "data/nobody.png"))
-    with pytest.raises(DataError, match="'nobody' is not bundled in .* scikit-image"):
+    with pytest.raises(DataError, match="'nobody'.*scikit-image"):
         load_photo(Photo("nobody", "skimage", "data/nobody.png"))
 
 
 # Arguments -------------------------------------------------------------------------------------
 
 
+def errors_of(**options):
+    errors = Errors()
+    build(DataConfig, options, "data.", errors)
+    return errors
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "imagenet"}, "name must be one of"),
-        ({"options": {"a": 1}}, "options are read by sources of your own, not by 'photos'"),
-        ({"crop": "middle"}, "crop must be one of"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"photo_min_scale": 0.4, "photo_max_scale": 0.3}, "photo_min_scale <= photo_max_scale"),
-        ({"photo_max_scale": 0.6}, "<= 0.5"),
-        ({"photo_holdout": 0.0}, "photo_holdout must be in"),
-        ({"folder_holdout": 0.7}, "folder_holdout must be in"),
-        ({"photo_crops_per_class": 0}, "photo_crops_per_class must be at least 1"),
-        ({"num_threads": 3, "prefetch": 2}, "prefetch must be at least"),
-        ({"max_unreadable": 1.5}, r"max_unreadable must be in \[0, 1\], got 1.5"),
-        ({"max_unreadable": float("nan")}, "max_unreadable must be in"),
-        ({"max_image_pixels": 0}, "max_image_pixels must be in"),
-        ({"max_image_pixels": 200_000_000}, r"in \[1, 178956970\].*Pillow reads nothing larger"),
+        ({"name": "imagenet"}, "name.*photos.*'imagenet'"),
+        ({"options": {"a": 1}}, "options.*'photos'"),
+        ({"crop": "middle"}, "data.crop='middle'.*center.*random"),
+        ({"image_size": 0}, "data.image_size=0.* 1"),
+        ({"photo_min_scale": 0.4, "photo_max_scale": 0.3}, "0.4 and 0.3"),
+        ({"photo_max_scale": 0.6}, "<= 0.5.*0.6"),
+        ({"photo_holdout": 0.0}, "data.photo_holdout=0.0.* 0.*0.5"),
+        ({"folder_holdout": 0.7}, "data.folder_holdout=0.7.* 0.*0.5"),
+        ({"photo_crops_per_class": 0}, "data.photo_crops_per_class=0.* 1"),
+        ({"num_threads": 3, "prefetch": 2}, "prefetch.*3"),
+        ({"max_unreadable": 1.5}, "data.max_unreadable=1.5.* 0 to 1"),
+        ({"max_unreadable": float("nan")}, "data.max_unreadable=nan"),
+        ({"max_image_pixels": 0}, "data.max_image_pixels=0.* 1 to 178956970"),
+        ({"max_image_pixels": 200_000_000}, "data.max_image_pixels=200000000"),
     ],
 )
 def test_impossible_configurations(options, message):
-    with pytest.raises(ValueError, match=message):
-        DataConfig(**options)
+    (line,) = errors_of(**options)
+    assert re.search(message, line)
 
 
 def test_all_that_is_impossible_is_said_at_once():
-    with pytest.raises(ValueError, match="name must") as error:
-        DataConfig(name="imagenet", crop="middle", image_size=0, max_unreadable=-1.0)
-    assert len(str(error.value).splitlines()) == 4
+    assert len(errors_of(name="imagenet", crop="middle", image_size=0, max_unreadable=-1.0)) == 4
 
 
 def test_impossible_arguments():
-    with pytest.raises(ValueError, match="split must be one of .* got 'validation'"):
+    with pytest.raises(ValueError, match="split.*'validation'"):
         make_dataset(PHOTO_CONFIG, "validation", 1, seed=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size.*1"):
         make_dataset(PHOTO_CONFIG, "train", 0, seed=0)
-    with pytest.raises(ValueError, match="process_index must be in"):
+    with pytest.raises(ValueError, match="process_index"):
         make_dataset(PHOTO_CONFIG, "train", 1, 0, process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="has 48 images, fewer than one batch of 25 on each of 2"):
+    with pytest.raises(ValueError, match="48.*25.*2"):
         make_dataset(PHOTO_CONFIG, "val", 25, 0, process_index=0, process_count=2)
-    with pytest.raises(ValueError, match=r"n must be in \[1, 48\] for split 'val', got 49"):
+    with pytest.raises(ValueError, match=r"\[1, 48\].*'val'.*49"):
         fixed_batch(PHOTO_CONFIG, "val", 49, seed=0)

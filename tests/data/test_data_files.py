@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.helpers.compare import assert_close
 from tests.helpers.image_folders import assert_same, folder_config, numbers, take, write_images
+from tests.helpers.messages import assert_mentions
 from vapi_jax.data import (
     DataConfig,
     DataError,
@@ -111,7 +112,7 @@ def test_folder_with_splits(tmp_path):
     held_out = fixed_batch(config, "val", 2, seed=0)
     assert sorted(numbers(held_out)) == [100, 101]
     assert held_out["condition"].tolist() == [1, 1]
-    with pytest.raises(DataError, match=r"no folder .*test.*`test_split`"):
+    with pytest.raises(DataError, match=r"test.*`test_split`"):
         fixed_batch(config, "test", 1, seed=0)
     renamed = dataclasses.replace(config, test_split="val")
     assert sorted(numbers(fixed_batch(renamed, "test", 2, seed=0))) == [100, 101]
@@ -177,23 +178,23 @@ def test_held_out_images_are_not_augmented(tmp_path):
 
 
 def test_folder_errors_name_the_place_and_the_layout(tmp_path):
-    with pytest.raises(DataError, match="needs `path`.*PATH/CLASS/IMAGE"):
+    with pytest.raises(DataError, match="`path`.*PATH/CLASS/IMAGE"):
         num_classes(DataConfig(name="image_folder"))
     missing = tmp_path / "missing"
-    with pytest.raises(DataError, match=r"no folder .*missing.*PATH/CLASS/IMAGE"):
+    with pytest.raises(DataError, match=r"missing.*PATH/CLASS/IMAGE"):
         make_dataset(folder_config(missing), "train", 1, seed=0)
-    with pytest.raises(DataError, match="no class folders, it holds nothing:.*PATH/CLASS/"):
+    with pytest.raises(DataError, match="nothing.*PATH/CLASS/"):
         num_classes(folder_config(tmp_path))
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"it holds 1 file\(s\): 1 with .png: expected"):
+    with pytest.raises(DataError, match=r"1 file.*1.*\.png"):
         num_classes(folder_config(tmp_path))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="'train' in .* 1 class folder.* of which 1 hold no"):
+    with pytest.raises(DataError, match="'train'.* 1 .* 1 "):
         make_dataset(folder_config(tmp_path), "train", 1, seed=0)
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "val" / "b", 2)
-    with pytest.raises(DataError, match=r"b is a class that the training folder lacks"):
+    with pytest.raises(DataError, match=r"\bb\b.*train"):
         fixed_batch(folder_config(tmp_path), "val", 1, seed=0)
 
 
@@ -230,12 +231,12 @@ def test_a_folder_of_splits_is_never_taken_for_a_folder_of_classes(tmp_path):
         f"there is no folder {tmp_path / 'train'} for split 'train'; {tmp_path} holds 2 folder(s): "
         "training, val. Set `train_split` to the sub-folder to read"
     )
-    with pytest.raises(DataError, match=r"no folder .*trainig for split 'train'; .*training"):
+    with pytest.raises(DataError, match=r"trainig.*'train'.*training"):
         class_names(folder_config(tmp_path, train_split="trainig"))
     assert class_names(folder_config(tmp_path, train_split="training")) == ("a",)
     write_images(tmp_path / "classes" / "a", 2)
     assert class_names(folder_config(tmp_path / "classes")) == ("a",)
-    with pytest.raises(DataError, match="no folder .*classes/train for split 'train'"):
+    with pytest.raises(DataError, match="classes/train.*'train'"):
         class_names(folder_config(tmp_path / "classes", train_split="train"))
 
 
@@ -249,7 +250,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_pat
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match=r"cannot list .*deep: Permission denied"):
+    with pytest.raises(DataError, match=r"deep.*Permission denied"):
         make_dataset(folder_config(tmp_path), "train", 1, seed=0)
 
 
@@ -328,11 +329,11 @@ def test_tfds_reads_prepared_data_without_tensorflow(tmp_path):
     assert_same(
         take(make_dataset(config, "train", 3, 1), 6), take(make_dataset(threaded, "train", 3, 1), 6)
     )
-    with pytest.raises(DataError, match=r"no split 'test'.*`test_split`.*\['train'\]"):
+    with pytest.raises(DataError, match=r"'test'.*`test_split`.*\['train'\]"):
         fixed_batch(config, "test", 1, seed=0)
-    with pytest.raises(DataError, match=r"no feature 'labels'.*`label_feature`.*'label'"):
+    with pytest.raises(DataError, match=r"'labels'.*`label_feature`.*'label'"):
         class_names(dataclasses.replace(config, label_feature="labels"))
-    with pytest.raises(DataError, match="'file_name' .* no images"):
+    with pytest.raises(DataError, match="'file_name'"):
         class_names(dataclasses.replace(config, image_feature="file_name"))
     assert ("tensorflow" in sys.modules) == tensorflow_before
 
@@ -343,12 +344,13 @@ def test_tfds_labels_that_no_class_has_are_refused(tmp_path):
     config = dataclasses.replace(tfds_config(tmp_path), path=str(tmp_path / "unlabelled" / "1.0.0"))
     with pytest.raises(DataError) as error:
         make_source(config, "train")
-    assert "tiny/1.0.0 train, record 0 has the label -1, its classes are 0 to 1" in str(error.value)
-    assert "set `train_split` to another" in str(error.value)
+    assert_mentions(
+        str(error.value), "tiny/1.0.0 train", "record 0", "-1", "0 to 1", "`train_split`"
+    )
     # One bad label in the middle is met when its record is.
     prepare_tfds(tfds, tmp_path / "wrong" / "1.0.0", [5], label=lambda n: 2 if n == 2 else 0)
     config = dataclasses.replace(config, path=str(tmp_path / "wrong" / "1.0.0"))
-    with pytest.raises(DataError, match="record 2 has the label 2, its classes are 0 to 1"):
+    with pytest.raises(DataError, match="record 2.*2.*0.*1"):
         take(make_dataset(config, "train", 5, seed=0), 1)
 
 
@@ -379,16 +381,14 @@ def test_a_damaged_file_of_records_stops_the_run_by_name(tmp_path, damage):
     first.unlink()
     if damage != "missing":
         first.write_bytes({"truncated": data[:65_536], "emptied": b""}.get(damage, data))
-    with pytest.raises(
-        DataError, match=r"tiny/1.0.0 train, record \d+ cannot be read .*damaged or"
-    ):
+    with pytest.raises(DataError, match=r"tiny/1.0.0 train.*\d+"):
         take(make_dataset(tfds_config(tmp_path), "train", 10, seed=0), 1)
 
 
 def test_a_tfds_split_without_records_is_refused(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
     prepare_tfds(tfds, tmp_path / "tiny" / "1.0.0", [4])
-    with pytest.raises(DataError, match=r"no records in 'train\[:0\]'; set `val_split` to others"):
+    with pytest.raises(DataError, match=r"'train\[:0\]'.*`val_split`"):
         make_source(tfds_config(tmp_path, val_split="train[:0]"), "val")
 
 
@@ -418,12 +418,12 @@ def test_tfds_finds_the_newest_prepared_version(tmp_path):
     assert find_prepared(older) == tmp_path / "tiny" / "small" / "9.0.0"
     (tmp_path / "tiny" / "large" / "1.0.0").mkdir(parents=True)
     (tmp_path / "tiny" / "large" / "1.0.0" / "dataset_info.json").write_text("{}")
-    with pytest.raises(DataError, match=r"several configs.*'tiny/large', 'tiny/small'"):
+    with pytest.raises(DataError, match=r"'tiny/large', 'tiny/small'"):
         find_prepared(config)
 
 
 def test_tfds_errors_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="'tiny' is not prepared.*tfds build tiny"):
+    with pytest.raises(DataError, match="'tiny'.*tfds build tiny"):
         find_prepared(tfds_config(tmp_path))
     with pytest.raises(DataError, match="needs `dataset`"):
         find_prepared(dataclasses.replace(tfds_config(tmp_path), dataset=""))

@@ -233,13 +233,13 @@ def test_more_than_the_allowed_share_stops_the_run_and_names_the_first():
 
 
 def test_no_share_allows_none():
-    with pytest.raises(DataError, match="1 of 6 images read"):
+    with pytest.raises(DataError, match="1 of 6"):
         read(Fake(10**6, lambda i: i == 5), 10, share=0.0)
 
 
 def test_the_share_is_of_the_images_read_and_not_of_those_there_are():
     """Half of a huge dataset is broken: a short run sees few of its images, and stops all the same."""
-    with pytest.raises(DataError, match=r"26 of 5\d images read"):
+    with pytest.raises(DataError, match=r"26 of 5\d"):
         read(Fake(10**6, lambda i: i % 2 == 1), 100, share=0.01)
 
 
@@ -249,7 +249,7 @@ def test_a_few_broken_images_at_the_start_are_no_large_share():
 
 
 def test_where_nothing_can_be_read_the_run_stops_whatever_is_allowed():
-    with pytest.raises(DataError, match="3 of 3 images read"):
+    with pytest.raises(DataError, match="3 of 3"):
         read(Fake(3, lambda i: True), 3, share=1.0)
 
 

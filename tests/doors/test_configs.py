@@ -59,7 +59,7 @@ def test_the_docstring_holds_the_command(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_unknown_variant_is_named(name):
-    with pytest.raises(ValueError, match=rf"{name}.py:huge: known variants are"):
+    with pytest.raises(ValueError, match=rf"{name}.py:huge"):
         load(name, "huge")
 
 

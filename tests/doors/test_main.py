@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.helpers import commands
+from tests.helpers.messages import assert_mentions
 
 XXL = "--config=configs/c2i_xxl.py:tiny"
 
@@ -23,19 +24,19 @@ def test_help_comes_without_importing_jax():
 def test_missing_flags_are_named(arguments):
     done = commands.module("main", *arguments)
     assert done.returncode == 1
-    assert "--config and --workdir are needed" in done.stdout + done.stderr
+    assert_mentions(done.stdout + done.stderr, "--config", "--workdir")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config=configs/absent.py",), "no recipe can be read from configs/absent.py"),
-        (("--config=configs/c2i_xxl.py:huge",), "known variants are '' and 'tiny'"),
-        ((XXL, "--config.steps=many"), "flag --config.steps=many"),
-        ((XXL, "--config.vappi.group_size=4"), "no section of the configuration: 'vappi'"),
-        ((XXL, "--worksdir=x"), "Did you mean: workdir"),
-        ((XXL, "and", "more"), "unexpected arguments: and more"),
+        (("--config=configs/absent.py",), "configs/absent.py"),
+        (("--config=configs/c2i_xxl.py:huge",), "'' and 'tiny'"),
+        ((XXL, "--config.steps=many"), "--config.steps=many"),
+        ((XXL, "--config.vappi.group_size=4"), "'vappi'"),
+        ((XXL, "--worksdir=x"), "workdir"),
+        ((XXL, "and", "more"), "and more"),
     ],
 )
 def test_flags_that_mean_nothing(arguments, message):
@@ -65,7 +66,7 @@ def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
         "- config.optimizer.shedule",
         "- config.policy.dimm",
     }
-    assert "did you mean optimizer.schedule?" in done.stderr
+    assert "optimizer.schedule?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -74,7 +75,7 @@ def test_what_does_not_fit_the_devices_is_said_without_a_stack(tmp_path):
         "main", XXL, f"--workdir={tmp_path}", "--config.mesh.data=3", "--config.cpu_devices=8"
     )
     assert done.returncode == 1
-    assert "  - config.mesh: mesh data=3, fsdp=4 does not fit 8 device(s)" in done.stderr
+    assert_mentions(done.stderr, "config.mesh", "data=3", "fsdp=4", " 8 ")
     assert "Traceback" not in done.stderr
 
 
@@ -132,7 +133,7 @@ def test_check_has_the_resolved_options_as_json_overrides_included():
 def test_json_without_check_is_refused():
     done = commands.module("main", XXL, "--workdir=/tmp/nowhere", "--json")
     assert done.returncode == 1
-    assert "--json is a form of --check" in done.stdout + done.stderr
+    assert_mentions(done.stdout + done.stderr, "--json", "--check")
 
 
 def test_a_preset_can_be_switched_from_the_command_line():

@@ -83,15 +83,15 @@ def test_a_runs_features_are_those_of_the_command_and_come_in_one_pass():
 def test_dims_come_from_the_images_and_misfits_are_named():
     params = load_toy(None, False).params
     assert F.feature_dims(TOY, params, 4, 5) == {"pool": 6, "logits": 2, "spatial": 3}
-    with pytest.raises(FeaturesError, match="toy cannot take images of 9x4 pixels"):
+    with pytest.raises(FeaturesError, match="toy.*9x4"):
         F.feature_dims(TOY, params, 4, 9)
     vgg = F.EXTRACTORS["lpips_vgg"]
-    with pytest.raises(FeaturesError, match="at least 16x16"):
+    with pytest.raises(FeaturesError, match="16x16"):
         F.feature_dims(vgg, vgg.load(None, False).params, 8, 8)
     for wrong, message in [
         (lambda p, x: {"pool": x.astype(jnp.float32)}, "for one image"),
         (lambda p, x: {"pool": x[:, 0, 0]}, "floating point"),
-        (lambda p, x: {"logits": jnp.zeros((len(x), 2))}, "no 'pool'"),
+        (lambda p, x: {"logits": jnp.zeros((len(x), 2))}, "'pool'"),
         (lambda p, x: {"pool": jnp.zeros((3, 2))}, "for one image"),
     ]:
         with pytest.raises(FeaturesError, match=message):
@@ -100,7 +100,7 @@ def test_dims_come_from_the_images_and_misfits_are_named():
 
 def test_an_extractor_of_ones_own_is_found_by_the_name_it_is_registered_under(monkeypatch):
     monkeypatch.setattr(F, "EXTRACTORS", dict(F.EXTRACTORS))
-    with pytest.raises(FeaturesError, match="'toy' are unknown; choose one of inception, lpips"):
+    with pytest.raises(FeaturesError, match="'toy'.*inception.*lpips"):
         F.find_extractor("toy")
     F.register("toy", TOY)
     assert F.find_extractor("toy") is TOY
@@ -118,9 +118,9 @@ def test_an_extractor_is_imported_by_module_and_attribute(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     assert F.find_extractor("my_features:mine") is F.EXTRACTORS["lpips_alex"]
     for name, message in [
-        ("my_features:other", "is a int, not an Extractor"),
-        ("my_features:absent", "cannot be imported"),
-        ("absent_module:mine", "cannot be imported"),
+        ("my_features:other", "int.*Extractor"),
+        ("my_features:absent", "my_features:absent"),
+        ("absent_module:mine", "absent_module:mine"),
         (":mine", "unknown"),
         ("my_features:", "unknown"),
     ]:
@@ -135,7 +135,7 @@ def test_inception_asks_for_its_file_by_name_and_takes_no_other(tmp_path):
     with pytest.raises(FeaturesError, match="no such file"):
         load(str(tmp_path / "absent.pth"), False)
     (tmp_path / "other.pth").write_bytes(b"other weights")
-    with pytest.raises(FeaturesError, match="is not pt_inception"):
+    with pytest.raises(FeaturesError, match="pt_inception"):
         load(str(tmp_path / "other.pth"), False)
     with pytest.raises(FeaturesError):  # no weights at all, whatever is accepted
         load(str(tmp_path / "other.pth"), True)

@@ -137,10 +137,10 @@ def test_a_tokenizer_and_a_run_that_does_not_ask_have_none(mesh):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("tokenizer", {"image_size": SIDE, "eval": EVAL}, "eval.sampled_every: a tokenizer draws"),
-        ("base", {"image_size": 8, "eval": EVAL}, "eval.sampled_every: images of 8 pixels"),
-        ("base", {"eval": {"sampled": 2}}, "eval.sampled=2: wants at least 3"),
-        ("base", {"eval": {"sampled_every": -1}}, "eval.sampled_every=-1: wants at least 0"),
+        ("tokenizer", {"image_size": SIDE, "eval": EVAL}, "eval.sampled_every"),
+        ("base", {"image_size": 8, "eval": EVAL}, "eval.sampled_every.* 8 "),
+        ("base", {"eval": {"sampled": 2}}, "eval.sampled=2.*3"),
+        ("base", {"eval": {"sampled_every": -1}}, "eval.sampled_every=-1.*0"),
     ],
 )
 def test_a_configuration_that_cannot_be_judged_is_refused(kind, changes, message):

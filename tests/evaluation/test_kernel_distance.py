@@ -132,7 +132,7 @@ def test_progress_counts_subsets():
     [
         (np.zeros((5, 2)), np.zeros((5, 3)), {}, "two sets"),
         (np.zeros((5, 0)), np.zeros((5, 0)), {}, "two sets"),
-        (np.zeros((1, 2)), np.zeros((5, 2)), {}, "1 and 5 images"),
+        (np.zeros((1, 2)), np.zeros((5, 2)), {}, "1 and 5"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"subset_size": 1}, "subset_size 1"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"subsets": 1}, "subsets 1"),
         (np.full((5, 2), np.nan), np.zeros((5, 2)), {}, "NaN"),

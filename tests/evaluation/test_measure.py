@@ -142,9 +142,7 @@ def test_lpips_features_give_no_sfid_and_no_inception_score(tmp_path):
     )
     assert list(found["metrics"]) == ["kid"]
     assert found["not_computed"] == {"is": "LPIPS-AlexNet conv5 has no logits features"}
-    with pytest.raises(
-        MeasureError, match=r"none of the metrics .* sfid: LPIPS-AlexNet conv5 has no"
-    ):
+    with pytest.raises(MeasureError, match=r"sfid: LPIPS-AlexNet conv5"):
         run(tmp_path / "a.npz", tmp_path / "a.npz", features="lpips_alex", metrics=("sfid", "is"))
 
 
@@ -195,7 +193,7 @@ def test_statistics_in_other_features_are_refused(sets, tmp_path, monkeypatch):
         return F.Weights({**weights.params, "w": weights.params["w"] + 1})
 
     monkeypatch.setitem(F.EXTRACTORS, "toy", Extractor("changed", load, toy.apply))
-    with pytest.raises(StatisticsError, match=r"statistics in toy \(parameters .* is in changed"):
+    with pytest.raises(StatisticsError, match=r"toy \(.*changed"):
         run(samples, tmp_path / "stats.npz")
 
 
@@ -213,10 +211,10 @@ def test_foreign_statistics_belong_to_inception(sets, tmp_path):
         assert "neither images nor feature vectors" in found["not_computed"][metric]
     found = run(samples, tmp_path / "fid.npz", features="inception", inception="mine")
     assert "taken to be of FID's Inception network" in found["warnings"][0]
-    with pytest.raises(StatisticsError, match="of FID's Inception network and no images"):
+    with pytest.raises(StatisticsError, match="FID"):
         run(samples, tmp_path / "fid.npz")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(6), sigma=np.eye(6))
-    with pytest.raises(StatisticsError, match="pool statistics of 6 values, toy gives 5"):
+    with pytest.raises(StatisticsError, match="pool.*6.*toy.*5"):
         run(samples, tmp_path / "wide.npz", **inception)
 
 
@@ -330,7 +328,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path, sets):
     with pytest.raises(ImagesError, match="30, .*has 40"):
         run(*sets[:2], paired=True, metrics=("psnr",))
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(ImagesError, match="no array 'arr_0'"):
+    with pytest.raises(ImagesError, match="'arr_0'"):
         run(sets[0], tmp_path / "stats.npz", paired=True)
     np.savez(tmp_path / "small.npz", toy.pixels(4, side=6))
     for metric, message in (("ssim", "7x7"), ("lpips_vgg", "at least 16x16")):
@@ -360,9 +358,7 @@ def test_features_that_are_not_finite_are_refused(monkeypatch, sets):
         return {**found, "pool": found["pool"] / (images[:, 0, 0] > 90).all(axis=1, keepdims=True)}
 
     monkeypatch.setitem(F.EXTRACTORS, "toy", Extractor("broken", toy.load, apply))
-    with pytest.raises(
-        FeaturesError, match=r"broken: features pool of images \d+ to \d+ of .*samples"
-    ):
+    with pytest.raises(FeaturesError, match=r"broken.*pool.*\d+.*\d+.*samples"):
         run(*sets[:2], metrics=("kid",))
 
 

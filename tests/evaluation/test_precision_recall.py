@@ -117,7 +117,7 @@ def test_sets_far_apart_share_nothing():
         (np.zeros((3, 2)), np.zeros((5, 2)), 3, "3 real"),
         (np.zeros((5, 2)), np.zeros((3, 2)), 3, "3 generated"),
         (np.zeros((5, 2)), np.zeros((5, 2)), 0, "k=0"),
-        (np.full((5, 2), np.inf), np.zeros((5, 2)), 3, "NaN or infinity"),
+        (np.full((5, 2), np.inf), np.zeros((5, 2)), 3, "NaN"),
     ],
 )
 def test_bad_input_is_named(real, generated, k, message):

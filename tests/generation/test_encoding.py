@@ -120,32 +120,32 @@ def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):
     narrow = dataclasses.replace(config, tokenizer=narrow)
     encode_dataset(make_method(narrow, make_mesh()), tmp_path / "narrow", 8)
     make_method(encoded(narrow, tmp_path / "narrow"), make_mesh()).load_frozen()
-    with pytest.raises(WeightsError, match="in bfloat16, and this run has .* in float32"):
+    with pytest.raises(WeightsError, match="bfloat16.*float32"):
         make_method(encoded(config, tmp_path / "narrow"), make_mesh()).load_frozen()
 
 
 def test_splits_of_two_encoders_are_not_one_data_set(made, tmp_path):
     config, out = made
     mixed = copy(out, tmp_path / "mixed", "val", encoder_dtype="bfloat16")
-    with pytest.raises(DataError, match="val was encoded with .* in bfloat16, .* in float32"):
+    with pytest.raises(DataError, match="val.*bfloat16.*float32"):
         fixed_batch(encoded(config, mixed).data, "val", 8, 0)
 
 
 def test_what_is_missing_or_does_not_fit_is_named(made, tmp_path):
     config, out = made
-    with pytest.raises(DataError, match="holds no encoded images.*encode_dataset"):
+    with pytest.raises(DataError, match="encode_dataset"):
         make_dataset(encoded(config, tmp_path).data, "train", 4, 0)
-    with pytest.raises(DataError, match=f"the images in .* have {SIDE} pixels"):
+    with pytest.raises(DataError, match=f"{SIDE}"):
         make_dataset(encoded(config, out, image_size=2 * SIDE).data, "train", 4, 0)
     broken = tmp_path / "broken" / "train"
     broken.mkdir(parents=True)
     for path in (out / "train").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     np.save(broken / "labels.npy", np.zeros(3, np.int32))
-    with pytest.raises(DataError, match=r"labels\.npy holds int32 \(3,\), .* says 40"):
+    with pytest.raises(DataError, match=r"labels\.npy.*int32 \(3,\).*40"):
         make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
     (broken / "labels.npy").write_bytes(b"\x80\x04N.")  # a pickle
-    with pytest.raises(DataError, match=r"labels\.npy cannot be read"):
+    with pytest.raises(DataError, match=r"labels\.npy"):
         make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
 
 

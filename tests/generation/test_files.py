@@ -202,7 +202,7 @@ def test_memory_stays_that_of_a_chunk(tmp_path):
     "images", [np.zeros((3, 4, 4, 3)), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((3, 4, 5, 3), np.uint8)]
 )  # fmt: skip
 def test_images_of_another_shape_or_type_are_not_written(tmp_path, images):
-    with pytest.raises(ValueError, match="want uint8 \\(3, 4, 4, 3\\)"):
+    with pytest.raises(ValueError, match="uint8 \\(3, 4, 4, 3\\)"):
         SampleFiles(tmp_path, 7, 3, 4).write(0, images)
     assert not list(tmp_path.iterdir())
 
@@ -221,7 +221,7 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
     try:
         assert ready.wait(30)
         with (
-            pytest.raises(LockedError, match=rf"in use by process {other.pid} on .* another --out"),
+            pytest.raises(LockedError, match=rf"{other.pid}.*--out"),
             SampleFiles(tmp_path, 7, 3, 4).locked(),
         ):
             pass
@@ -276,7 +276,7 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path):
 
 def test_other_peoples_files_are_not_mixed_with_samples(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(SampleFilesError, match="holds thesis.tex but no recipe.json"):
+    with pytest.raises(SampleFilesError, match="thesis.tex.*recipe.json"):
         settle_recipe(tmp_path, RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -314,11 +314,11 @@ def test_a_mapped_array_is_numpys_own(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "there is no file"),
-        (lambda path: path.write_bytes(b"no zip"), "cannot be read as .npz"),
-        (lambda path: np.savez(path, other=np.zeros(3)), "there is no array 'a'; there are: other"),
-        (lambda path: np.savez_compressed(path, a=np.zeros(99)), "compressed; write it with numpy"),
-        (lambda path: np.savez(path, a=np.array([{}])), "Python objects, which are never read"),
+        (lambda path: None, "no file"),
+        (lambda path: path.write_bytes(b"no zip"), r"a\.npz"),
+        (lambda path: np.savez(path, other=np.zeros(3)), "'a'.*other"),
+        (lambda path: np.savez_compressed(path, a=np.zeros(99)), "compressed.*numpy"),
+        (lambda path: np.savez(path, a=np.array([{}])), "Python objects"),
     ],
 )
 def test_an_archive_that_cannot_be_mapped_is_named(tmp_path, write, message):

@@ -135,13 +135,13 @@ def test_converted_weights_give_the_same_generator(tmp_path, released, demo, mes
     ]  # fmt: skip
 
     convert(tmp_path / "alone", gpt=released["gpt"], gpt_args=CONVERSION)
-    with pytest.raises(WeightsError, match="holds no vq: .* with --gpt and --vq"):
+    with pytest.raises(WeightsError, match="vq.*--gpt.*--vq"):
         load_generator(str(tmp_path / "alone"), mesh)
     weights = tmp_path / "both" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-5] ^= 1
     weights.write_bytes(damaged)
-    with pytest.raises(WeightsError, match=r"damaged: model.safetensors \(its SHA-256 differs\)"):
+    with pytest.raises(WeightsError, match=r"model.safetensors.*SHA-256"):
         load_generator(str(tmp_path / "both"), mesh)
 
 
@@ -207,35 +207,35 @@ def edit(path, change):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda run: (run / "summary.json").unlink(), "holds no generator. Looked there for: "),
-        (lambda run: (run / "summary.json").write_text("{"), "cannot be read as JSON"),
-        (lambda run: (run / "summary.json").write_text("[]"), "holds no configuration of a run"),
+        (lambda run: (run / "summary.json").unlink(), "Looked there for"),
+        (lambda run: (run / "summary.json").write_text("{"), "JSON"),
+        (lambda run: (run / "summary.json").write_text("[]"), "configuration"),
         (
             lambda run: edit(run / "summary.json", lambda s: s["config"]["init"].update(new=1)),
-            "is of another version: .*config.init.new: nothing reads this option",
+            "another version.*config.init.new",
         ),
         (
             lambda run: edit(run / "summary.json", lambda s: s["config"].update(task="tokenizer")),
-            "a run of task 'tokenizer', which trains no generator",
+            "'tokenizer'",
         ),
         (
             lambda run: edit(run / "summary.json", lambda s: s["config"]["init"].update(vq="")),
-            "names no weights of a tokenizer",
+            "tokenizer",
         ),
         (
             lambda run: (run / "weights" / "policy.safetensors").unlink(),
-            "has a summary.json but no weights/policy.safetensors",
+            "summary.json.*weights/policy.safetensors",
         ),
         (
             lambda run: (run / "weights" / "policy.safetensors").write_bytes(b"other"),
-            "is not the file that the run wrote: its SHA-256 is d9298a10d1b0735837dc4bd85dac641b",
+            "SHA-256.*d9298a10d1b0735837dc4bd85dac641b",
         ),
         (
             lambda run: edit(
                 run / "summary.json",
                 lambda s: (s["config"]["policy"].update(n_layer=3), s["weights"].clear()),
             ),
-            "do not fit the model",
+            "n_layer|layers/|fit",
         ),
     ],
 )
@@ -247,10 +247,10 @@ def test_a_broken_run_is_refused_with_what_is_wrong(tmp_path, mesh, break_it, me
 
 
 def test_what_was_looked_for_is_said(tmp_path, mesh):
-    with pytest.raises(WeightsError, match="'nowhere' does not exist. Give 'demo'"):
+    with pytest.raises(WeightsError, match="'nowhere'.*'demo'"):
         load_generator("nowhere", mesh)
     (tmp_path / "file").write_text("")
-    with pytest.raises(WeightsError, match="is a file, not a directory"):
+    with pytest.raises(WeightsError, match="is a file"):
         load_generator(str(tmp_path / "file"), mesh)
     with pytest.raises(WeightsError) as caught:
         load_generator(str(tmp_path), mesh)
@@ -260,5 +260,5 @@ def test_what_was_looked_for_is_said(tmp_path, mesh):
 
 def test_generator_and_tokenizer_must_fit(monkeypatch, mesh):
     monkeypatch.setitem(module._DEMO_POLICY, "block_size", 49)
-    with pytest.raises(WeightsError, match="49 tokens of 1024 codes, and a 8x8 grid of 1024 codes"):
+    with pytest.raises(WeightsError, match="49.*1024.*8x8.*1024"):
         load_generator("demo", mesh)

@@ -66,11 +66,11 @@ def test_lists_files_and_names_are_repeated(classes, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("12", "there is no class and no file '12'; .* labels 0 to 11 or names: astronaut, camera"),
-        ("-1", "no class and no file '-1'"),
-        ("dog", "no class and no file 'dog'"),
-        ("1.5", "no class and no file '1.5'"),
-        ("²", "no class and no file '²'"),
+        ("12", "'12'.*0 to 11.*astronaut, camera"),
+        ("-1", "'-1'"),
+        ("dog", "'dog'"),
+        ("1.5", "'1.5'"),
+        ("²", "'²'"),
         (" , ", "holds no label"),
     ],
 )
@@ -81,10 +81,10 @@ def test_a_label_that_does_not_exist_is_named(classes, rule, message):
 
 def test_an_ambiguous_name_asks_for_a_number(classes):
     twice = dataclasses.replace(classes, class_names=("crane", "owl", "crane", *"abcdefghi"))
-    with pytest.raises(ConditionsError, match=r"'crane' is the name of classes \[0, 2\]"):
+    with pytest.raises(ConditionsError, match=r"'crane'.*\[0, 2\]"):
         make_conditions(twice, 4, 0, "crane", None)
     unknown = dataclasses.replace(classes, class_names=None)
-    with pytest.raises(ConditionsError, match="class names are not known here"):
+    with pytest.raises(ConditionsError, match="class names"):
         make_conditions(unknown, 4, 0, "crane", None)
 
 
@@ -103,12 +103,12 @@ def captions(path, count=3, mask=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": np.zeros((3, 4, 5), np.float32)}, r"features \(3, 4, 5\) .* takes features "),
+        ({"features": np.zeros((3, 4, 5), np.float32)}, r"features \(3, 4, 5\)"),
         ({"mask": np.ones((2, 4), bool)}, r"mask \(2, 4\)"),
-        ({"features": np.zeros((3, 4, 6), np.int64)}, "features are int64"),
-        ({"mask": np.arange(4) < np.array([[2], [3], [4]])}, "must be padded on the left"),
-        ({"mask": np.zeros((3, 4), bool)}, "must be padded on the left and hold a token each"),
-        ({"mask": np.full((3, 4), 0.5)}, "wants floats, and booleans or 0 and 1"),
+        ({"features": np.zeros((3, 4, 6), np.int64)}, "features.*int64"),
+        ({"mask": np.arange(4) < np.array([[2], [3], [4]])}, "left"),
+        ({"mask": np.zeros((3, 4), bool)}, "left.*token each"),
+        ({"mask": np.full((3, 4), 0.5)}, "booleans or 0 and 1"),
     ],
 )
 def test_captions_that_do_not_fit_are_refused(tmp_path, captioned, changes, message):
@@ -118,17 +118,17 @@ def test_captions_that_do_not_fit_are_refused(tmp_path, captioned, changes, mess
 
 
 def test_conditions_of_the_wrong_kind_are_refused(classes, captioned):
-    with pytest.raises(ConditionsError, match="takes class labels; give --labels"):
+    with pytest.raises(ConditionsError, match="--labels"):
         make_conditions(classes, 5, 0, None, Path("c.npz"))
-    with pytest.raises(ConditionsError, match="text-conditional; give --conditions"):
+    with pytest.raises(ConditionsError, match="--conditions"):
         make_conditions(captioned, 5, 0, "random", None)
-    with pytest.raises(ConditionsError, match="give --conditions FILE.npz with features"):
+    with pytest.raises(ConditionsError, match="--conditions FILE.npz"):
         make_conditions(captioned, 5, 0, None, None)
     policy = make_policy(
         "janus", dim=32, n_head=4, n_layer=2, vocab_size=11, num_tokens=9, hidden_dim=48
     )
     janus = dataclasses.replace(captioned, policy=policy, facts={"policy": {"kind": "janus"}})
-    with pytest.raises(ConditionsError, match="a generator of kind 'janus'; only class labels"):
+    with pytest.raises(ConditionsError, match="'janus'"):
         make_conditions(janus, 5, 0, None, None)
 
 
@@ -146,5 +146,5 @@ def test_captions_are_read_a_row_at_a_time(tmp_path, captioned):
 
 def test_a_file_without_captions_is_named(tmp_path, captioned):
     captions(tmp_path / "c.npz", features=None)
-    with pytest.raises(SampleFilesError, match="no array 'features'; there are: mask"):
+    with pytest.raises(SampleFilesError, match="'features'.*mask"):
         make_conditions(captioned, 5, 0, None, tmp_path / "c.npz")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from tests.helpers.messages import facts
 from vapi_jax.common.options import hints_of
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.methods import METHODS
@@ -75,7 +76,7 @@ def test_config_dicts_and_mappings_resolve_alike():
     ],
 )
 def test_an_unknown_option_names_the_nearest_known_one(changes, line):
-    assert lines(**changes) == [line]
+    assert [facts(found) for found in lines(**changes)] == [facts(line)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_an_unknown_option_names_the_nearest_known_one(changes, line):
     ],
 )
 def test_wrong_types(changes, line):
-    assert line in lines(**changes)
+    assert facts(line) in [facts(found) for found in lines(**changes)]
 
 
 def changes_of(path, value):
@@ -227,7 +228,8 @@ INSIDE = [
 
 @pytest.mark.parametrize(("path", "value", "wants"), OUTSIDE)
 def test_a_number_outside_its_limits_is_named_with_them(path, value, wants):
-    assert lines(**changes_of(path, value)) == [f"{path}={value}: {wants}"]
+    (line,) = lines(**changes_of(path, value))
+    assert facts(line) == facts(f"{path}={value}: {wants}")
 
 
 @pytest.mark.parametrize(("path", "value"), INSIDE)
@@ -482,7 +484,7 @@ def test_every_number_has_limits_and_a_row_above():
     ],
 )
 def test_impossible_values_come_with_their_fix(changes, line):
-    assert lines(**changes) == [line]
+    assert [facts(found) for found in lines(**changes)] == [facts(line)]
 
 
 def test_what_is_said_of_networks_is_true():
@@ -549,9 +551,7 @@ def test_all_errors_come_at_once():
 
 
 def test_name_and_method_must_be_there():
-    with pytest.raises(
-        ConfigError, match=r"(?s)2 error.*config.method: missing.*config.name: miss"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)2 error.*config.method.*config.name"):
         resolve({"policy": MINIMAL["policy"]})
 
 
@@ -611,7 +611,8 @@ def test_a_resolved_configuration_resolves_to_itself():
     ],
 )
 def test_batches_must_split_over_the_devices(changes, devices, found):
-    assert device_errors(resolve({**MINIMAL, **changes}), devices) == found
+    errors = device_errors(resolve({**MINIMAL, **changes}), devices)
+    assert [facts(line) for line in errors] == [facts(line) for line in found]
     # What an error tells to take is possible.
     for line in found:
         *sections, name = line.split("=")[0].split(".")

@@ -82,7 +82,7 @@ TINY_ARGS = {"n_head": 4, "block_size": 16}
 def test_old_files_tell_the_grid_by_their_rotations():
     shapes = {**reference_shapes(TINY), "freqs_cis": (1 + 36, 8, 2)}
     assert infer_gpt(shapes, {"n_head": 4}, file_name="c2i_256.pt").config.block_size == 36
-    with pytest.raises(WeightsError, match=r"grid 6 for 96 px, you asked for 64 \(grid 4\)"):
+    with pytest.raises(WeightsError, match=r"6.*96.*64.*4"):
         infer_gpt(shapes, TINY_ARGS)
 
 
@@ -96,15 +96,15 @@ def test_what_is_given_decides_over_the_name_of_the_file():
 @pytest.mark.parametrize(
     "args, message",
     [
-        ({}, "number of heads cannot be told from shapes.*--args"),
-        ({"n_head": 4}, "the grid cannot be told.*--image-size"),
-        ({"n_head": 4, "block_size": 15}, "not a square grid"),
-        ({**TINY_ARGS, "n_layer": 3}, "n_layer: the file has 2, you asked for 3"),
-        ({**TINY_ARGS, "num_classes": 10}, "class_rows: the file has 8, you asked for 11"),
-        ({**TINY_ARGS, "n_kv_head": 2}, "kv_dim: the file has 64, you asked for 32"),
-        ({**TINY_ARGS, "multiple_of": 64}, "hidden_dim: the file has 256, you asked for 192"),
-        ({**TINY_ARGS, "vocab_sise": 48}, "vocab_sise.*did you mean vocab_size"),
-        ({**TINY_ARGS, "model_type": "t2i"}, "this is a c2i file"),
+        ({}, "heads.*--args"),
+        ({"n_head": 4}, "grid.*--image-size"),
+        ({"n_head": 4, "block_size": 15}, "square"),
+        ({**TINY_ARGS, "n_layer": 3}, "n_layer.*2.*3"),
+        ({**TINY_ARGS, "num_classes": 10}, "class_rows.*8.*11"),
+        ({**TINY_ARGS, "n_kv_head": 2}, "kv_dim.*64.*32"),
+        ({**TINY_ARGS, "multiple_of": 64}, "hidden_dim.*256.*192"),
+        ({**TINY_ARGS, "vocab_sise": 48}, "vocab_sise.*vocab_size"),
+        ({**TINY_ARGS, "model_type": "t2i"}, "c2i"),
     ],
 )
 def test_contradictions_and_gaps_are_named(args, message):
@@ -115,7 +115,7 @@ def test_contradictions_and_gaps_are_named(args, message):
 def test_a_text_file_given_for_a_class_file_is_named_as_such():
     config = LlamaConfig(**{**vars(TINY), "model_type": "t2i", "cls_token_num": 3})
     shapes = reference_shapes(config)
-    with pytest.raises(WeightsError, match="this is a t2i file: use --t2i"):
+    with pytest.raises(WeightsError, match="t2i.*--t2i"):
         infer_gpt(shapes, {**TINY_ARGS, "model_type": "c2i"})
     assert gpt_differences(gpt_facts(shapes), TINY) == [
         "this is a t2i file: use --t2i, or policy.kind='text' in a configuration"
@@ -124,11 +124,11 @@ def test_a_text_file_given_for_a_class_file_is_named_as_such():
 
 def test_files_of_the_other_part_are_named_as_such():
     generator, tokenizer = reference_shapes(TINY), reference_shapes(VQ_PRESETS["VQ-8"])
-    with pytest.raises(WeightsError, match="weights of a VQ tokenizer: give them as --vq"):
+    with pytest.raises(WeightsError, match="--vq"):
         infer_gpt(tokenizer)
-    with pytest.raises(WeightsError, match="weights of a generator: give them as --gpt"):
+    with pytest.raises(WeightsError, match="--gpt"):
         infer_vq(generator)
-    with pytest.raises(WeightsError, match="no LlamaGen generator.*It has a, b"):
+    with pytest.raises(WeightsError, match="LlamaGen.* a, b"):
         infer_gpt({"a": (1,), "b": (2,)})
 
 
@@ -137,11 +137,9 @@ def test_arguments_of_the_tokenizer_are_checked_against_the_file():
     shapes = reference_shapes(config)
     args = {"downsample_factor": 8, "groupnorm_eps": 1e-6, "codebook_show_usage": True}
     assert infer_vq(shapes, {**args, "commit_loss_beta": 0.5}).config.commit_loss_beta == 0.5
-    with pytest.raises(
-        WeightsError, match="downsample_factor: 16 is asked for, these weights have 8"
-    ):
+    with pytest.raises(WeightsError, match="downsample_factor.*16.*8"):
         infer_vq(shapes, {"downsample_factor": 16})
-    with pytest.raises(WeightsError, match="codebook_size: the file has 16384, you asked for 99"):
+    with pytest.raises(WeightsError, match="codebook_size.*16384.*99"):
         infer_vq(shapes, {"codebook_size": 99})
 
 
@@ -152,5 +150,5 @@ def test_what_is_kept_of_a_configuration_is_what_decides_the_meaning_of_weights(
     stored = json.loads(json.dumps(Architecture("", TINY).to_json()))
     assert stored == {"name": "", **kept}
     assert from_json(stored, LlamaConfig) == TINY
-    with pytest.raises(WeightsError, match="no LlamaConfig"):
+    with pytest.raises(WeightsError, match="LlamaConfig"):
         from_json({**stored, "dim": 3}, LlamaConfig)

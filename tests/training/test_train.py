@@ -203,12 +203,12 @@ def test_a_healthy_step_passes(vapi_task):
 @pytest.mark.parametrize("norm", [0.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", ["vapi", "base"])
 def test_a_gradient_that_is_zero_or_not_finite_stops_the_run(kind, norm):
-    with pytest.raises(HealthError, match="step 7: gradient norm"):
+    with pytest.raises(HealthError, match="step 7.*gradient"):
         make_tiny_method(kind, make_mesh()).check_health(7, {**HEALTHY, "grad_norm": norm})
 
 
 def test_equal_rewards_everywhere_stop_the_run(vapi_task):
-    with pytest.raises(HealthError, match="step 3: all samples of every group"):
+    with pytest.raises(HealthError, match="step 3.*samples"):
         vapi_task.check_health(3, {**HEALTHY, "advantages_nonzero": 0.0})
     without = make_tiny_method("vapi", vapi_task.mesh, vapi={"policy_gradient": False})
     without.check_health(3, {**HEALTHY, "advantages_nonzero": 0.0})  # nothing asks for advantages
@@ -216,7 +216,7 @@ def test_equal_rewards_everywhere_stop_the_run(vapi_task):
 
 @pytest.mark.parametrize("deviation", [0.03, 5.0, math.nan])
 def test_a_first_ratio_off_one_stops_the_run(vapi_task, deviation):
-    with pytest.raises(HealthError, match="step 2: a ratio"):
+    with pytest.raises(HealthError, match="step 2.*ratio"):
         vapi_task.check_health(2, {**HEALTHY, "ratio_max_deviation": deviation})
     dropout = make_tiny_method("vapi", vapi_task.mesh, preset="reference")
     dropout.check_health(2, {**HEALTHY, "ratio_max_deviation": 0.5})  # dropout moves it rightly

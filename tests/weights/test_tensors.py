@@ -112,17 +112,17 @@ def test_an_index_that_lies_is_refused(tmp_path, index, message):
 
 def test_files_without_a_state_dict_say_what_they_have(tmp_path):
     torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "x.pt")
-    with pytest.raises(WeightsError, match="no state dict.*it has epoch, loss"):
+    with pytest.raises(WeightsError, match="epoch, loss"):
         read_all(tmp_path / "x.pt")
     torch.save([torch.zeros(1)], tmp_path / "y.pt")
-    with pytest.raises(WeightsError, match="holds a list, not a state dict"):
+    with pytest.raises(WeightsError, match="list"):
         read_all(tmp_path / "y.pt")
 
 
 def test_one_storage_cannot_pass_for_many_tensors(tmp_path):
     storage = torch.zeros(1000)
     torch.save({f"layers.{i}": storage.view(10, 100) for i in range(50)}, tmp_path / "x.pt")
-    with pytest.raises(WeightsError, match="many of them share their storage"):
+    with pytest.raises(WeightsError, match="share"):
         read_all(tmp_path / "x.pt")
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_weights_is_refused_by_name(tmp_path, name, content):
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=name):
         read_all(path)
-    with pytest.raises(WeightsError, match=r"absent\.pt does not exist"):
+    with pytest.raises(WeightsError, match=r"absent\.pt"):
         read_all(tmp_path / "absent.pt")
 
 
@@ -166,7 +166,7 @@ def test_a_file_written_in_pieces_is_read_by_the_library(tmp_path):
 
 def test_a_tensor_that_is_not_what_was_announced_leaves_no_file(tmp_path):
     wrong = Outgoing("a", (4,), np.dtype(np.float32), lambda: iter([np.zeros(3, np.float32)]))
-    with pytest.raises(ValueError, match="a: 12 bytes came, 16 announced"):
+    with pytest.raises(ValueError, match="12.*16"):
         write_safetensors(tmp_path / "x.safetensors", [wrong])
     assert not (tmp_path / "x.safetensors").exists()
 

@@ -98,7 +98,7 @@ def test_hostile_archives_are_refused(kind, tmp_path):
 def test_the_number_of_entries_and_the_directory_are_bounded(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "many.pt", GOOD)
     monkeypatch.setattr(archive, "MAX_ENTRIES", 3)
-    with pytest.raises(TorchFileError, match="4 entries, at most 3"):
+    with pytest.raises(TorchFileError, match="4.*3"):
         open_torch_file(path)
     monkeypatch.setattr(storage_file, "_MAX_DIRECTORY", 100)
     with pytest.raises(TorchFileError, match="it claims [0-9]+ bytes"):
@@ -167,7 +167,7 @@ def test_other_files_are_named(kind, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_program_is_named(tmp_path):
     (tmp_path / "x.pt").write_bytes(script())
-    with pytest.raises(TorchFileError, match="TorchScript program"):
+    with pytest.raises(TorchFileError, match="TorchScript"):
         open_torch_file(tmp_path / "x.pt")
 
 

