@@ -29,6 +29,7 @@ from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import MANIFEST, WeightsSource, load_weights
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQModel
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.training.export import export, open_trained
 from vapi_jax.weights.names import WeightsError, to_reference
@@ -254,7 +255,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_can_be_repeated(
 def trained(tmp_path):
     """The workdir of a tiny run: its configuration, final weights and two checkpoints."""
     config = make_tiny_config("base")
-    shapes = jax.eval_shape(make_method(config, None).init, jax.random.key(0))
+    shapes = jax.eval_shape(make_method(config, make_mesh()).init, jax.random.key(0))
     rng = np.random.default_rng(0)
     draws = [
         jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
