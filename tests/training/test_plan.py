@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.messages import assert_mentions
 from tests.helpers.paths import CONFIGS
 from tests.helpers.tiny import make_tiny_method
-from vapi_jax.methods.config import CheckpointConfig, EvalConfig, TrainConfig
+from vapi_jax.methods.config import CheckpointConfig, EvalConfig, TrainConfig, to_dict
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.lpips import load_lpips_params, lpips_shapes
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh
@@ -53,7 +53,7 @@ def test_the_papers_recipe_is_planned_without_its_weights_and_data(capsys):
     assert status == 1
     assert errors[0] == "error: 3 error(s) in the configuration:"
     assert [line.split("=")[0] for line in errors[1:]] == [
-        "  - config.data.path",
+        "  - config.data.name",
         "  - config.init.gpt",
         "  - config.init.vq",
     ]
@@ -63,7 +63,7 @@ def test_the_papers_recipe_is_planned_without_its_weights_and_data(capsys):
     assert networks["policy"]["parameters"] == count == 1_410_972_672
     assert networks["policy"]["trained"] and not networks["tokenizer"]["trained"]
     assert networks["policy"]["weights"]["state"] == "missing"
-    assert networks["perceptual"]["weights"]["state"] == "digest verified"
+    assert networks["reward lpips"]["weights"]["state"] == "digest verified"
     assert found["counts"] == {
         "steps": 100,
         "images": 12_800,
@@ -93,9 +93,7 @@ def test_the_demos_recipes_can_run(name, variant, capsys):
         "images": {"train": 12 * 1024, found["config"]["eval"]["split"]: 12 * 1024},
         "notes": [],
     }
-    assert found["config"] == json.loads(
-        json.dumps(dataclasses.asdict(_with_twelve_classes(resolve(load(name, variant)))))
-    )
+    assert found["config"] == to_dict(_with_twelve_classes(resolve(load(name, variant))))
 
 
 def _with_twelve_classes(config):
@@ -118,7 +116,7 @@ def test_the_plan_reads_well(capsys):
         "sharpened base and result and controls (each trained anew), 3 x 2048 samples a row",
         "checkpoints 2 of 22.5 MiB each, 2 stay (45.1 MiB)",
         "            runs/demo/weights: policy.safetensors (7.5 MiB)",
-        "policy, trained, from shipped demo (digest verified)             1,970,304",
+        "policy, trained, from shipped demo (digest verified)               1,970,304",
     ):
         assert line in text.splitlines(), line
     assert all(len(line) <= 180 for line in text.splitlines())

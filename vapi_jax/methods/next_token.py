@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.options import Errors, Share
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, check_dropout, logits_bytes
 from vapi_jax.methods.method import Aux, Curve, Scalars, mean_of
-from vapi_jax.models import categorical
+from vapi_jax.models.head import block_length, cross_entropy_and_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +61,9 @@ class NextToken(GeneratorMethod):
         condition = self.drop_conditions(label_rng, batch, self.options.label_dropout)
         dropout_rng = jax.random.fold_in(dropout_rng, batch["index"][0])
         context = tokens[:, : self.policy.context_length]
-        logits = self.policy.logits(params, condition, context, dropout_rng=dropout_rng)
-        ce = categorical.cross_entropy(logits, tokens)
-        entropy = categorical.entropy(jax.lax.stop_gradient(logits)).mean(axis=-1)
-        return ce.mean(), ({"ce": ce, "entropy": entropy}, extra)
+        hidden = self.policy.hidden(params, condition, context, dropout_rng=dropout_rng)
+        ce, entropy = cross_entropy_and_entropy(hidden, self.policy.head(params), tokens)
+        return ce.mean(), ({"ce": ce, "entropy": entropy.mean(axis=-1)}, extra)
 
     def summarize(self, aux: Aux) -> Scalars:
         scalars = mean_of(aux, "ce", "entropy")
@@ -82,11 +80,14 @@ class NextToken(GeneratorMethod):
         del rng
         tokens = self.true_tokens(frozen, batch)
         context = tokens[:, : self.policy.context_length]
-        logits = self.policy.logits(params, batch["condition"], context)
-        ce = categorical.cross_entropy(logits, tokens)
-        return {"ce": ce.mean(), "entropy": jnp.mean(categorical.entropy(logits, temperature))}
+        hidden, head = (
+            self.policy.hidden(params, batch["condition"], context), self.policy.head(params)
+        )  # fmt: skip
+        ce, entropy = cross_entropy_and_entropy(hidden, head, tokens, temperature)
+        return {"ce": ce.mean(), "entropy": entropy.mean()}
 
     def memory(self, rows: int) -> Sequence[tuple[str, int, str]]:
         policy = self.policy
-        logits = logits_bytes(rows, policy.num_tokens, policy.vocab_size)
-        return [("logits", logits, "float32, of all tokens")]
+        at_once = block_length(rows, policy.num_tokens, policy.vocab_size)
+        logits = logits_bytes(rows, at_once, policy.vocab_size)
+        return [("logits", logits, f"float32, of {at_once} position(s) at a time")]
