@@ -41,6 +41,7 @@ def test_progress_in_a_log(clock):
     steps = [int(re.search(r"(\d+)/10", line)[1]) for line in lines]
     assert steps == [0, 1, 4, 7, 10]
     assert all(line.startswith("vapi: ") for line in lines)
+    assert "[01:00<?" in lines[1]
     assert " 40%" in lines[2] and "[01:12<00:24" in lines[2] and "reward -0.46" in lines[2]
     assert "images/s 2," in lines[3]
     assert "100%" in lines[4] and "[01:36<00:00" in lines[4]

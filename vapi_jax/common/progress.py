@@ -97,7 +97,8 @@ class Progress:
         if self._begun:
             bar.update(done)
         else:  # the first step compiles: rates and what remains are told from the next one on
-            self._begun, bar.n, bar.last_print_n, bar.last_print_t = True, step, step, time.time()
+            self._begun, bar.initial, bar.n, bar.last_print_n = True, step, step, step
+            bar.last_print_t = time.time()
             bar.refresh()
 
     def __enter__(self) -> Self:
