@@ -244,7 +244,9 @@ def writing_the_summary(life):
 
 @_hook
 def writing_the_report(life):
-    _before_call(run, "write_report")
+    from vapi_jax.report import page  # matplotlib, which other lives do without
+
+    _before_call(page, "write_report")
 
 
 @_hook
