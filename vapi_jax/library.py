@@ -115,7 +115,7 @@ def train(
       ExpectedError: of another kind, for whatever else a user can put right.
     """
     from vapi_jax.methods.config import TrainConfig
-    from vapi_jax.training.readiness import require
+    from vapi_jax.training.preflight import require
     from vapi_jax.training.run import run
 
     place = local_path(os.fspath(workdir))

@@ -30,7 +30,7 @@ from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.paths import local_path, local_text
-from vapi_jax.common.progress import Progress, format_duration
+from vapi_jax.common.progress import ProgressBar, format_duration
 from vapi_jax.evaluation.receipt import environment
 from vapi_jax.generation.files import (
     FORMATS,
@@ -40,7 +40,7 @@ from vapi_jax.generation.files import (
     write_recipe,
 )
 from vapi_jax.generation.loading import Generator, load_generator
-from vapi_jax.generation.requests import Conditions, make_conditions
+from vapi_jax.generation.requests import Requests, make_requests
 from vapi_jax.generation.sampler import Sampler
 from vapi_jax.library import callable_door
 from vapi_jax.parallel import compiler
@@ -180,7 +180,7 @@ def draw_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_samples(
-    sampler: Sampler, params: Any, conditions: Conditions, seed: int, files: SampleFiles
+    sampler: Sampler, params: Any, conditions: Requests, seed: int, files: SampleFiles
 ) -> int:
     """Draws and writes every chunk that is not there yet; returns how many samples that were.
 
@@ -190,7 +190,7 @@ def write_samples(
     missing = sum(len(files.ids(chunk)) for chunk in todo)
     done = files.count - missing
     drawn = sampler(params, conditions.of, map(files.ids, todo), seed)
-    with Progress(files.count, "samples", first_step=done) as progress:
+    with ProgressBar(files.count, "samples", first_step=done) as progress:
         for chunk, batch in zip(todo, drawn, strict=True):
             files.write(chunk, batch.images)
             done += len(batch.images)
@@ -198,7 +198,7 @@ def write_samples(
     return missing
 
 
-def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
+def grid(files: SampleFiles, conditions: Requests) -> np.ndarray:
     """A row of samples for each of the first classes (or captions), uint8 [h, w, 3]."""
     rows, first = np.unique(conditions.rows, return_index=True)
     shown = rows[np.argsort(first)][:GRID_ROWS]
@@ -218,7 +218,7 @@ def grid(files: SampleFiles, conditions: Conditions) -> np.ndarray:
 
 
 def make_recipe(
-    args: argparse.Namespace, generator: Generator, conditions: Conditions, side: int
+    args: argparse.Namespace, generator: Generator, conditions: Requests, side: int
 ) -> dict[str, Any]:
     """What recipe.json says of these samples."""
     return {
@@ -255,7 +255,7 @@ def _mesh(cpu_devices: int) -> Any:
 def run(args: argparse.Namespace) -> None:
     """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
     generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
-    conditions = make_conditions(generator, args.num, args.seed, args.labels, args.conditions)
+    conditions = make_requests(generator, args.num, args.seed, args.labels, args.conditions)
     if args.cfg != 1.0:
         try:
             generator.policy.unconditional(generator.policy.example_condition(1))

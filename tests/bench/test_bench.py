@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import commands
 from tests.helpers.compare import assert_close_in_norm
 from tests.helpers.tiny import make_tiny_config
-from vapi_jax.bench import hlo, measure, phases, report, rig, scaling, sweep
+from vapi_jax.bench import hlo, measure, phases, report, scaling, setup, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError
@@ -35,7 +35,7 @@ def tiny(**changes):
 
 @pytest.fixture(scope="module")
 def tiny_rig():
-    return rig.build(tiny(vapi={"noise_rate": 0.0}), one_device())
+    return setup.build(tiny(vapi={"noise_rate": 0.0}), one_device())
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_an_unknown_device_is_measured():
     assert source == "measured by a large float32 matrix product"
 
 
-# --- the rig --------------------------------------------------------------------------------------
+# --- the setup --------------------------------------------------------------------------------------
 
 
 def test_a_recipe_without_weights_gets_random_ones_and_says_so(tiny_rig):
@@ -89,8 +89,8 @@ def test_a_recipe_without_weights_gets_random_ones_and_says_so(tiny_rig):
 def test_data_that_is_not_here_is_replaced_and_the_reason_said():
     config = tiny(data={"name": "image_folder", "path": "/nowhere/at/all"},
                   policy={"num_classes": 7})  # fmt: skip
-    task = rig.VAPi(config, one_device())
-    batch, note = rig._first_batch(task)
+    task = setup.VAPi(config, one_device())
+    batch, note = setup._first_batch(task)
     assert note.startswith("random images and labels; the recipe's data: ")
     assert "/nowhere/at/all" in note
     assert batch["image"].min() >= -1.0
@@ -99,14 +99,14 @@ def test_data_that_is_not_here_is_replaced_and_the_reason_said():
 
 
 def test_weights_that_are_named_and_absent_are_replaced_and_the_reason_said():
-    made = rig.build(tiny(init={"vq": "/nowhere/vq", "gpt": "/nowhere/gpt"}), one_device())
+    made = setup.build(tiny(init={"vq": "/nowhere/vq", "gpt": "/nowhere/gpt"}), one_device())
     for subject in ("generator", "tokenizer"):
         assert made.notes[subject].startswith("random weights; ")
         assert "/nowhere/" in made.notes[subject]
 
 
 def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_rig):
-    alone = rig.abstract(tiny_rig.task.config, one_device())
+    alone = setup.abstract(tiny_rig.task.config, one_device())
     for got, want in ((alone.state, tiny_rig.state), (alone.batch, tiny_rig.batch),
                       (alone.frozen, tiny_rig.frozen)):  # fmt: skip
         assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
@@ -114,7 +114,7 @@ def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_rig):
         )
 
 
-@pytest.mark.parametrize("build", [rig.build, rig.abstract])
+@pytest.mark.parametrize("build", [setup.build, setup.abstract])
 def test_other_tasks_are_refused(build):
     with pytest.raises(ConfigError, match="'base':.*'vapi'"):
         build(make_tiny_config("base"), one_device())
@@ -124,13 +124,13 @@ def test_other_tasks_are_refused(build):
 
 
 def test_median_and_quartiles():
-    assert rig.spread([4.0, 1.0, 2.0, 3.0, 100.0]) == rig.Spread(3.0, 2.0, 4.0, 5)
-    assert rig.spread([2.0]) == rig.Spread(2.0, 2.0, 2.0, 1)
+    assert setup.spread([4.0, 1.0, 2.0, 3.0, 100.0]) == setup.Spread(3.0, 2.0, 4.0, 5)
+    assert setup.spread([2.0]) == setup.Spread(2.0, 2.0, 2.0, 1)
 
 
 def test_steps_take_turns_and_hand_the_state_on():
     calls, ticks = [], []
-    rig_of_strings = rig.Rig(None, None, "", None, "frozen", "batch", {})
+    rig_of_strings = setup.Setup(None, None, "", None, "frozen", "batch", {})
 
     def step(name, seconds):
         def run(state, frozen, batch):
@@ -142,7 +142,7 @@ def test_steps_take_turns_and_hand_the_state_on():
         return run
 
     steps = {"a": step("a", 0.02), "b": step("b", 0.0)}
-    laps = rig.time_steps(rig_of_strings, steps, 3, 2, lambda: ticks.append(1))
+    laps = setup.time_steps(rig_of_strings, steps, 3, 2, lambda: ticks.append(1))
     assert calls == ["a", "b"] * 5
     assert rig_of_strings.state == "ab" * 5
     assert len(ticks) == 10
@@ -158,14 +158,14 @@ def test_what_a_step_waits_for_its_input(tiny_rig, monkeypatch):
             yield batch
             time.sleep(0.05)
 
-    monkeypatch.setattr(rig, "host_batches", slow)
+    monkeypatch.setattr(setup, "host_batches", slow)
     seen = []
 
     def step(state, frozen, batch):
         seen.append(batch["image"].sharding)
         return state, {}
 
-    waited = rig.input_wait(tiny_rig, step, 3, lambda: None)
+    waited = setup.input_wait(tiny_rig, step, 3, lambda: None)
     assert 0.05 <= waited < 0.2
     assert len(seen) == 3
 
@@ -174,17 +174,17 @@ def test_without_data_no_wait_is_measured(tiny_rig, monkeypatch):
     def absent(task):
         raise DataError("no such folder")
 
-    monkeypatch.setattr(rig, "host_batches", absent)
-    assert rig.input_wait(tiny_rig, None, 3, lambda: None) is None
+    monkeypatch.setattr(setup, "host_batches", absent)
+    assert setup.input_wait(tiny_rig, None, 3, lambda: None) is None
 
 
 def test_a_fault_in_the_data_is_not_timed_as_noise(tiny_rig, monkeypatch):
     def broken(*_):
         raise ValueError("a fault of the program")
 
-    monkeypatch.setattr(rig, "make_dataset", broken)
+    monkeypatch.setattr(setup, "make_dataset", broken)
     with pytest.raises(ValueError, match="a fault of the program"):
-        rig._first_batch(tiny_rig.task)
+        setup._first_batch(tiny_rig.task)
 
 
 # --- phases ---------------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ def test_the_phases_together_are_the_gradient_of_the_step(tiny_rig):
 )
 def test_the_model_of_what_is_sent_is_what_the_compiled_step_sends(data, fsdp, count):
     config = tiny(microbatch_size=16 // count, policy={"remat": "full"})
-    alone = rig.abstract(config, make_mesh(data, fsdp))
-    compiled, _ = rig.compile_step(alone, True)
+    alone = setup.abstract(config, make_mesh(data, fsdp))
+    compiled, _ = setup.compile_step(alone, True)
     found = hlo.collectives(compiled.as_text())
     assert all(one.exact for one in found)
     gathers = sum(
@@ -479,7 +479,7 @@ def test_quantities(value, text):
 
 def test_steps_of_more_devices_are_cheaper_but_not_by_their_number():
     config = make_tiny_config("vapi", batch_size=64)
-    found = measure.scaling(rig.abstract(config, make_mesh(1, 8)))
+    found = measure.scaling(setup.abstract(config, make_mesh(1, 8)))
     assert [(row["devices"], row["images"]) for row in found] == [
         (1, 64), (8, 64), (64, 64), (64, 512), (512, 4096)
     ]  # fmt: skip
@@ -494,7 +494,7 @@ def test_steps_of_more_devices_are_cheaper_but_not_by_their_number():
 
 
 def test_no_scaling_is_told_for_other_nodes_than_the_models():
-    assert measure.scaling(rig.abstract(make_tiny_config("vapi"), make_mesh(2, 4))) is None
+    assert measure.scaling(setup.abstract(make_tiny_config("vapi"), make_mesh(2, 4))) is None
 
 
 # --- the command ----------------------------------------------------------------------------------

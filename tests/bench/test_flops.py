@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers.tiny import make_tiny_config
-from vapi_jax.bench import rig
+from vapi_jax.bench import setup
 from vapi_jax.bench.flops import (
     StepFlops,
     decoder_flops,
@@ -246,7 +246,7 @@ PROJECTION = 2 * 16 * 4 * 8
 
 def compiled_step(way, **changes):
     config = make_tiny_config("vapi", vapi={"fused": way == "fused", "group_size": 3}, **changes)
-    one = rig.abstract(config, make_mesh(1, 1, jax.devices()[:1]))
+    one = setup.abstract(config, make_mesh(1, 1, jax.devices()[:1]))
     step = train.make_train_step(one.task, one.optimizer, one.shardings)
     found = matmul_flops(step.lower(one.state, one.frozen, one.batch).compile().as_text())
     return found, step_flops(one.task.config, one.task.policy)

@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 def test_progress_in_a_log(clock):
     stream = io.StringIO()
-    with progress.Progress(10, "vapi", stream=stream) as bar:
+    with progress.ProgressBar(10, "vapi", stream=stream) as bar:
         for step in range(1, 11):
             # The first step compiles for a minute; the rate afterwards is 4 s a step.
             clock.now += 60 if step == 1 else 4
@@ -49,7 +49,7 @@ def test_progress_in_a_log(clock):
 
 def test_progress_on_a_terminal_is_one_line(clock):
     stream = Terminal()
-    with progress.Progress(3, "base", stream=stream) as bar:
+    with progress.ProgressBar(3, "base", stream=stream) as bar:
         for step in range(1, 4):
             clock.now += 1
             bar.update(step)
@@ -62,7 +62,7 @@ def test_progress_of_an_interrupted_run_shows_the_last_step(clock):
     stream = io.StringIO()
     with (
         contextlib.suppress(KeyboardInterrupt),
-        progress.Progress(10, "x", stream=stream) as bar,
+        progress.ProgressBar(10, "x", stream=stream) as bar,
     ):
         bar.update(1)
         clock.now += 1
@@ -73,7 +73,7 @@ def test_progress_of_an_interrupted_run_shows_the_last_step(clock):
 
 def test_progress_goes_on_where_an_earlier_run_was(clock):
     stream = io.StringIO()
-    with progress.Progress(1000, "x", stream=stream, first_step=900) as bar:
+    with progress.ProgressBar(1000, "x", stream=stream, first_step=900) as bar:
         for step in (901, 902, 903, 904):
             clock.now += 5
             bar.update(step)
@@ -141,7 +141,7 @@ def silent(monkeypatch):
 
 def shown(capsys):
     stream = io.StringIO()
-    with progress.Progress(2, "steps", stream=stream) as bar:
+    with progress.ProgressBar(2, "steps", stream=stream) as bar:
         bar.update(1, 4, {"loss": 1.0})
         bar.update(2, 4, {"loss": 0.5})
     progress.announce("a banner")

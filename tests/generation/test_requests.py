@@ -9,7 +9,7 @@ import pytest
 
 from vapi_jax.generation.files import SampleFilesError
 from vapi_jax.generation.loading import load_generator
-from vapi_jax.generation.requests import ConditionsError, make_conditions, random_labels
+from vapi_jax.generation.requests import RequestError, make_requests, random_labels
 from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel.sharding import make_mesh
 
@@ -31,7 +31,7 @@ def captioned(classes):
 
 
 def test_balanced_labels_go_through_the_classes_in_turn(classes):
-    conditions = make_conditions(classes, 26, 0, None, None)
+    conditions = make_requests(classes, 26, 0, None, None)
     np.testing.assert_array_equal(conditions.rows, [*range(12), *range(12), 0, 1])
     assert conditions.facts["rule"] == "balanced"
 
@@ -60,7 +60,7 @@ def test_lists_files_and_names_are_repeated(classes, tmp_path):
         ("0,11,rocket", [0, 11, 11, 0]),
         (str(tmp_path / "labels.txt"), [3, 4, 0, 3]),
     ):
-        np.testing.assert_array_equal(make_conditions(classes, 4, 0, rule, None).rows, want)
+        np.testing.assert_array_equal(make_requests(classes, 4, 0, rule, None).rows, want)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_lists_files_and_names_are_repeated(classes, tmp_path):
     ],
 )
 def test_a_label_that_does_not_exist_is_named(classes, rule, message):
-    with pytest.raises(ConditionsError, match=message):
-        make_conditions(classes, 4, 0, rule, None)
+    with pytest.raises(RequestError, match=message):
+        make_requests(classes, 4, 0, rule, None)
 
 
 def test_an_ambiguous_name_asks_for_a_number(classes):
     twice = dataclasses.replace(classes, class_names=("crane", "owl", "crane", *"abcdefghi"))
-    with pytest.raises(ConditionsError, match=r"'crane'.*\[0, 2\]"):
-        make_conditions(twice, 4, 0, "crane", None)
+    with pytest.raises(RequestError, match=r"'crane'.*\[0, 2\]"):
+        make_requests(twice, 4, 0, "crane", None)
     unknown = dataclasses.replace(classes, class_names=None)
-    with pytest.raises(ConditionsError, match="class names"):
-        make_conditions(unknown, 4, 0, "crane", None)
+    with pytest.raises(RequestError, match="class names"):
+        make_requests(unknown, 4, 0, "crane", None)
 
 
 def captions(path, count=3, mask=None, **changes):
@@ -113,28 +113,28 @@ def captions(path, count=3, mask=None, **changes):
 )
 def test_captions_that_do_not_fit_are_refused(tmp_path, captioned, changes, message):
     captions(tmp_path / "c.npz", **changes)
-    with pytest.raises(ConditionsError, match=message):
-        make_conditions(captioned, 5, 0, None, tmp_path / "c.npz")
+    with pytest.raises(RequestError, match=message):
+        make_requests(captioned, 5, 0, None, tmp_path / "c.npz")
 
 
 def test_conditions_of_the_wrong_kind_are_refused(classes, captioned):
-    with pytest.raises(ConditionsError, match="--labels"):
-        make_conditions(classes, 5, 0, None, Path("c.npz"))
-    with pytest.raises(ConditionsError, match="--conditions"):
-        make_conditions(captioned, 5, 0, "random", None)
-    with pytest.raises(ConditionsError, match="--conditions FILE.npz"):
-        make_conditions(captioned, 5, 0, None, None)
+    with pytest.raises(RequestError, match="--labels"):
+        make_requests(classes, 5, 0, None, Path("c.npz"))
+    with pytest.raises(RequestError, match="--conditions"):
+        make_requests(captioned, 5, 0, "random", None)
+    with pytest.raises(RequestError, match="--conditions FILE.npz"):
+        make_requests(captioned, 5, 0, None, None)
     policy = make_policy(
         "janus", dim=32, n_head=4, n_layer=2, vocab_size=11, num_tokens=9, hidden_dim=48
     )
     janus = dataclasses.replace(captioned, policy=policy, facts={"policy": {"kind": "janus"}})
-    with pytest.raises(ConditionsError, match="'janus'"):
-        make_conditions(janus, 5, 0, None, None)
+    with pytest.raises(RequestError, match="'janus'"):
+        make_requests(janus, 5, 0, None, None)
 
 
 def test_captions_are_read_a_row_at_a_time(tmp_path, captioned):
     arrays = captions(tmp_path / "c.npz", features=np.full((3, 4, 6), 0.5, np.float16))
-    conditions = make_conditions(captioned, 5, 0, None, tmp_path / "c.npz")
+    conditions = make_requests(captioned, 5, 0, None, tmp_path / "c.npz")
     assert isinstance(conditions.features, np.memmap)
     got = conditions.of(np.array([4, 2]))
     assert {name: x.dtype.name for name, x in got.items()} == {
@@ -147,4 +147,4 @@ def test_captions_are_read_a_row_at_a_time(tmp_path, captioned):
 def test_a_file_without_captions_is_named(tmp_path, captioned):
     captions(tmp_path / "c.npz", features=None)
     with pytest.raises(SampleFilesError, match="'features'.*mask"):
-        make_conditions(captioned, 5, 0, None, tmp_path / "c.npz")
+        make_requests(captioned, 5, 0, None, tmp_path / "c.npz")

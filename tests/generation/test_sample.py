@@ -21,7 +21,7 @@ from vapi_jax import sample
 from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import load_generator
-from vapi_jax.generation.requests import make_conditions
+from vapi_jax.generation.requests import make_requests
 from vapi_jax.generation.sampler import Sampler, decode, in_batches
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
@@ -152,7 +152,7 @@ def test_a_sample_is_the_same_in_any_batch_at_any_place_and_on_any_devices(
     split = load_generator(str(ckpt), make_mesh(2, 4))
     options = sample.draw_options(sample.parse([*ASKED, "--out=x"]))
     for generator, batch, rows in ((alone, 3, 3), (many, 3, 8), (many, 8, 8), (split, 8, 8)):
-        conditions = make_conditions(generator, 11, 3, "chelsea,coffee", None)
+        conditions = make_requests(generator, 11, 3, "chelsea,coffee", None)
         sampler = Sampler(generator.policy, generator.pixels, generator.frozen, batch, options)
         weights = sampler.weights(generator.params)
         for samples in in_batches(11, batch):
@@ -235,7 +235,7 @@ def test_the_grid_has_a_named_row_for_each_class(finished):
 
 def test_the_grid_tells_long_and_equal_names_apart(tmp_path, many):
     names = ("crane", "crane", "a very long name indeed", "a very long name again")
-    conditions = dataclasses.replace(make_conditions(many, 4, 0, "0,1,2,3", None), names=names)
+    conditions = dataclasses.replace(make_requests(many, 4, 0, "0,1,2,3", None), names=names)
     files = SampleFiles(tmp_path, 4, 4, 8)
     files.write(0, np.zeros((4, 8, 8, 3), np.uint8))
     assert sample.grid(files, conditions).shape[0] == 4 * (96 + 2)

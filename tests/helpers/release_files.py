@@ -273,7 +273,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from vapi_jax.common.progress import Progress
+    from vapi_jax.common.progress import ProgressBar
 
     count = itertools.count(1)
     tensors = release_tensors(
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     layout = "fsdp" if args.format != "pt" else args.layout or default_layout(args.model)
     value = nest(tensors, layout, args.model, args.image_size)
     try:
-        with Progress(len(made), f"tensors of {args.model}") as progress:
+        with ProgressBar(len(made), f"tensors of {args.model}") as progress:
             size = write(args.out, value, args.format, args.shard_mb * 10**6)
     except OSError as error:
         print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from vapi_jax.parallel.sharding import batch_sharding, make_mesh
 from vapi_jax.training import memory, plan, train
 from vapi_jax.training.memory import bytes_per_device, estimate, tree_bytes
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
-from vapi_jax.training.readiness import DataFound, WeightsFound
+from vapi_jax.training.preflight import DataFound, WeightsFound
 
 
 def load(name, variant=""):

@@ -14,7 +14,7 @@ import jax
 from jax import monitoring
 
 from vapi_jax.bench.report import quantity
-from vapi_jax.bench.rig import Spread
+from vapi_jax.bench.setup import Spread
 from vapi_jax.methods.config import ConfigError
 
 _EVENT = "/jax/core/compile/backend_compile_duration"

@@ -41,7 +41,7 @@ from vapi_jax.bench.devices import peak, peak_memory
 from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.report import quantity
-from vapi_jax.bench.rig import spread, timed
+from vapi_jax.bench.setup import spread, timed
 from vapi_jax.common.tables import format_table
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.evaluation import features as F

@@ -11,13 +11,13 @@ import jax
 from jax.sharding import Mesh
 
 from vapi_jax.bench import hlo
-from vapi_jax.bench import rig as rigs
+from vapi_jax.bench import setup as setups
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
 from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.bench.phases import PhaseTimer, spreads
 from vapi_jax.bench.scaling import H100, count_parameters, predict
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.common.versions import versions
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.parallel.fsdp import AXIS
@@ -47,11 +47,11 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
+def counted(setup: setups.Setup, compiled: Any) -> dict[str, Any]:
     """FLOPs and communication of a compiled step, over all devices unless said otherwise."""
-    config, devices = rig.method.config, rig.method.mesh.size
+    config, devices = setup.method.config, setup.method.mesh.size
     text = compiled.as_text()
-    analytic, found = step_flops(config, rig.method.policy), matmul_flops(text)
+    analytic, found = step_flops(config, setup.method.policy), matmul_flops(text)
     xla = (compiled.cost_analysis() or {}).get("flops")
     return {
         "model_flops": analytic.model,
@@ -62,7 +62,7 @@ def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
         "compiled_flops_exact": found.exact,
         "compiled_flops_uncounted_calls": found.uncounted,
         "cost_analysis_flops": None if xla is None else xla * devices,
-        "parameters": dataclasses.asdict(count_parameters(rig.state.params, rig.method.mesh)),
+        "parameters": dataclasses.asdict(count_parameters(setup.state.params, setup.method.mesh)),
         "collectives_per_device": {
             kind: dataclasses.asdict(total)
             for kind, total in hlo.totals(hlo.collectives(text)).items()
@@ -70,21 +70,21 @@ def counted(rig: rigs.Rig, compiled: Any) -> dict[str, Any]:
     }
 
 
-def scaling(rig: rigs.Rig) -> list[dict[str, Any]] | None:
+def scaling(setup: setups.Setup) -> list[dict[str, Any]] | None:
     """Seconds of a step on more H100s by the model of `bench/scaling.py`.
 
     The recipe's batch on 1, 8 and 64 devices, and as many images for each device on 64 and 512 as on 8.
     None unless the mesh splits parameters over a node of 8, for which the model is made.
     """
-    config, mesh = rig.method.config, rig.method.mesh
+    config, mesh = setup.method.config, setup.method.mesh
     if mesh.shape[AXIS] != H100.node or mesh.size != H100.node:
         return None
     batch = config.batch_size
     cases = [(1, batch), (8, batch), (64, batch), (64, 8 * batch), (512, 64 * batch)]
-    parameters = count_parameters(rig.state.params, mesh)
-    flops = step_flops(config, rig.method.policy).hardware / batch
+    parameters = count_parameters(setup.state.params, mesh)
+    flops = step_flops(config, setup.method.policy).hardware / batch
     own = (config.microbatch_size or batch) // mesh.size
-    dtype = rig.method.policy.compute_dtype
+    dtype = setup.method.policy.compute_dtype
     return [
         dataclasses.asdict(found) | {"hidden": found.hidden, "exposed": found.exposed}
         for devices, images in cases
@@ -93,26 +93,26 @@ def scaling(rig: rigs.Rig) -> list[dict[str, Any]] | None:
     ]
 
 
-def _seconds(name: str, laps: rigs.Laps) -> dict[str, Any]:
-    wall = rigs.spread(laps.wall)
+def _seconds(name: str, laps: setups.Laps) -> dict[str, Any]:
+    wall = setups.spread(laps.wall)
     return {
         f"{name}_per_step": wall.median,
         f"{name}_quartiles": [wall.low, wall.high],
-        f"{name}_of_processor_per_step": rigs.spread(laps.processor).median,
+        f"{name}_of_processor_per_step": setups.spread(laps.processor).median,
     }
 
 
 def compile_only(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """What the compiler says of a step of shapes alone; nothing is run and no weights exist."""
-    rig = rigs.abstract(config, mesh)
+    setup = setups.abstract(config, mesh)
     say("compiling")
-    compiled, seconds = rigs.compile_step(rig, config.options.fused)
+    compiled, seconds = setups.compile_step(setup, config.options.fused)
     return {
         "name": config.name,
         **environment(mesh),
-        "notes": rig.notes,
-        **counted(rig, compiled),
-        "scaling": scaling(rig),
+        "notes": setup.notes,
+        **counted(setup, compiled),
+        "scaling": scaling(setup),
         "compile_seconds": seconds,
         "peak_memory_bytes": planned_memory(compiled),
         "peak_memory_source": PLANNED,
@@ -132,31 +132,31 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
       What --json writes; see docs/performance.md for the keys.
 
     Raises:
-      ConfigError, WeightsError: as `rig.build`.
+      ConfigError, WeightsError: as `setup.build`.
     """
     say("weights and data")
-    rig = rigs.build(config, mesh)
-    config, fused = rig.method.config, rig.method.config.options.fused
+    setup = setups.build(config, mesh)
+    config, fused = setup.method.config, setup.method.config.options.fused
     say("compiling the step")
-    compiled, compile_seconds = rigs.compile_step(rig, fused)
-    result: dict[str, Any] = {"name": config.name, **environment(mesh), "notes": rig.notes}
-    result |= counted(rig, compiled) | {"compile_seconds": compile_seconds, "steps": steps}
-    (rig.state, _), _ = rigs.timed(compiled, rig.state, rig.frozen, rig.batch)
+    compiled, compile_seconds = setups.compile_step(setup, fused)
+    result: dict[str, Any] = {"name": config.name, **environment(mesh), "notes": setup.notes}
+    result |= counted(setup, compiled) | {"compile_seconds": compile_seconds, "steps": steps}
+    (setup.state, _), _ = setups.timed(compiled, setup.state, setup.frozen, setup.batch)
     memory, source = peak_memory(compiled)  # before anything else has used any
     timed = {"ours": compiled}
     if plain:
         say("compiling the plain step")
-        timed["plain"], result["plain_compile_seconds"] = rigs.compile_step(rig, False)
+        timed["plain"], result["plain_compile_seconds"] = setups.compile_step(setup, False)
     rounds: list[dict[str, float]] = []
-    timer = PhaseTimer(rig) if fused else None
+    timer = PhaseTimer(setup) if fused else None
 
     def phase_round(timed: bool) -> None:
         if timer is not None:
-            found = timer.once(rig.state)
+            found = timer.once(setup.state)
             if timed:
                 rounds.append(found)
 
-    with Progress((steps + WARM_UP) * len(timed) + steps, config.name) as progress:
+    with ProgressBar((steps + WARM_UP) * len(timed) + steps, config.name) as progress:
         done = 0
 
         def tick() -> None:
@@ -164,8 +164,8 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
             done += 1
             progress.update(done)
 
-        laps = rigs.time_steps(rig, timed, steps, WARM_UP, tick, phase_round)
-        result["input_wait_seconds"] = rigs.input_wait(rig, compiled, steps, tick)
+        laps = setups.time_steps(setup, timed, steps, WARM_UP, tick, phase_round)
+        result["input_wait_seconds"] = setups.input_wait(setup, compiled, steps, tick)
     phases = spreads(rounds) if rounds else {}
     result |= _seconds("seconds", laps["ours"]) | {
         "plain_seconds_per_step": None,
@@ -179,14 +179,14 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
     if plain:
         result |= _seconds("plain_seconds", laps["plain"])
         pairs = zip(laps["plain"].wall, laps["ours"].wall, strict=True)
-        ratios = rigs.spread([other / own for other, own in pairs])
+        ratios = setups.spread([other / own for other, own in pairs])
         result["ratio"] = result["plain_seconds_per_step"] / result["seconds_per_step"]
         result["ratio_quartiles"] = [ratios.low, ratios.high]
         result["ratio_of_processor_seconds"] = (
             result["plain_seconds_of_processor_per_step"] / result["seconds_of_processor_per_step"]
         )
     say("the device's peak")
-    most, peak_source = peak(rig.method.policy.compute_dtype, mesh.size)
+    most, peak_source = peak(setup.method.policy.compute_dtype, mesh.size)
     achieved = result["model_flops"] / result["seconds_per_step"]
     return result | {
         "images_per_second": config.batch_size / result["seconds_per_step"],

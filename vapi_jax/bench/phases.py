@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vapi_jax.bench.rig import Rig, Spread, spread, timed
+from vapi_jax.bench.setup import Setup, Spread, spread, timed
 from vapi_jax.methods import vapi
 from vapi_jax.models.head import Head, draw
 from vapi_jax.parallel import compiler
@@ -39,8 +39,8 @@ class _Parts:
     optimizer: Any
 
 
-def _parts(rig: Rig) -> _Parts:
-    policy, pixels, method = rig.method.policy, rig.method.pixels, rig.method.options
+def _parts(setup: Setup) -> _Parts:
+    policy, pixels, method = setup.method.policy, setup.method.pixels, setup.method.options
 
     def forward(params: Any, condition: Any, context: Any) -> Any:
         return jax.vjp(lambda p: policy.hidden(p, condition, context), params)
@@ -67,10 +67,10 @@ def _parts(rig: Rig) -> _Parts:
         return jax.tree.map(jnp.add, to_head, pull(to_hidden)[0])
 
     def optimizer(grads: Any, opt_state: Any, params: Any) -> Any:
-        updates, opt_state = rig.optimizer.update(grads, opt_state, params)
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
 
-    jit = functools.partial(jax.jit, compiler_options=compiler.options(rig.method.mesh))
+    jit = functools.partial(jax.jit, compiler_options=compiler.options(setup.method.mesh))
     return _Parts(
         encode=jit(pixels.encode),
         forward=jit(forward),
@@ -79,8 +79,8 @@ def _parts(rig: Rig) -> _Parts:
         rewards=jit(
             lambda frozen, samples, tokens, batch, keys: vars(
                 vapi.judge_samples(
-                    samples, tokens, tokens, batch, keys, method, rig.method.terms,
-                    rig.method.parts(frozen)["judge"],
+                    samples, tokens, tokens, batch, keys, method, setup.method.terms,
+                    setup.method.parts(frozen)["judge"],
                 )
             )
         ),
@@ -90,21 +90,21 @@ def _parts(rig: Rig) -> _Parts:
 
 
 class PhaseTimer:
-    """The phases of a rig's step, compiled at their first round.
+    """The phases of a setup's step, compiled at their first round.
 
     Images that come with their tokens have no phase "encode". "lpips" is the whole reward (decoder,
     LPIPS, MSE, advantages) less the decoder. "backward" has the head's scores and gradients and the
     layers' gradients.
     """
 
-    def __init__(self, rig: Rig):
-        config = rig.method.config
+    def __init__(self, setup: Setup):
+        config = setup.method.config
         micro = config.microbatch_size or config.batch_size
         self._repeats = config.batch_size // micro
-        batch = train.split_microbatches(rig.batch, self._repeats, rig.method.mesh)
+        batch = train.split_microbatches(setup.batch, self._repeats, setup.method.mesh)
         self._batch = {name: jax.tree.map(lambda x: x[0], part) for name, part in batch.items()}
         self._keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(micro))
-        self._policy, self._frozen, self._parts = rig.method.policy, rig.frozen, _parts(rig)
+        self._policy, self._frozen, self._parts = setup.method.policy, setup.frozen, _parts(setup)
 
     def once(self, state: train.TrainState) -> dict[str, float]:
         """Seconds that each phase takes in a step: those of one microbatch times their number."""

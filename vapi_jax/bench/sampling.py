@@ -44,12 +44,12 @@ from vapi_jax.bench.batches import (
 from vapi_jax.bench.devices import peak_memory, planned_memory
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.report import quantity
-from vapi_jax.bench.rig import spread, timed
-from vapi_jax.common.progress import Progress
+from vapi_jax.bench.setup import spread, timed
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.common.tables import format_table
 from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
-from vapi_jax.generation.requests import make_conditions
+from vapi_jax.generation.requests import make_requests
 from vapi_jax.generation.sampler import DEFAULTS, Sampler
 from vapi_jax.methods import make_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
@@ -179,7 +179,7 @@ def measure(
     _check_guidance(generator, cfg_scale)
     rows = rounded(batch or config.batch_size, mesh.size)
     turns = WARM_UP + batches
-    conditions = make_conditions(generator, turns * rows, SEED, None, None)
+    conditions = make_requests(generator, turns * rows, SEED, None, None)
     options = draw_settings(cfg_scale)
     side = generator.image_size
     sampler = Sampler(generator.policy, generator.pixels, generator.frozen, rows, options)
@@ -199,7 +199,7 @@ def measure(
     first = turn(0)[0]
     for number in range(1, WARM_UP):
         turn(number)
-    with Progress(batches, f"{config.name} samples") as progress, Compilations() as compilations:
+    with ProgressBar(batches, f"{config.name} samples") as progress, Compilations() as compilations:
         laps = []
         for number in range(WARM_UP, turns):
             laps.append(turn(number))

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vapi_jax.bench import rig as rigs
+from vapi_jax.bench import setup as setups
 from vapi_jax.bench.devices import planned_memory
 from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.phases import POLICY_PHASES, PhaseTimer, spreads
 from vapi_jax.bench.report import markdown, quantity, replace_block
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.parallel.sharding import shard_batch
@@ -86,7 +86,7 @@ def variants(
                 place = place.setdefault(section, {})
             place[name] = _literal(value)
             resolved = resolve(changed)
-            # What the rig has filled in (classes of the data, weights that are absent) stays so.
+            # What the setup has filled in (classes of the data, weights that are absent) stays so.
             policy = {**config.policy, **resolved.policy}
             kept = dataclasses.replace(resolved, init=config.init, policy=policy)
             found.append((f"{path}={value}", kept))
@@ -100,17 +100,17 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _resized(rig: rigs.Rig, config: TrainConfig, host: dict[str, Any]) -> rigs.Rig:
+def _resized(setup: setups.Setup, config: TrainConfig, host: dict[str, Any]) -> setups.Setup:
     """The same weights under another configuration, with a batch of its size."""
     rows = np.arange(config.batch_size // jax.process_count()) % len(host["condition"])
     batch = {name: value[rows] for name, value in host.items()}
-    method = dataclasses.replace(rig.method, config=config)
-    shapes = train.abstract_state(method, rig.optimizer, config.seed).params
-    if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, rig.state.params):
+    method = dataclasses.replace(setup.method, config=config)
+    shapes = train.abstract_state(method, setup.optimizer, config.seed).params
+    if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, setup.state.params):
         raise ConfigError("an option that changes the generator's size cannot be varied in one run")
-    if method.frozen_shapes() != rig.method.frozen_shapes():
+    if method.frozen_shapes() != setup.method.frozen_shapes():
         raise ConfigError("an option that changes a frozen network cannot be varied in one run")
-    return dataclasses.replace(rig, method=method, batch=shard_batch(batch, method.mesh))
+    return dataclasses.replace(setup, method=method, batch=shard_batch(batch, method.mesh))
 
 
 @dataclasses.dataclass
@@ -118,7 +118,7 @@ class _Point:
     """One configuration's compiled steps, and what has been measured of them."""
 
     axis: str
-    rig: rigs.Rig
+    setup: setups.Setup
     steps: dict[str, Any]
     phases: PhaseTimer | None
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -126,9 +126,9 @@ class _Point:
 
     def run_steps(self, state: Any, timed: bool) -> Any:
         """Every step once; the state after them."""
-        rig = self.rig
+        setup = self.setup
         for name, step in self.steps.items():
-            (state, _), elapsed = rigs.timed(step, state, rig.frozen, rig.batch)
+            (state, _), elapsed = setups.timed(step, state, setup.frozen, setup.batch)
             if timed:
                 self.seconds.setdefault(name, []).append(elapsed)
         return state
@@ -141,7 +141,7 @@ class _Point:
                 self.rounds.append(found)
 
     def row(self) -> dict[str, Any]:
-        config, ours = self.rig.method.config, rigs.spread(self.seconds["ours"])
+        config, ours = self.setup.method.config, setups.spread(self.seconds["ours"])
         row = {
             "varied": self.axis,
             "batch_size": config.batch_size,
@@ -150,11 +150,11 @@ class _Point:
             "seconds_per_step": ours.median,
             "seconds_quartiles": [ours.low, ours.high],
             "images_per_second": config.batch_size / ours.median,
-            "model_flops": step_flops(config, self.rig.method.policy).model,
+            "model_flops": step_flops(config, self.setup.method.policy).model,
             "planned_memory_bytes": planned_memory(self.steps["ours"]),
         }
         if "plain" in self.seconds:
-            row["plain_seconds_per_step"] = rigs.spread(self.seconds["plain"]).median
+            row["plain_seconds_per_step"] = setups.spread(self.seconds["plain"]).median
         if self.rounds:
             parts = spreads(self.rounds)
             row["policy_seconds"] = sum(parts[name].median for name in POLICY_PHASES)
@@ -180,25 +180,25 @@ def sweep(
       `policy_seconds`, of forward, sampling and backward alone; and `plain_seconds_per_step`.
 
     Raises:
-      ConfigError, WeightsError: as `rig.build`.
+      ConfigError, WeightsError: as `setup.build`.
     """
     if not config.options.fused:
         raise ConfigError("config.options.fused=False: a sweep varies the fused step")
     say("weights and data")
-    rig = rigs.build(config, mesh)
-    host = {name: np.asarray(value) for name, value in jax.device_get(rig.batch).items()}
+    setup = setups.build(config, mesh)
+    host = {name: np.asarray(value) for name, value in jax.device_get(setup.batch).items()}
     todo = (
-        variants(recipe or {}, rig.method.config, options)
+        variants(recipe or {}, setup.method.config, options)
         if options
-        else points(rig.method.config, mesh.size)
+        else points(setup.method.config, mesh.size)
     )
     compiled: list[_Point] = []
     turns = WARM_UP + steps
-    with Progress(len(todo) * (1 + turns), f"{config.name} sweep") as progress:
+    with ProgressBar(len(todo) * (1 + turns), f"{config.name} sweep") as progress:
         for axis, changed in todo:
-            compiled.append(_compile(axis, _resized(rig, changed, host), plain))
+            compiled.append(_compile(axis, _resized(setup, changed, host), plain))
             progress.update(len(compiled))
-        done, state = len(todo), rig.state
+        done, state = len(todo), setup.state
         for turn in range(-WARM_UP, steps):
             for point in compiled:
                 state = point.run_steps(state, turn >= 0)
@@ -211,18 +211,18 @@ def sweep(
     return {
         "name": config.name,
         **environment(mesh),
-        "notes": rig.notes,
+        "notes": setup.notes,
         "steps": steps,
         "rows": rows,
     }
 
 
-def _compile(axis: str, rig: rigs.Rig, plain: bool) -> _Point:
+def _compile(axis: str, setup: setups.Setup, plain: bool) -> _Point:
     grouped = axis in ("recipe", "group")
-    steps = {"ours": rigs.compile_step(rig, True)[0]}
+    steps = {"ours": setups.compile_step(setup, True)[0]}
     if plain and grouped:
-        steps["plain"] = rigs.compile_step(rig, False)[0]
-    return _Point(axis, rig, steps, PhaseTimer(rig) if grouped else None)
+        steps["plain"] = setups.compile_step(setup, False)[0]
+    return _Point(axis, setup, steps, PhaseTimer(setup) if grouped else None)
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:

@@ -65,7 +65,7 @@ def _bar(name: str, total: int, stream: TextIO | None = None, **more: Any) -> tq
     return tqdm(desc=name, total=total, miniters=1, disable=_silent, **shown, **more)
 
 
-class Progress:
+class ProgressBar:
     """A bar with steps, percent, elapsed and remaining time, images/s and a few metrics.
 
     On a terminal it is redrawn in place; elsewhere (a log file, CI) a line is written every `INTERVAL`

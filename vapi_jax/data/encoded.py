@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.sources import Encoder, Source
 
@@ -46,7 +46,7 @@ def write_encoded(
     folder.mkdir(parents=True)
     arrays: dict[str, np.ndarray] = {}
     done = 0
-    with Progress(count, f"encode {folder.name}") as progress:
+    with ProgressBar(count, f"encode {folder.name}") as progress:
         for batch in batches:
             rows = {
                 # Pixels were 8 bit before they were floats: this brings them back exactly.

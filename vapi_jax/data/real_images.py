@@ -8,7 +8,7 @@ from PIL import Image
 
 from vapi_jax.common.files import new_folder
 from vapi_jax.common.images import to_uint8
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.data.config import DataConfig
 from vapi_jax.data.pipeline import fixed_samples
 
@@ -27,7 +27,7 @@ def write_images(config: DataConfig, split: str, num: int, seed: int, out: Path)
         FolderExistsError: if `out` exists.
         DataError: if there are fewer images, or too many cannot be read.
     """
-    with new_folder(out) as folder, Progress(num, f"images of {split}") as progress:
+    with new_folder(out) as folder, ProgressBar(num, f"images of {split}") as progress:
         for number, sample in enumerate(fixed_samples(config, split, num, seed)):
             Image.fromarray(to_uint8(sample["image"])).save(folder / f"{number:06d}.png")
             progress.update(number + 1, 1)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from vapi_jax.common.digests import params_digest
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation import features as F
 from vapi_jax.evaluation.images import Batch, ImageSet, PixelDigest
 from vapi_jax.evaluation.reference import Network
@@ -130,7 +130,7 @@ def collect(
     )
     found_in = stream(digested(images, engine.batch, digest))
     seen = 0
-    with Progress(-(-images.count // engine.batch), title) as progress:
+    with ProgressBar(-(-images.count // engine.batch), title) as progress:
         for done, found in enumerate(found_in, 1):
             count = len(next(iter(found.values())))
             if broken := [name for name, part in found.items() if not np.isfinite(part).all()]:

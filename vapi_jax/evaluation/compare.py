@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.evaluation.samples import SEEN, UNSEEN, SampleJudge, even_batch
@@ -154,7 +154,7 @@ def compare(
     config: TrainConfig = judge.method.config
     seeds, temperatures = config.eval.seeds, config.eval.temperatures
     total = seeds * (len(temperatures) + 3 + len(controls))
-    with Progress(total, "evaluation") as progress:
+    with ProgressBar(total, "evaluation") as progress:
         done = 0
 
         def tick() -> None:

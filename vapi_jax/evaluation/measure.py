@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vapi_jax.common.errors import ExpectedError
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.collect import Collected, Engine, collect, load_engine, subset
 from vapi_jax.evaluation.frechet import frechet
 from vapi_jax.evaluation.images import ImageSet, check_pairs, open_images
@@ -172,7 +172,7 @@ def _feature_metrics(
             shares = dataclasses.asdict(precision_recall(vectors, pool))
             found |= {m: _entry(shares[m], **counts) for m in shares if settings.asks_for(m)}
         if settings.asks_for("kid"):
-            with Progress(SUBSETS, "kernel distance") as progress:
+            with ProgressBar(SUBSETS, "kernel distance") as progress:
                 kernel = kernel_distance(
                     pool, vectors, seed=settings.seed, progress=progress.update
                 )

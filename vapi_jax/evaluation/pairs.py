@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vapi_jax.common.errors import ExpectedError
-from vapi_jax.common.progress import Progress
+from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.collect import digested
 from vapi_jax.evaluation.fidelity import WINDOW, psnr, ssim
 from vapi_jax.evaluation.images import ImageSet, PixelDigest
@@ -87,7 +87,7 @@ def pair_metrics(
         ),
         strict=True,
     )
-    with Progress(-(-samples.count // batch), "pairs") as progress:
+    with ProgressBar(-(-samples.count // batch), "pairs") as progress:
         for done, pair in enumerate(pairs, 1):
             count = len(pair[0])
             # Padded pairs are dropped again, so that one program serves all batches.

@@ -21,12 +21,12 @@ from vapi_jax.models.conditions import Caption, Tree
 _RANDOM_LABELS = 0xFFFF_FFFF  # no sample has this number, so labels share no key with tokens
 
 
-class ConditionsError(ExpectedError, ValueError):
+class RequestError(ExpectedError, ValueError):
     """Conditions that this generator does not take, with those that it does."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditions:
+class Requests:
     """The condition of every sample.
 
     Attributes:
@@ -62,9 +62,9 @@ class Conditions:
         return f"class {row}" if self.names is None else self.names[row]
 
 
-def make_conditions(
+def make_requests(
     generator: Generator, count: int, seed: int, labels: str | None, captions: Path | None
-) -> Conditions:
+) -> Requests:
     """The conditions of `count` samples.
 
     Args:
@@ -78,24 +78,24 @@ def make_conditions(
         takes row i mod captions. Written by `numpy.savez`; read row by row as needed.
 
     Raises:
-      ConditionsError: if the generator takes others, or has no such class.
+      RequestError: if the generator takes others, or has no such class.
       SampleFilesError: if the captions cannot be read.
     """
     if generator.num_classes is not None:
         if captions is not None:
-            raise ConditionsError("--conditions: this checkpoint takes class labels; give --labels")
+            raise RequestError("--conditions: this checkpoint takes class labels; give --labels")
         return _by_label(
             labels or "balanced", count, seed, generator.num_classes, generator.class_names
         )
     if not isinstance(generator.policy.condition, Caption):
-        raise ConditionsError(
+        raise RequestError(
             f"this checkpoint is a generator of kind {generator.facts['policy']['kind']!r}; only "
             "class labels and caption features can be sampled from here"
         )
     if labels is not None:
-        raise ConditionsError("--labels: this checkpoint is text-conditional; give --conditions")
+        raise RequestError("--labels: this checkpoint is text-conditional; give --conditions")
     if captions is None:
-        raise ConditionsError(
+        raise RequestError(
             "this checkpoint is text-conditional: give --conditions FILE.npz with features [N, P, W] "
             "of encoded captions and mask [N, P]"
         )
@@ -114,7 +114,7 @@ def random_labels(seed: int, count: int, classes: int) -> Int[np.ndarray, " N"]:
 
 def _by_label(
     rule: str, count: int, seed: int, classes: int, names: tuple[str, ...] | None
-) -> Conditions:
+) -> Requests:
     shown = rule
     if rule == "balanced":
         rows = np.arange(count, dtype=np.int64) % classes
@@ -127,19 +127,19 @@ def _by_label(
             items = rule.split(",")
         items = [item.strip() for item in items if item.strip()]
         if not items:
-            raise ConditionsError(f"--labels {rule!r} holds no label")
+            raise RequestError(f"--labels {rule!r} holds no label")
         listed = [_label(item, classes, names) for item in items]
         rows = np.resize(np.asarray(listed, np.int64), count)
     digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
     facts = {"rule": shown, "classes": classes, "sha256": digest}
-    return Conditions(True, rows, facts, names=names)
+    return Requests(True, rows, facts, names=names)
 
 
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
-        raise ConditionsError(f"--labels: {path} is no text: {error}") from error
+        raise RequestError(f"--labels: {path} is no text: {error}") from error
 
 
 def _label(item: str, classes: int, names: tuple[str, ...] | None) -> int:
@@ -147,32 +147,32 @@ def _label(item: str, classes: int, names: tuple[str, ...] | None) -> int:
     if len(called) == 1:
         return called[0]
     if called:
-        raise ConditionsError(f"--labels: {item!r} is the name of classes {called}; give a number")
+        raise RequestError(f"--labels: {item!r} is the name of classes {called}; give a number")
     if re.fullmatch(r"[0-9]{1,9}", item) and int(item) < classes:
         return int(item)
     known = f" or names: {', '.join(names[:20])}" if names else "; class names are not known here"
-    raise ConditionsError(
+    raise RequestError(
         f"--labels: there is no class and no file {item!r}; give 'balanced', 'random', a file, or "
         f"labels 0 to {classes - 1}{known}"
     )
 
 
-def _by_caption(path: Path, count: int, condition: Caption) -> Conditions:
+def _by_caption(path: Path, count: int, condition: Caption) -> Requests:
     features, mask = (map_npz_array(path, name) for name in ("features", "mask"))
     wanted, captions = (condition.length, condition.width), len(features)
     if features.shape[1:] != wanted or mask.shape != (captions, wanted[0]) or not captions:
-        raise ConditionsError(
+        raise RequestError(
             f"{path}: features {features.shape} and mask {mask.shape}; this generator takes features "
             f"[N, {wanted[0]}, {wanted[1]}] and mask [N, {wanted[0]}]"
         )
     if features.dtype.kind != "f" or mask.dtype.kind not in "biu":
-        raise ConditionsError(
+        raise RequestError(
             f"{path}: features are {features.dtype} and the mask {mask.dtype}; wants floats, and "
             "booleans or 0 and 1"
         )
     there = np.asarray(mask).astype(bool)
     if np.any(there[:, :-1] & ~there[:, 1:]) or not there[:, -1].all():
-        raise ConditionsError(f"{path}: captions must be padded on the left and hold a token each")
+        raise RequestError(f"{path}: captions must be padded on the left and hold a token each")
     facts = {"rule": path.name, "captions": captions, "sha256": sha256_file(path)}
     rows = np.arange(count, dtype=np.int64) % captions
-    return Conditions(False, rows, facts, features=features, mask=mask)
+    return Requests(False, rows, facts, features=features, mask=mask)

@@ -9,7 +9,7 @@ from vapi_jax.methods.config import TrainConfig
 from vapi_jax.parallel import cluster, compiler, distributed
 from vapi_jax.parallel.preemption import Stopped, StopRequest
 from vapi_jax.training import plan, run
-from vapi_jax.training.readiness import require
+from vapi_jax.training.preflight import require
 
 
 def check(recipe: Any, workdir: str | None, as_json: bool) -> int:

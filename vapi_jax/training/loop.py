@@ -19,8 +19,7 @@ from clu import parameter_overview
 from safetensors import SafetensorError
 
 from vapi_jax.common.files import write_atomically
-from vapi_jax.common.progress import Progress as ProgressLine
-from vapi_jax.common.progress import Timer
+from vapi_jax.common.progress import ProgressBar, Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
 from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
@@ -220,7 +219,7 @@ class _Trainer:
     facts: Mapping[str, Any]  # "origin" and "code", which do not change while it lives
     pending: tuple[int, Any] | None = None  # a step whose metrics nobody has looked at yet
     clock: _Clock = dataclasses.field(default_factory=_Clock)
-    line: ProgressLine = dataclasses.field(init=False)
+    line: ProgressBar = dataclasses.field(init=False)
 
     def finish(self, state: TrainState) -> TrainState:
         """The state after the last step, saved."""
@@ -230,7 +229,7 @@ class _Trainer:
             self._sample(0, state.params)
         self.clock.lap()
         with (
-            ProgressLine(config.steps, config.name, first_step=progress.step) as self.line,
+            ProgressBar(config.steps, config.name, first_step=progress.step) as self.line,
             contextlib.ExitStack() as unsaved,
         ):
             for step in range(progress.step + 1, config.steps + 1):

@@ -20,7 +20,7 @@ from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import examine, raise_all
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import memory, train
-from vapi_jax.training.readiness import (
+from vapi_jax.training.preflight import (
     LOOKED_AT,
     SCRATCH,
     DataFound,

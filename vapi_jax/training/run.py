@@ -50,7 +50,7 @@ from vapi_jax.parallel.sharding import host_array, shard_whole
 from vapi_jax.report.verdict import show, show_distance
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
-from vapi_jax.training.readiness import open_mesh
+from vapi_jax.training.preflight import open_mesh
 from vapi_jax.training.resume import code_facts
 
 logger = logging.getLogger(__name__)

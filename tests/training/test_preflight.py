@@ -17,7 +17,7 @@ from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.vq import VQConfig
-from vapi_jax.training.readiness import (
+from vapi_jax.training.preflight import (
     look_at_data,
     look_at_weights,
     open_mesh,

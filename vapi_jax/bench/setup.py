@@ -35,7 +35,7 @@ class RandomTokenizer(VAPi):
 
 
 @dataclasses.dataclass
-class Rig:
+class Setup:
     """What a step takes.
 
     Attributes:
@@ -129,8 +129,8 @@ def _random_head(state: train.TrainState, shardings: Any) -> train.TrainState:
     return dataclasses.replace(state, params=params)
 
 
-def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
-    """A rig of shapes and layouts alone, to compile a step that this machine could not hold.
+def abstract(config: TrainConfig, mesh: Mesh) -> Setup:
+    """A setup of shapes and layouts alone, to compile a step that this machine could not hold.
 
     Raises:
       ConfigError: as `build`.
@@ -150,7 +150,7 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Rig:
         )
 
     batch = batch_shapes(method)
-    return Rig(
+    return Setup(
         method,
         optimizer,
         placed(state, shardings),
@@ -166,7 +166,7 @@ def _check_method(config: TrainConfig) -> None:
         raise ConfigError(f"config.method={config.method!r}: the benchmark times method 'vapi'")
 
 
-def build(config: TrainConfig, mesh: Mesh) -> Rig:
+def build(config: TrainConfig, mesh: Mesh) -> Setup:
     """Everything that a step of the recipe takes, real where it can be had.
 
     Raises:
@@ -199,7 +199,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Rig:
     if method.keeps_start:
         frozen["base"] = jax.tree.map(jnp.copy, state.params)
     batch, notes["data"] = _first_batch(method)
-    return Rig(method, optimizer, state, shardings, frozen, shard_batch(batch, mesh), notes)
+    return Setup(method, optimizer, state, shardings, frozen, shard_batch(batch, mesh), notes)
 
 
 # --- timing ---------------------------------------------------------------------------------------
@@ -228,10 +228,10 @@ def timed(function: Any, *args: Any) -> tuple[Any, float]:
     return out, time.perf_counter() - start
 
 
-def compile_step(rig: Rig, fused: bool) -> tuple[Any, float]:
+def compile_step(setup: Setup, fused: bool) -> tuple[Any, float]:
     """The compiled step, and the seconds that tracing and compiling it took."""
     start = time.perf_counter()
-    compiled = rig.step(fused).lower(rig.state, rig.frozen, rig.batch).compile()
+    compiled = setup.step(fused).lower(setup.state, setup.frozen, setup.batch).compile()
     return compiled, time.perf_counter() - start
 
 
@@ -244,7 +244,7 @@ class Laps:
 
 
 def time_steps(
-    rig: Rig,
+    setup: Setup,
     steps: Mapping[str, Any],
     count: int,
     warm_up: int,
@@ -261,7 +261,7 @@ def time_steps(
         beside(turn >= 0)
         for name, step in steps.items():
             before = time.process_time()
-            (rig.state, _), elapsed = timed(step, rig.state, rig.frozen, rig.batch)
+            (setup.state, _), elapsed = timed(step, setup.state, setup.frozen, setup.batch)
             if turn >= 0:
                 laps[name].wall.append(elapsed)
                 laps[name].processor.append(time.process_time() - before)
@@ -269,20 +269,20 @@ def time_steps(
     return laps
 
 
-def input_wait(rig: Rig, step: Any, count: int, tick: Callable[[], None]) -> float | None:
+def input_wait(setup: Setup, step: Any, count: int, tick: Callable[[], None]) -> float | None:
     """Median seconds that a step waits for its batch, the pipeline working beside it.
 
     None where the recipe's data are not to be had.
     """
-    mesh, waits = rig.method.mesh, []
+    mesh, waits = setup.method.mesh, []
     try:
-        batches = host_batches(rig.method)
+        batches = host_batches(setup.method)
         first = next(batches)
     except DataError:
         return None
     batch = shard_batch(dict(first), mesh)
     for _ in range(count):
-        rig.state, _ = jax.block_until_ready(step(rig.state, rig.frozen, batch))
+        setup.state, _ = jax.block_until_ready(step(setup.state, setup.frozen, batch))
         start = time.perf_counter()
         batch = jax.block_until_ready(shard_batch(dict(next(batches)), mesh))
         waits.append(time.perf_counter() - start)
