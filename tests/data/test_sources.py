@@ -5,16 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.paths import ROOT
 from vapi_jax.data import DataConfig, DataError, Source, class_names, fixed_batch, make_dataset
 from vapi_jax.data.config import SOURCES
 from vapi_jax.data.sources import source_class
-
-ROOT = Path(__file__).parents[2]
 
 
 class Stripes(Source):

@@ -5,13 +5,13 @@ perceptual network only have to rank the samples of a group.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data import DataConfig, fixed_batch
 from vapi_jax.models.categorical import sample_group
@@ -20,8 +20,7 @@ from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.weights.store import ASSETS, load_safetensors
 
-RECIPES = Path(__file__).parents[2] / "configs" / "c2i_demo.py"
-TOKENIZER = VQConfig(**load_recipe(str(RECIPES), "demo_tokenizer").tokenizer())
+TOKENIZER = VQConfig(**load_recipe(str(CONFIGS / "c2i_demo.py"), "demo_tokenizer").tokenizer())
 IMAGES, G = 16, 8
 
 
@@ -81,7 +80,7 @@ def order_kept(a, b):
 @pytest.mark.slow
 def test_rewards_in_bfloat16_rank_a_group_as_those_in_float32(params, batch):
     """Measured of 448 pairs: all with LPIPS alone in bfloat16, 0.984 with the decoder as well."""
-    recipe = load_recipe(str(RECIPES), "demo_base").policy()
+    recipe = load_recipe(str(CONFIGS / "c2i_demo.py"), "demo_base").policy()
     policy = make_policy(**recipe, num_classes=12, vocab_size=1024, block_size=64)
     weights, images = load_safetensors(ASSETS["policy"], "float32"), batch["image"]
     context = encode(params, images)[:, :-1]

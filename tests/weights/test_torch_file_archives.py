@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import os
-import pickle
 import random
 import zlib
 
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.hostile_files import OTHER_FILES
 from tests.helpers.torch_files import (
     REFUSALS,
     SIX,
@@ -105,21 +105,6 @@ def test_the_number_of_entries_and_the_directory_are_bounded(tmp_path, monkeypat
         open_torch_file(path)
 
 
-def legacy_tar() -> bytes:
-    import tarfile
-
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-    return buffer.getvalue()
-
-
-def legacy_pickle() -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"w": torch.ones(2)}, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
 def script() -> bytes:
     class Twice(torch.nn.Module):
         def forward(self, x):
@@ -128,32 +113,6 @@ def script() -> bytes:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.trace(Twice(), torch.ones(1)), buffer)
     return buffer.getvalue()
-
-
-def safetensors() -> bytes:
-    from safetensors.numpy import save
-
-    return save({"w": SIX})
-
-
-def plain_zip() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, w=SIX)
-    return buffer.getvalue()
-
-
-OTHER_FILES = {
-    "legacy": (legacy_pickle, r"before PyTorch 1\.6.*re-save it.*weights_only=True.*safetensors"),
-    "tar": (legacy_tar, "tar archive"),
-    "pickle": (lambda: pickle.dumps({"w": SIX}), "a bare pickle"),
-    "safetensors": (safetensors, "a safetensors file"),
-    "LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    "HTML": (lambda: b"\n<!DOCTYPE html><html></html>", "a web page"),
-    "empty": (lambda: b"", "the file is empty"),
-    "noise": (lambda: b"noise" * 100, "does not begin as a zip archive"),
-    "a header only": (lambda: b"PK\3\4", "incomplete download"),
-    "numpy archive": (plain_zip, "without data.pkl"),
-}
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)

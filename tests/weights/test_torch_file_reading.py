@@ -69,9 +69,9 @@ def test_reads_later_pickle_protocols(layout, protocol, zipped, tmp_path):
         assert_same(file.value, torch.load(path, weights_only=False))
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_every_strided_view_reads_as_torch_reads_it(data, tmp_path_factory):
+@settings(max_examples=100)
+@given(data=st.data(), zipped=st.booleans())
+def test_every_strided_view_reads_as_torch_reads_it(data, zipped, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "view.pt"
     size = data.draw(st.integers(1, 40))
     base = torch.arange(size, dtype=torch.int16)
@@ -82,8 +82,8 @@ def test_every_strided_view_reads_as_torch_reads_it(data, tmp_path_factory):
         return
     offset = data.draw(st.integers(0, size - 1 - reach))
     view = base.as_strided(shape, strides, offset)
-    torch.save(view, path)
-    with open_torch_file(path) as file:
+    torch.save(view, path, _use_new_zipfile_serialization=zipped)
+    with open_torch_file(path, legacy=not zipped) as file:
         assert_same(file.value, view)
 
 
