@@ -59,10 +59,15 @@ class Toy:
         )
 
 
-@pytest.fixture(scope="module", params=["class", "text"])
+BOTH = pytest.mark.parametrize("toy", ["class", "text"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def toy(request):
+    """A class-conditional one, where a test does not ask for another."""
+    kind = getattr(request, "param", "class")
     sizes = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 16, "vocab_size": V}
-    if request.param == "class":
+    if kind == "class":
         policy = make_policy("class", num_classes=5, block_size=GRID**2, **sizes)
         condition = jnp.arange(B, dtype=jnp.int32)
     else:
@@ -70,7 +75,7 @@ def toy(request):
         condition = policy.example_condition(B)
         features = jax.random.normal(jax.random.key(9), condition["features"].shape)
         condition = {**condition, "features": features}
-    params = policy.init(jax.random.key(0))
+    params = jax.jit(policy.init)(jax.random.key(0))
     # LlamaGen's head starts at zero, under which all gradients but its own vanish.
     head = jax.random.normal(jax.random.key(1), params["output"]["kernel"].shape)
     params["output"]["kernel"] = 0.3 * head
@@ -160,6 +165,7 @@ def test_policy_gradient_is_sparse_in_the_logits(toy):
     assert_close(jax.grad(surrogate)(logits), want, 2e-6)
 
 
+@BOTH
 def test_fused_step_runs_one_policy_forward(toy):
     """[B, T] sequences only: no dot of the policy sees B·G rows."""
 
@@ -191,6 +197,7 @@ def test_noise_reaches_the_context_only(toy):
     assert np.all(np.asarray(noisy) != np.asarray(tokens))
 
 
+@BOTH
 def test_reward_rises_under_its_own_gradient(toy):
     """Fifty plain gradient steps on one batch find better tokens."""
     params, rewards = toy.params, []
