@@ -34,7 +34,7 @@ def tiny(**changes):
 
 
 @pytest.fixture(scope="module")
-def tiny_rig():
+def tiny_setup():
     return setup.build(tiny(vapi={"noise_rate": 0.0}), one_device())
 
 
@@ -75,15 +75,15 @@ def test_an_unknown_device_is_measured():
 # --- the setup --------------------------------------------------------------------------------------
 
 
-def test_a_recipe_without_weights_gets_random_ones_and_says_so(tiny_rig):
-    assert tiny_rig.notes == {
+def test_a_recipe_without_weights_gets_random_ones_and_says_so(tiny_setup):
+    assert tiny_setup.notes == {
         "generator": "random weights",
         "tokenizer": "random weights",
         "data": "the recipe's data (photos)",
     }
-    head = np.asarray(tiny_rig.state.params["output"]["kernel"])
+    head = np.asarray(tiny_setup.state.params["output"]["kernel"])
     assert 0.015 < head.std() < 0.025  # a zero head would send zeros through every layer
-    assert tiny_rig.batch["image"].shape == (16, 8, 8, 3)
+    assert tiny_setup.batch["image"].shape == (16, 8, 8, 3)
 
 
 def test_data_that_is_not_here_is_replaced_and_the_reason_said():
@@ -105,10 +105,10 @@ def test_weights_that_are_named_and_absent_are_replaced_and_the_reason_said():
         assert "/nowhere/" in made.notes[subject]
 
 
-def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_rig):
-    alone = setup.abstract(tiny_rig.task.config, one_device())
-    for got, want in ((alone.state, tiny_rig.state), (alone.batch, tiny_rig.batch),
-                      (alone.frozen, tiny_rig.frozen)):  # fmt: skip
+def test_shapes_alone_are_the_shapes_of_the_real_thing(tiny_setup):
+    alone = setup.abstract(tiny_setup.method.config, one_device())
+    for got, want in ((alone.state, tiny_setup.state), (alone.batch, tiny_setup.batch),
+                      (alone.frozen, tiny_setup.frozen)):  # fmt: skip
         assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
             lambda x: (x.shape, x.dtype), want
         )
@@ -151,9 +151,9 @@ def test_steps_take_turns_and_hand_the_state_on():
     assert max(laps["a"].processor) < 0.015  # asleep
 
 
-def test_what_a_step_waits_for_its_input(tiny_rig, monkeypatch):
+def test_what_a_step_waits_for_its_input(tiny_setup, monkeypatch):
     def slow(task):
-        batch = jax.device_get(tiny_rig.batch)
+        batch = jax.device_get(tiny_setup.batch)
         while True:
             yield batch
             time.sleep(0.05)
@@ -165,42 +165,42 @@ def test_what_a_step_waits_for_its_input(tiny_rig, monkeypatch):
         seen.append(batch["image"].sharding)
         return state, {}
 
-    waited = setup.input_wait(tiny_rig, step, 3, lambda: None)
+    waited = setup.input_wait(tiny_setup, step, 3, lambda: None)
     assert 0.05 <= waited < 0.2
     assert len(seen) == 3
 
 
-def test_without_data_no_wait_is_measured(tiny_rig, monkeypatch):
+def test_without_data_no_wait_is_measured(tiny_setup, monkeypatch):
     def absent(task):
         raise DataError("no such folder")
 
     monkeypatch.setattr(setup, "host_batches", absent)
-    assert setup.input_wait(tiny_rig, None, 3, lambda: None) is None
+    assert setup.input_wait(tiny_setup, None, 3, lambda: None) is None
 
 
-def test_a_fault_in_the_data_is_not_timed_as_noise(tiny_rig, monkeypatch):
+def test_a_fault_in_the_data_is_not_timed_as_noise(tiny_setup, monkeypatch):
     def broken(*_):
         raise ValueError("a fault of the program")
 
     monkeypatch.setattr(setup, "make_dataset", broken)
     with pytest.raises(ValueError, match="a fault of the program"):
-        setup._first_batch(tiny_rig.task)
+        setup._first_batch(tiny_setup.method)
 
 
 # --- phases ---------------------------------------------------------------------------------------
 
 
-def test_the_phases_together_are_the_gradient_of_the_step(tiny_rig):
+def test_the_phases_together_are_the_gradient_of_the_step(tiny_setup):
     """Each is a program of its own; chained, they give what differentiating the whole gives."""
-    parts, task, batch = phases._parts(tiny_rig), tiny_rig.task, tiny_rig.batch
-    params, frozen, key = tiny_rig.state.params, tiny_rig.frozen, jax.random.key(5)
+    parts, task, batch = phases._parts(tiny_setup), tiny_setup.method, tiny_setup.batch
+    params, frozen, key = tiny_setup.state.params, tiny_setup.frozen, jax.random.key(5)
     indexed = {**batch, "index": jnp.arange(16)}
     keys = vapi.purpose_keys(key, indexed["index"])
     tokens = parts.encode(frozen, batch["image"])
     hidden, pull = parts.forward(params, batch["condition"], tokens[:, :-1])
     samples, entropy = parts.sampling(hidden, task.policy.head(params), keys[1], tokens)
-    rollout = parts.rewards(frozen, samples, tokens, batch["image"], keys)
-    got = flatten(parts.backward(pull, hidden, params, rollout, entropy, keys))
+    judged = parts.rewards(frozen, samples, tokens, batch, keys)
+    got = flatten(parts.backward(pull, hidden, params, judged, entropy, keys))
 
     def whole(params):
         return task.loss(params, {}, frozen, indexed, key, 0)[0]
@@ -209,7 +209,9 @@ def test_the_phases_together_are_the_gradient_of_the_step(tiny_rig):
     assert_close_in_norm(got, want, 1e-5)
     decoded = parts.decode(frozen, samples.reshape(-1, samples.shape[-1]))
     assert decoded.shape == (48, 8, 8, 3)
-    updated, _, norm = parts.optimizer({**tiny_rig.state.params}, tiny_rig.state.opt_state, params)
+    updated, _, norm = parts.optimizer(
+        {**tiny_setup.state.params}, tiny_setup.state.opt_state, params
+    )
     assert jax.tree.structure(updated) == jax.tree.structure(params)
     assert norm > 0.0
 
@@ -234,7 +236,7 @@ def test_the_model_of_what_is_sent_is_what_the_compiled_step_sends(data, fsdp, c
     scatters = sum(one.sent_bytes for one in found if one.kind == "reduce-scatter")
     sums = [one for one in found if one.kind == "all-reduce"]
     between = sum(one.sent_bytes for one in sums if one.group_size == data)
-    numbers = scaling.count_parameters(alone.state.params, alone.task.mesh)
+    numbers = scaling.count_parameters(alone.state.params, alone.method.mesh)
     sent = scaling.traffic(numbers, "float32", count, fsdp, data)
     assert numbers.whole == 5 * 32  # the norms
     # Versions of XLA differ in the handful of scalars that they gather for metrics.
@@ -399,19 +401,19 @@ def test_an_option_that_cannot_be_varied_is_refused_in_a_sentence(option, messag
         sweep.variants(RECIPE, tiny(), [option])
 
 
-def test_a_varied_step_has_the_weights_of_the_recipe_and_the_option(tiny_rig):
-    config = tiny_rig.task.config
-    host = {name: np.asarray(value) for name, value in tiny_rig.batch.items()}
+def test_a_varied_step_has_the_weights_of_the_recipe_and_the_option(tiny_setup):
+    config = tiny_setup.method.config
+    host = {name: np.asarray(value) for name, value in tiny_setup.batch.items()}
     remat = dataclasses.replace(config, policy={**config.policy, "remat": "full"})
-    changed = sweep._resized(tiny_rig, remat, host)
-    assert changed.state is tiny_rig.state
-    assert changed.task.policy.config.remat == "full"
+    changed = sweep._resized(tiny_setup, remat, host)
+    assert changed.state is tiny_setup.state
+    assert changed.method.policy.config.remat == "full"
     wide = dataclasses.replace(config, policy={**config.policy, "dim": 64})
     with pytest.raises(ConfigError, match="size"):
-        sweep._resized(tiny_rig, wide, host)
+        sweep._resized(tiny_setup, wide, host)
     other = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, ch=64))
     with pytest.raises(ConfigError, match="frozen"):
-        sweep._resized(tiny_rig, other, host)
+        sweep._resized(tiny_setup, other, host)
 
 
 def row(axis, group, seconds, **more):

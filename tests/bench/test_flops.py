@@ -247,9 +247,9 @@ PROJECTION = 2 * 16 * 4 * 8
 def compiled_step(way, **changes):
     config = make_tiny_config("vapi", vapi={"fused": way == "fused", "group_size": 3}, **changes)
     one = setup.abstract(config, make_mesh(1, 1, jax.devices()[:1]))
-    step = train.make_train_step(one.task, one.optimizer, one.shardings)
+    step = train.make_train_step(one.method, one.optimizer, one.shardings)
     found = matmul_flops(step.lower(one.state, one.frozen, one.batch).compile().as_text())
-    return found, step_flops(one.task.config, one.task.policy)
+    return found, step_flops(one.method.config, one.method.policy)
 
 
 @pytest.mark.parametrize("way", ["fused", "plain"])
