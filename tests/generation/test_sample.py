@@ -19,6 +19,7 @@ from tests.helpers import commands
 from tests.helpers.paths import ROOT
 from vapi_jax import sample
 from vapi_jax.common.images import to_uint8
+from vapi_jax.common.locks import LOCK
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.generation.requests import make_requests
@@ -313,7 +314,7 @@ def contents(directory):
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in files
-        if path.name != "recipe.json"
+        if path.name not in ("recipe.json", LOCK)  # of which the time is part
     }
 
 
