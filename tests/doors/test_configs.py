@@ -9,8 +9,9 @@ import pytest
 
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
+from vapi_jax.methods import METHODS
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.resolve import resolve
+from vapi_jax.methods.resolve import OWN_SECTION, resolve
 from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.vq import VQ_PRESETS
@@ -48,6 +49,7 @@ def test_every_section_can_be_overridden_whether_or_not_a_recipe_names_it():
         for field in dataclasses.fields(TrainConfig)
         if dataclasses.is_dataclass(getattr(field, "default", None)) or field.name == "policy"
     ]
+    groups += [method.section for method in METHODS.values()] + [OWN_SECTION]
     assert sorted(groups) == sorted(SECTIONS)
 
 
