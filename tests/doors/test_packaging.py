@@ -26,7 +26,7 @@ DISTRIBUTIONS = {
 }
 # Imported by name at the place of use, where a helpful error says which extra to install.
 OPTIONAL = {"tfds": {"tensorflow-datasets"}}
-TOOLS = {"ruff", "mypy", "pytest-xdist"}  # of the test extra: run, not imported
+TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist"}  # of the test extra: run, not imported
 
 
 def read_requirements(lines) -> dict[str, Requirement]:
