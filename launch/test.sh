@@ -39,4 +39,4 @@ fi
 
 prepare test
 cd "$root"
-exec "$python" -m pytest -n 2 --dist worksteal "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,5 +1,6 @@
 """Test setup: eight CPU devices, and the golden arrays of `--golden DIR`."""
 
+import collections
 import os
 import tempfile
 from pathlib import Path
@@ -36,10 +37,17 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what compares floats, so that it can be run for other processors."""
+    """Marks what compares floats, for runs on other processors; files of slow tests come first.
+
+    Processes that take one file after the other, so that none makes another's fixtures again, then
+    end together.
+    """
+    lengths = collections.Counter()
     for item in items:
         if item.name.startswith(tuple(comparing(item.path))):  # chex adds to the names of methods
             item.add_marker("floats")
+        lengths[item.path] += 20 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -lengths[item.path])
 
 
 def pytest_addoption(parser):
