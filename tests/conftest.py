@@ -5,9 +5,11 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+from tests.helpers.commands import PATIENCE
+
+os.environ["XLA_FLAGS"] = " ".join((
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", PATIENCE,
+))  # fmt: skip
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

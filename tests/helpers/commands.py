@@ -6,6 +6,11 @@ import sys
 
 from tests.helpers.paths import ROOT
 
+PATIENCE = " ".join(
+    f"--xla_cpu_collective_{name}timeout_seconds=900" for name in ("", "call_terminate_")
+)
+"""For XLA_FLAGS. Devices of a busy CPU wait long for each other; after 40 s XLA ends the process."""
+
 
 def environment(**more):
     """This process's environment for a command, which sees one CPU device."""

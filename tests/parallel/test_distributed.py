@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.helpers.commands import PATIENCE
 from tests.helpers.messages import assert_mentions
 from tests.helpers.paths import ROOT
 from vapi_jax.parallel import distributed, links
@@ -29,7 +30,8 @@ def free_port():
 
 def environment(**more):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_", "XLA_"))}
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": PATIENCE}
+    return {**kept, **ours, "PYTHONUNBUFFERED": "1", **more}
 
 
 @contextlib.contextmanager
@@ -455,7 +457,8 @@ def main(workdir, steps, *more):
         f"--workdir={workdir}", f"--config.steps={steps}", "--config.data.image_size=16",
         "--config.vapi.group_size=2", "--config.eval.every=100", "--config.eval.grid_classes=1",
         "--config.eval.grid_per_class=1", "--config.policy.n_layer=1", "--config.policy.dim=32",
-        "--config.policy.n_head=2", "--config.init.gpt=", "--config.checkpoint.every=1", *more,
+        "--config.policy.n_head=2", "--config.init.gpt=", "--config.checkpoint.every=1",
+        "--config.rewards=mse", *more,
     ]  # fmt: skip
 
 
