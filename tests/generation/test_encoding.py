@@ -157,7 +157,7 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(made, tmp_pat
     assert sorted(out.rglob("*")) == before
     for wrong, message in (
         (encoded(config, out), "data.name='encoded'"),
-        (make_tiny_config("tokenizer", image_size=16), "task='tokenizer'"),
+        (make_tiny_config("tokenizer", image_size=16), "method='tokenizer'"),
     ):
         with pytest.raises(ConfigError, match=message):
             encode_dataset(make_method(wrong, make_mesh()), tmp_path / "x")

@@ -401,12 +401,19 @@ def test_processes_that_are_done_end_with_0():
 
 def test_neither_strangers_nor_a_second_process_of_one_number_end_a_run():
     address = f"127.0.0.1:{free_port()}"
-    commands = [work(i, 3, address, "well") for i in (0, 1, 1, 2)]
-    with started(commands, environment()) as processes:
+    first, last = [work(i, 3, address, "well") for i in (0, 1, 1)], work(2, 3, address, "well")
+    with started(first, environment()) as processes:
         strangers = [
             call(address, said) for said in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9999, b"")
         ]
-        found = [ends(process, within=90.0) for process in processes]
+        deadline = (
+            time.monotonic() + 90.0
+        )  # the one that is turned away ends while process 2 is awaited
+        while all(process.poll() is None for process in processes[1:]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with started([last], environment()) as more:
+            found = [ends(process, within=90.0) for process in [*processes, *more]]
     assert [found[0][0], found[3][0]] == [0, 0]
     assert sorted([found[1][0], found[2][0]]) == [0, 1]
     (refused,) = [output for status, output in found if status == 1]
