@@ -140,7 +140,7 @@ def test_generator_step(golden, arrays, patchgan):
         # The stored weight is 1.1e-4 below the one that the stored loss and gradients imply (which
         # is also its float64 value); the loss below holds the weight to 2e-5.
         ("adaptive_weight", "adaptive_weight", 3e-4),
-        ("loss", "tokenizer_loss", 5e-6),
+        ("loss", "generator_loss", 5e-6),
     ):
         assert_close(aux.metrics[name], arrays[key], within)
     assert value == aux.metrics["loss"]
