@@ -277,7 +277,7 @@ def test_a_second_signal_ends_at_once(new_life, tmp_path):
     config = short(steps=10_000, checkpoint={"every": 0})
     process = begin(new_life(config, hook=("slow_saving", str(mark))))
     deadline = time.monotonic() + 60
-    while "  1/10000" not in (log.read_text() if log.exists() else ""):
+    while " 1/10000 " not in (log.read_text() if log.exists() else ""):
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
@@ -295,7 +295,7 @@ def test_a_second_signal_ends_at_once(new_life, tmp_path):
     ("owner", "function", "when"),
     [
         ("loop", "_batches", "before the first step"),
-        ("run", "_evaluate", "in the final evaluation"),
+        ("run", "_samples", "in the final evaluation"),
     ],
 )
 def test_a_signal_where_nothing_is_unsaved_ends_at_once(
