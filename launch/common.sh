@@ -40,7 +40,7 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 text = repr((sys.version, str(root))).encode()
-for name in ("pyproject.toml", "constraints.txt"):
+for name in ("pyproject.toml", "setup.py", "constraints.txt"):
     text += (root / name).read_bytes()
 print(hashlib.sha256(text).hexdigest())
 PY

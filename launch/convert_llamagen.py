@@ -1,97 +1,11 @@
-"""Converts released LlamaGen weights into a directory that recipes load.
+"""`python -m vapi_jax.convert`, from a clone that need not be installed."""
 
-    python launch/convert_llamagen.py --gpt c2i_XXL_384.pt --vq vq_ds16_c2i.pt --out weights/c2i_xxl
-    python launch/convert_llamagen.py --gpt t2i_XL_stage1_256.pt --vq vq_ds16_t2i.pt --out weights/t2i_xl
-    python launch/convert_llamagen.py --gpt my_model.pt --args my_model.json --out weights/mine
-
-then --config.init.gpt=weights/c2i_xxl --config.init.vq=weights/c2i_xxl. Reads PyTorch checkpoints (zip
-format, {"model" | "module" | "state_dict": ...} or a bare state dict), safetensors, and sharded
-safetensors by their index, without PyTorch and without running anything a file contains. Writes
-model.safetensors (in shards above 4 GB), config.json and manifest.json with the digests of all.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone needs no installation
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vapi_jax.common.errors import exit_status
-from vapi_jax.common.files import read_json
-from vapi_jax.common.paths import local_path
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gpt", type=local_path, metavar="FILE", help="the generator's weights")
-    parser.add_argument("--vq", type=local_path, metavar="FILE", help="the tokenizer's weights")
-    parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="written whole or not at all"
-    )
-    parser.add_argument(
-        "--args",
-        type=local_path,
-        metavar="FILE.json",
-        help="LlamaGen's arguments of a generator that is none of the released sizes",
-    )
-    parser.add_argument(
-        "--vq-args", type=local_path, metavar="FILE.json", help="the same for the tokenizer"
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        choices=(256, 384, 512),
-        help="pixels a side the generator was trained on, where neither file nor file name tells",
-    )
-    parser.add_argument(
-        "--t2i", action="store_true", help="refuse anything but a text-conditional generator"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of what is written (default: as in the files, bit for bit)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier conversion at DIR"
-    )
-    return parser.parse_args()
-
-
-def convert_files(args: argparse.Namespace) -> None:
-    """Converts, and says what it found."""
-    # After the command line, so that --help needs no JAX.
-    from vapi_jax.models.conversion import convert
-    from vapi_jax.weights.names import WeightsError
-
-    manifest = convert(
-        args.out,
-        gpt=args.gpt,
-        vq=args.vq,
-        gpt_args=read_json(args.args, WeightsError) if args.args else None,
-        vq_args=read_json(args.vq_args, WeightsError) if args.vq_args else None,
-        image_size=args.image_size,
-        t2i=args.t2i,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
-    for part, description in manifest["architecture"].items():
-        print(f"{part}: {description}; {manifest['parameters'][part]:,} parameters")
-        if ignored := manifest["ignored"][part]:
-            print(f"  not converted: {', '.join(ignored)}")
-    for name, facts in manifest["outputs"].items():
-        print(f"{args.out / name}  {facts['size'] / 1e6:,.1f} MB  {facts['sha256'][:16]}...")
-    options = " ".join(f"--config.init.{part}={args.out}" for part in manifest["architecture"])
-    print(f"Use it with: {options}")
-
-
-def main() -> int:
-    """The command; returns its exit status."""
-    args = parse()
-    return exit_status(lambda: convert_files(args))
-
+from vapi_jax.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.paths import local_path
+from vapi_jax.common.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from vapi_jax.common.options import Dtype
     from vapi_jax.generation.loading import Generator
     from vapi_jax.methods.config import TrainConfig
-
-RECIPES = Path(__file__).parents[1] / "configs"
-"""Where recipes are known by name: beside the package, in a clone."""
 
 
 class RecipeError(ExpectedError, ValueError):
@@ -70,8 +68,6 @@ def recipe(name: str | os.PathLike[str], **changes: Any) -> ConfigDict:
         exist and have possible values is said by `train`, all at once.
     """
     from ml_collections import ConfigDict
-
-    from vapi_jax.common.recipes import load_recipe
 
     text, _, variant = os.fspath(name).partition(":")
     path = local_path(text if text.endswith(".py") else f"{text}.py")

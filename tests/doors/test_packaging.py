@@ -26,7 +26,8 @@ DISTRIBUTIONS = {
 }
 # Imported by name at the place of use, where a helpful error says which extra to install.
 OPTIONAL = {"tfds": {"tensorflow-datasets"}}
-TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist"}  # of the test extra: run, not imported
+# Of the test extra: run, not imported.
+TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist", "setuptools"}
 
 
 def read_requirements(lines) -> dict[str, Requirement]:

@@ -32,8 +32,8 @@ DOORS = {
     "bench": ([RECIPE], ["--json"]),
     "bench --sweep": ([RECIPE], ["--docs"]),
     "bench --mode": (["--mode=evaluate", RECIPE], ["--inception"]),
-    "launch/convert_llamagen.py": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args"]),
-    "launch/export_llamagen.py": (["--ckpt=c", "--out=o.pt"], ["--ckpt", "--out"]),
+    "convert": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args"]),
+    "export": (["--ckpt=c", "--out=o.pt"], ["--ckpt", "--out"]),
     "launch/ship_demo.py": ([], ["--tokenizer", "--policy"]),
 }
 CASES = [(door, option) for door, (_, options) in DOORS.items() for option in options]

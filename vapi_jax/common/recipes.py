@@ -6,6 +6,12 @@ from types import ModuleType
 
 from vapi_jax.common.errors import ExpectedError
 
+_PACKAGE = Path(__file__).parents[1]
+_INSTALLED = _PACKAGE / "configs"
+
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.with_name("configs")
+"""The recipes that come with the package: inside it where it was installed, beside it in a clone."""
+
 
 def load_recipe(beside: str, name: str) -> ModuleType:
     """The recipe `name`.py in the folder of the file `beside` (a recipe's own `__file__`).

@@ -303,7 +303,7 @@ def _trained(directory: Path) -> _Found:
 
 
 def _converted(directory: Path) -> _Found:
-    """Released weights that launch/convert_llamagen.py has converted, generator and tokenizer."""
+    """Released weights that vapi_jax.convert has converted, generator and tokenizer."""
     config, manifest = read_manifest(directory)
     if missing := [part for part in PARTS if part not in config]:
         raise WeightsError(
@@ -338,7 +338,7 @@ def _converted(directory: Path) -> _Found:
 
 DIRECTORIES: dict[str, tuple[str, Callable[[Path], _Found]]] = {
     SUMMARY: ("a finished run of vapi_jax.main", _trained),
-    MANIFEST: ("weights converted by launch/convert_llamagen.py", _converted),
+    MANIFEST: ("weights converted by vapi_jax.convert", _converted),
 }
 """The file by which a kind of checkpoint directory is known -> (what it is, its reader)."""
 

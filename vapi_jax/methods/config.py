@@ -64,7 +64,7 @@ class OptimizerConfig:
 class InitConfig:
     """Weights to start from; "" starts from scratch.
 
-    `gpt` and `vq` take "demo" (shipped), a directory of launch/convert_llamagen.py, the workdir of a
+    `gpt` and `vq` take "demo" (shipped), a directory of vapi_jax.convert, the workdir of a
     run, or a file: a released one of LlamaGen, or safetensors with our names.
     """
 

@@ -1,7 +1,7 @@
 """Initial weights from whatever file a user has, straight into sharded arrays.
 
 A configuration names weights as one of: "demo" (the shipped ones), a directory that
-launch/convert_llamagen.py wrote, the workdir of a finished run, a safetensors file with our names, or
+vapi_jax.convert wrote, the workdir of a finished run, a safetensors file with our names, or
 a released LlamaGen file (`.pt`, `.pth`, safetensors, sharded safetensors by its index), which goes
 through the converter's own name table, check and inference on the way.
 """
@@ -147,7 +147,7 @@ def _locate(source: WeightsSource) -> tuple[Path, str]:
     if trained.is_file():
         return trained, ""
     raise WeightsError(
-        f"{path} is a directory without {MANIFEST} (launch/convert_llamagen.py writes one, last of "
+        f"{path} is a directory without {MANIFEST} (vapi_jax.convert writes one, last of "
         f"all, so an interrupted conversion has none) and without weights/{trained.name} of a "
         "finished run"
     )

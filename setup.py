@@ -1,0 +1,8 @@
+"""Puts the recipes of configs/ into the wheel, as vapi_jax/configs; all else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["vapi_jax", "vapi_jax.*"]), "vapi_jax.configs"],
+    package_dir={"vapi_jax.configs": "configs"},
+)

@@ -1,0 +1,34 @@
+"""All commands under one name: `vapi-jax COMMAND ...` is `python -m vapi_jax.COMMAND ...`."""
+
+import runpy
+import sys
+
+COMMANDS = {
+    "main": "train what a recipe describes",
+    "sample": "draw images from a checkpoint",
+    "evaluate": "measure generated images",
+    "convert": "turn released weights into a directory that recipes load",
+    "export": "write a trained model under LlamaGen's names",
+    "encode_dataset": "turn the images of a recipe into tokens, once",
+    "real_images": "write real images of a recipe's data, to evaluate against",
+    "checkpoint": "look into the checkpoints of a run",
+    "bench": "time and count a step, sampling or evaluation",
+}
+
+
+def main() -> int:
+    """Hands over to the command that is named first; 2 where none is."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        asked = name in ("-h", "--help")
+        rows = "".join(f"  {command:<16}{text}\n" for command, text in COMMANDS.items())
+        usage = f"usage: vapi-jax COMMAND ...\n\n{rows}\nvapi-jax COMMAND --help tells what each takes.\n"
+        (sys.stdout if asked else sys.stderr).write(usage)
+        return 0 if asked else 2
+    sys.argv[1:2] = []
+    runpy.run_module(f"vapi_jax.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
