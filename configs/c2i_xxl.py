@@ -27,7 +27,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "seed": 0,
             "steps": 100,
             "batch_size": 128,
-            "microbatch_size": 32,
             "mesh": {"data": 1, "fsdp": -1},
             "data": {
                 "name": "tfds",

@@ -250,8 +250,8 @@ def test_the_model_of_what_is_sent_is_what_the_compiled_step_sends(data, fsdp, c
 def test_traffic_by_hand():
     numbers = scaling.Parameters(layers=1000, rest=100, whole=10)
     sent = scaling.traffic(numbers, "bfloat16", microbatches=3, fsdp=4, nodes=2)
-    assert sent.gathers == 0.75 * (2 * 3 * 1000 * 2 + 4 * 100)
-    assert sent.scatter == 0.75 * (4 * 1100 + 2 * 40)
+    assert sent.gathers == 0.75 * 2 * (2 * 3 * 1000 + 100)
+    assert sent.scatter == 0.75 * (3 * 4 * 1100 + 2 * 40)
     assert sent.across == 2 * 0.5 * (4 * 1100 / 4 + 40)
     alone = scaling.traffic(numbers, "bfloat16", 3, 1, 1)
     assert alone == scaling.Traffic(0.0, 0.0, 0.0)

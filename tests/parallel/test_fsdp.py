@@ -1,4 +1,4 @@
-"""Parameters gathered a layer at a time, gradients reduced once: in numbers, and in the compiled step."""
+"""Parameters gathered a layer at a time, gradients scattered: in numbers, and in the compiled step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.compare import assert_close
-from tests.helpers.jaxprs import largest_intermediate
+from tests.helpers.jaxprs import every_equation, largest_intermediate
 from tests.helpers.tiny import BATCH, Machine
 from vapi_jax.bench.hlo import collectives
 from vapi_jax.common.trees import flatten, unflatten
@@ -53,11 +53,9 @@ def test_gradients_of_shards_are_those_of_the_whole_model(mesh, params):
     assert specs["layers"]["feed_forward"]["w1"]["kernel"] == P(None, "fsdp", None)
 
     def local(params, images):
-        variables, shards = fsdp.open_view(params, specs, "float32")
-        assert list(shards) == ["layers/feed_forward/w1/kernel"]
-        assert variables["layers/feed_forward/w1/kernel"].shape == (LAYERS, WIDTH, WIDTH)
-        grads = jax.grad(lambda v: model(fsdp.join(v, shards), images))(variables)
-        return fsdp.reduce_gradients(grads, specs, mesh)
+        grads = jax.grad(lambda p: model(fsdp.view(p, specs, "float32"), images))(params)
+        assert grads["layers"]["feed_forward"]["w1"]["kernel"].shape == (LAYERS, WIDTH // 4, WIDTH)
+        return fsdp.mean_gradients(grads, specs, mesh)
 
     run = jax.jit(
         jax.shard_map(
@@ -82,16 +80,15 @@ def test_no_gathered_parameter_is_kept_for_the_backward_pass(mesh, remat):
     policy = make_policy("class", **sizes, remat=remat)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     specs = jax.tree.map(lambda s: s.spec, tree_shardings(shapes, mesh))
-    kept, whole = [], {}
+    kept = []
+    whole = [leaf.shape for path, leaf in flatten(shapes).items() if "layers/" in path]
+    whole = {shape for shape in whole if len(shape) == 3}
 
     def local(params, labels, context):
-        variables, shards = fsdp.open_view(params, specs, "float32")
-        whole.update({path: variables[path].shape for path in shards})
         _, backward = jax.vjp(
-            lambda v: policy.hidden(fsdp.join(v, shards), labels, context), variables
+            lambda p: policy.hidden(fsdp.view(p, specs, "float32"), labels, context), params
         )
-        given = {id(leaf) for leaf in variables.values()}  # are there anyhow
-        kept.extend(x.shape for x in jax.tree.leaves(backward) if id(x) not in given)
+        kept.extend(x.shape for x in jax.tree.leaves(backward))
         return labels
 
     batch = P(("data", "fsdp"))
@@ -101,9 +98,30 @@ def test_no_gathered_parameter_is_kept_for_the_backward_pass(mesh, remat):
     jax.eval_shape(
         run, shapes, jax.ShapeDtypeStruct((8,), "int32"), jax.ShapeDtypeStruct((8, 15), "int32")
     )
-    assert len(whole) == 5  # wqkv, wo, w1, w2, w3
+    assert len(whole) == 4  # wqkv, wo, w1 and w3, w2
     assert (LAYERS, 1, 16, 32) in kept  # the measure measures: every layer's input
-    assert not set(kept) & set(whole.values())
+    assert not set(kept) & whole
+
+
+def test_devices_shares_of_a_gradient_are_added_in_float32(mesh):
+    """Each device's 1 + 1/128 takes all of bfloat16's bits: a sum of four in bfloat16 would lose some."""
+    share = 1 + 1 / 128
+    specs = {"output": {"kernel": P("fsdp", None)}}
+
+    def local(params, images):
+        def loss(params):
+            whole = fsdp.view(params, specs, "bfloat16")["output"]["kernel"].astype("bfloat16")
+            return (whole * images[0, 0]).sum().astype("float32")
+
+        return fsdp.mean_gradients(jax.grad(loss)(params), specs, mesh)
+
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, P(("data", "fsdp"))), out_specs=specs, check_vma=False
+    )
+    rows = np.full((8, 1), share, "float32").astype("bfloat16")
+    rows[0] = 256.0  # beside which bfloat16 sees no 1
+    got = jax.jit(run)({"output": {"kernel": jnp.ones((8, 2))}}, rows)
+    np.testing.assert_array_equal(got["output"]["kernel"], (256 + 7 * share) / 8)
 
 
 # --- the compiled step ----------------------------------------------------------------------------
@@ -144,20 +162,24 @@ def test_parameters_are_gathered_where_they_are_used_and_nowhere_whole(step):
     largest = max(n // layers for name, n in split.items() if name.startswith("layers/"))
     inside = [c for c in gathers if c.executions > 1]
     assert max(c.result_bytes for c in inside) <= largest  # one layer's matrix
-    # Forward, and again in the backward pass, of every microbatch.
+    # Forward, and again in the backward pass, of every microbatch. The others are the same for all.
     assert total_bytes(inside) == 2 * MICROBATCHES * split_bytes(split, "layers")
     outside = [c for c in gathers if c.executions == 1]
     assert total_bytes(outside) == split_bytes(split, "others")
 
 
 @pytest.mark.slow
-def test_every_gradient_is_reduced_once_a_step(step):
-    _, found, _, split, whole = step
+def test_every_gradient_is_scattered_where_it_is_made(step):
+    machine, found, jaxpr, split, whole = step
     scatters = [c for c in found if c.kind == "reduce-scatter"]
-    assert {c.executions for c in scatters} == {1}
     everything = split_bytes(split, "layers") + split_bytes(split, "others")
     # The result of a reduce-scatter is one device's share.
-    assert total_bytes(scatters) * FSDP == everything
+    assert total_bytes(scatters) * FSDP == MICROBATCHES * everything
+    assert max(c.result_bytes for c in scatters) * FSDP <= max(split.values())
+    stacked = {leaf.shape for leaf in jax.tree.leaves(machine.state().params["layers"])}
+    stacked = {shape for shape in stacked if len(shape) == 3}
+    assert stacked
+    assert not stacked & set(shapes_on_a_device(jaxpr))
     others = [c for c in found if c.kind == "all-reduce" and c.group_size > 1]
     assert {c.executions for c in others} == {1}
     assert total_bytes(others) < whole + 400  # norms, and the scalars of metrics and clipping
@@ -187,6 +209,14 @@ def test_the_policy_runs_one_sequence_an_image(step):
     rows = {shape[0] for shape in hidden_shapes(traced, policy.dim)}
     assert BATCH * config.options.group_size in rows  # the measure measures
     assert largest_intermediate(traced) > largest_intermediate(jaxpr)
+
+
+def shapes_on_a_device(jaxpr):
+    """Of everything that is computed inside of `shard_map`."""
+    for outer in every_equation(jaxpr):
+        if outer.primitive.name == "shard_map":
+            for equation in every_equation(outer.params["jaxpr"]):
+                yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
 
 
 def hidden_shapes(jaxpr, dim):

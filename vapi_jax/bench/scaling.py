@@ -15,10 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from vapi_jax.common.trees import flatten
-from vapi_jax.parallel.fsdp import AXIS
+from vapi_jax.parallel.fsdp import AXIS, LAYERS
 from vapi_jax.parallel.sharding import tree_shardings
-
-_LAYERS = "layers/"
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def count_parameters(params: Any, mesh: Any) -> Parameters:
     layout = flatten(jax.tree.map(lambda s: s.spec, tree_shardings(params, mesh)))
     for path, leaf in flatten(params).items():
         split = mesh.shape[AXIS] > 1 and AXIS in (layout[path] or PartitionSpec())
-        kind = "whole" if not split else "layers" if path.startswith(_LAYERS) else "rest"
+        kind = "whole" if not split else "layers" if path.startswith(LAYERS) else "rest"
         counts[kind] += leaf.size
     return Parameters(**counts)
 
@@ -113,15 +111,15 @@ def traffic(
 ) -> Traffic:
     """What each device sends in a step, by the algorithms on a ring.
 
-    Layers are gathered in the compute dtype, forward and backward of every microbatch; other split
-    parameters once, in float32; gradients move in float32, once.
+    All in the compute dtype: layers are gathered forward and backward of every microbatch, other split
+    parameters once. Gradients move in float32: within a node in every microbatch, between nodes once.
     """
     share, nodes_share = (fsdp - 1) / fsdp, (nodes - 1) / nodes
-    layers = 2 * microbatches * parameters.layers * jnp.dtype(dtype).itemsize
+    gathered = 2 * microbatches * parameters.layers + parameters.rest
     split, whole = 4 * (parameters.layers + parameters.rest), 4 * parameters.whole
     return Traffic(
-        gathers=share * (layers + 4 * parameters.rest),
-        scatter=share * (split + 2 * whole),
+        gathers=share * gathered * jnp.dtype(dtype).itemsize,
+        scatter=share * (microbatches * split + 2 * whole),
         across=2 * nodes_share * (split / fsdp + whole),
     )
 

@@ -344,7 +344,7 @@ _REMAT_POLICIES = {
 def scan_blocks(config: BlockConfig, n_layer: int, remat: str, split: bool = False) -> nn.Module:
     """`n_layer` blocks under one set of stacked parameters [L, ...], compiled once.
 
-    With `split`, parameters come as `fsdp.join` makes them, and each layer gathers its own.
+    With `split`, parameters come as `fsdp.view` makes them, and each layer gathers its own.
     """
     if remat not in ("none", *_REMAT_POLICIES):
         raise ValueError(f"remat must be 'none', 'full' or 'dots', not {remat!r}")

@@ -1,15 +1,17 @@
-"""Fully sharded parameters inside `jax.shard_map`: gathered a layer at a time, gradients reduced once.
+"""Fully sharded parameters inside `jax.shard_map`: gathered a layer at a time, gradients scattered.
 
-Each device works on its own images with explicit collectives. A layer's parameters are gathered where
-the layer runs (and again in its backward pass) and dropped. Their gradients must not be reduced
-there, or every microbatch would send them: so the gathered shard is a constant, and its gradient
-goes to a stand-in of its full shape that nothing reads. That is what a device accumulates over
-microbatches. One reduce-scatter at the end of the step gives every device the mean of its shard.
+Each device works on its own images with explicit collectives. A split parameter is sent in the dtype
+that layers compute in, whole where it is used (and again in the backward pass), and dropped. Its
+gradient goes the way back: summed over devices in float32, each keeping its part. So nothing of a
+parameter's full size outlives its layer, and a step sends 2 + 2 + 4 bytes of every parameter in bfloat16,
+as often as it has microbatches: few large ones are best.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,8 +25,24 @@ Tree = Mapping[str, Any]
 
 AXIS, REPLICAS = "fsdp", "data"
 
-_LAYERS = "layers/"
-_SHARD, _STAND_IN = "shard", "stand_in"
+LAYERS = "layers/"
+"""Where the stacked parameters of a model's layers are."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A device's part of a parameter of the layers, for `assemble` to gather.
+
+    Attributes:
+      shard: float32.
+      axis: that is split, counted from the last, for `scan` takes the first away.
+      dtype: of the whole.
+    """
+
+    shard: Array
+    axis: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
 
 
 def split_axis(spec: PartitionSpec) -> int | None:
@@ -32,76 +50,70 @@ def split_axis(spec: PartitionSpec) -> int | None:
     return spec.index(AXIS) if AXIS in spec and jax.lax.axis_size(AXIS) > 1 else None
 
 
-def open_view(params: Tree, specs: Tree, dtype: Any) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The parameters as a device sees them in a step; inside `jax.shard_map`.
+def view(params: Tree, specs: Tree, dtype: Any) -> dict[str, Any]:
+    """The parameters as the model takes them in a step; inside `jax.shard_map`, and differentiable.
 
     Args:
-      params: this device's shards.
+      params: this device's shards, float32.
       specs: PartitionSpecs of the parameters.
-      dtype: that the layers compute in: their matrices are sent in it.
+      dtype: that split parameters are sent in: what every use casts them to.
 
     Returns:
-      (variables, shards), flat by path. Gradients are taken of the variables: stand-ins for the
-      layers' split parameters, which `shards` holds, and everything else as it is, whole.
+      The same tree. Split parameters of the layers are `Split`, others whole, in float32.
     """
-    layout, variables, shards = flatten(specs), {}, {}
+    layout, seen = flatten(specs), {}
     for path, leaf in flatten(params).items():
         axis = split_axis(layout[path])
         if axis is None:
-            variables[path] = leaf
-        elif path.startswith(_LAYERS):
-            shards[path] = leaf.astype(dtype)
-            shape = list(leaf.shape)
-            shape[axis] *= jax.lax.axis_size(AXIS)
-            variables[path] = jnp.zeros(shape, dtype)
+            seen[path] = leaf
+        elif path.startswith(LAYERS):
+            seen[path] = Split(leaf, axis - leaf.ndim, dtype)
         else:
-            variables[path] = jax.lax.all_gather(leaf, AXIS, axis=axis, tiled=True)
-    return variables, shards
+            seen[path] = _whole(leaf, axis, dtype, jnp.float32)
+    return unflatten(seen)
 
 
-def join(variables: Mapping[str, Array], shards: Mapping[str, Array]) -> dict[str, Any]:
-    """The parameter tree for the model; split layers carry shard and stand-in for `assemble`."""
-    joined = {
-        path: {_SHARD: shards[path], _STAND_IN: leaf} if path in shards else leaf
-        for path, leaf in variables.items()
-    }
-    return unflatten(joined)
+def _is_split(node: Any) -> bool:
+    return isinstance(node, Split)
 
 
-def is_split(layers: Tree) -> bool:
-    """Whether a tree from `join` has parameters that `assemble` must put together."""
-    return any(path.endswith(f"/{_SHARD}") for path in flatten(layers))
+def is_split(tree: Any) -> bool:
+    """Whether a tree from `view` has parameters that `assemble` must put together."""
+    return any(map(_is_split, jax.tree.leaves(tree, is_leaf=_is_split)))
 
 
-def assemble(layer: Tree) -> dict[str, Any]:
-    """One layer's parameters, whole: gathered from all devices, and differentiable in the stand-ins."""
-    if layer.keys() == {_SHARD, _STAND_IN}:
-        raise TypeError("a single parameter is no tree")
-    return {
-        name: _whole(node[_SHARD], node[_STAND_IN])
-        if isinstance(node, Mapping) and node.keys() == {_SHARD, _STAND_IN}
-        else assemble(node)
-        if isinstance(node, Mapping)
-        else node
-        for name, node in layer.items()
-    }
+def assemble(layer: Any) -> Any:
+    """One layer's parameters, whole: gathered from all devices, and differentiable."""
+
+    def whole(node: Any) -> Array:
+        if not _is_split(node):
+            return node
+        return _whole(node.shard, node.axis + node.shard.ndim, node.dtype, node.dtype)
+
+    return jax.tree.map(whole, layer, is_leaf=_is_split)
 
 
-def _gather(shard: Array, shape: tuple[int, ...]) -> Array:
-    axis = next(i for i in range(shard.ndim) if shard.shape[i] != shape[i])
+def _gathered(shard: Array, axis: int) -> Array:
+    return jax.lax.all_gather(shard, AXIS, axis=axis, tiled=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _whole(shard: Array, axis: int, sent: Any, dtype: Any) -> Array:
+    """Gathered in one dtype, delivered in another."""
     with jax.named_scope("gather"):
-        return jax.lax.all_gather(shard, AXIS, axis=axis, tiled=True)
-
-
-@jax.custom_jvp
-def _whole(shard: Array, stand_in: Array) -> Array:
-    return _gather(shard, stand_in.shape)
+        return _gathered(shard.astype(sent), axis).astype(dtype)
 
 
 @_whole.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    shard, stand_in = primals
-    return _gather(shard, stand_in.shape), tangents[1]
+def _(
+    axis: int, sent: Any, dtype: Any, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    # Transposed, this gather of float32 adds gradients up in float32: of shares rounded to bfloat16 the
+    # sum would lose what each is worth.
+    with jax.named_scope("gather"):
+        whole = _gathered(primals[0].astype(sent), axis).astype(dtype)
+    with jax.named_scope("reduce_gradients"):
+        return whole, _gathered(tangents[0], axis).astype(dtype)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -109,17 +121,14 @@ def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return bool(primitive.name != "all_gather")
 
 
-def reduce_gradients(gradients: Mapping[str, Array], specs: Tree, mesh: Mesh) -> dict[str, Any]:
-    """The mean over devices of whole gradients, each device keeping its shard: once per step."""
+def mean_gradients(gradients: Tree, specs: Tree, mesh: Mesh) -> dict[str, Any]:
+    """The mean over devices of gradients that `view` has scattered: what remains to be added up.
+
+    Once a step: replicas of the shards, and parameters that are not split.
+    """
     layout, reduced = flatten(specs), {}
-    for path, leaf in gradients.items():
-        axis = split_axis(layout[path])
+    for path, leaf in flatten(gradients).items():
+        axes = (REPLICAS, AXIS) if split_axis(layout[path]) is None else (REPLICAS,)
         with jax.named_scope("reduce_gradients"):
-            if axis is None:
-                total = jax.lax.psum(leaf, (REPLICAS, AXIS))
-            else:
-                total = jax.lax.psum_scatter(leaf, AXIS, scatter_dimension=axis, tiled=True)
-                if mesh.shape[REPLICAS] > 1:
-                    total = jax.lax.psum(total, REPLICAS)
-        reduced[path] = total / mesh.size
+            reduced[path] = jax.lax.psum(leaf, axes) / mesh.size
     return unflatten(reduced)

@@ -2,7 +2,7 @@
 
 Counted: the state in its layout; gradients; what differentiation keeps of one microbatch's forward pass
 (by tracing it); the output layer's blocks of logits; and the decoding of one chunk of samples. Left out:
-what is recomputed inside a layer, communication buffers, and the compiler's own room. An estimate, to
+what is recomputed inside a layer, and the compiler's own room. An estimate, to
 be compared with a device's size and not with its last megabyte.
 """
 
@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vapi_jax.common.trees import flatten
 from vapi_jax.methods import Method
+from vapi_jax.parallel import fsdp
 from vapi_jax.parallel.sharding import tree_shardings
 from vapi_jax.training import train
 
@@ -59,8 +61,9 @@ def estimate(method: Method, state: train.TrainState, frozen: Mapping[str, Any])
     config, mesh = method.config, method.mesh
     layout = train.state_shardings(state, mesh, method.partition_rules)
     rows = max((config.microbatch_size or config.batch_size) // mesh.size, 1)
+    shares = bytes_per_device(state.params, layout.params)
     parts = [
-        Part("parameters", bytes_per_device(state.params, layout.params), "this device's share"),
+        Part("parameters", shares, "this device's share"),
         Part("optimizer", bytes_per_device(state.opt_state, layout.opt_state), "AdamW's moments"),
         Part(
             "frozen networks",
@@ -71,26 +74,29 @@ def estimate(method: Method, state: train.TrainState, frozen: Mapping[str, Any])
         ),
     ]
     if method.keeps_start:
-        base = bytes_per_device(state.params, layout.params)
-        parts.append(Part("base generator", base, "frozen, for the KL term"))
-    parts.append(_gradients(method, state, layout))
+        parts.append(Part("base generator", shares, "frozen, for the KL term"))
+    several = config.microbatch_size not in (0, config.batch_size)
+    held = "a sum, and one microbatch's" if several else "in the parameters' layout"
+    parts.append(Part("gradients", shares * (2 if several else 1), held))
+    if method.independent_images:
+        parts.append(_gathered(method, state.params, layout.params))
     kept = _kept_for_backward(method, state, frozen, rows)
     parts.append(Part("activations", kept, f"kept of {rows} image(s) for the backward pass"))
     return parts + [Part(*part) for part in method.memory(rows)]
 
 
-def _gradients(method: Method, state: train.TrainState, layout: Any) -> Part:
-    """What `vapi_jax.training.train` holds of them at once.
+def _gathered(method: Method, params: Any, layout: Any) -> Part:
+    """Split parameters that are whole at once, and their gradients before they are scattered.
 
-    Per device: a whole float32 sum over microbatches, and one microbatch's in the compute dtype.
+    One layer's in the compute dtype, and all that are not of the layers in float32.
     """
-    if not method.independent_images:
-        shares = bytes_per_device(state.params, layout.params)
-        split = method.config.microbatch_size not in (0, method.config.batch_size)
-        return Part("gradients", shares * (2 if split else 1), "in the parameters' layout")
-    whole = tree_bytes(state.params)
-    narrow = whole // 4 * jnp.dtype(method.compute_dtype).itemsize
-    return Part("gradients", whole + narrow, "a whole sum, and one microbatch's")
+    specs, narrow = flatten(layout), jnp.dtype(method.compute_dtype).itemsize
+    total = 0
+    for path, leaf in flatten(params).items():
+        if method.mesh.shape[fsdp.AXIS] > 1 and fsdp.AXIS in specs[path].spec:
+            layers = path.startswith(fsdp.LAYERS)
+            total += (narrow + 4) * leaf.size // leaf.shape[0] if layers else 8 * leaf.size
+    return Part("gathered", total, "a layer and what is outside of layers, whole, with gradients")
 
 
 def _kept_for_backward(

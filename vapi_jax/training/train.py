@@ -193,28 +193,27 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
     def on_device(
         params: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
     ) -> tuple[Any, Any]:
-        variables, shards = fsdp.open_view(params, specs, dtype)
         if "base" in frozen:
-            frozen = {**frozen, "base": fsdp.join(*fsdp.open_view(frozen["base"], specs, dtype))}
+            frozen = {**frozen, "base": fsdp.view(frozen["base"], specs, dtype)}
 
-        def loss(variables: Any, part: Any) -> Any:
-            tree = fsdp.join(variables, shards)
+        def loss(params: Any, part: Any) -> Any:
+            tree = fsdp.view(params, specs, dtype)
             value, (aux, _) = local.loss(tree, {}, frozen, part, rng, step)
             return value, aux
 
         def body(total: Any, part: Any) -> Any:
-            grads, aux = jax.grad(loss, has_aux=True)(variables, part)
-            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, grads), aux
+            grads, aux = jax.grad(loss, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, total, grads), aux
 
         micro = split_microbatches(batch, count, None)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), variables)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         if count == 1:
             total, aux = body(zeros, jax.tree.map(lambda x: x[0], micro))
             aux = jax.tree.map(lambda x: x[None], aux)
         else:
             total, aux = jax.lax.scan(body, zeros, micro)
         mean = jax.tree.map(lambda g: g / count, total)
-        return fsdp.reduce_gradients(mean, specs, mesh), aux
+        return fsdp.mean_gradients(mean, specs, mesh), aux
 
     def gradients(state: TrainState, frozen: Any, rng: PRNGKeyArray, batch: Any) -> Any:
         frozen_specs = jax.tree.map(
