@@ -110,6 +110,26 @@ def test_an_index_that_lies_is_refused(tmp_path, index, message):
         read_all(path)
 
 
+def test_torch_shards_by_their_index(tmp_path):
+    for name in "ab":
+        torch.save({name: torch.full((2,), ord(name))}, tmp_path / f"{name}.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "a.bin", "b": "b.bin"}}')
+    found, _ = read_all(index)
+    assert {name: array.tolist() for name, array in found.items()} == {"a": [97] * 2, "b": [98] * 2}
+    for wrong, message in (
+        ('{"weight_map": {"a": "../a.bin"}}', "no file beside it"),
+        ('{"weight_map": {"a": "b.bin"}}', "promises a"),
+        ('{"weight_map": {"a": "c.bin"}}', "c.bin"),
+        ('{"weight_map": {"a": ["a.bin"]}}', "no index"),
+        ('{"weight_map": {"a": 3}}', "names 3"),
+        ('{"weights": {}}', "no index"),
+    ):
+        index.write_text(wrong)
+        with pytest.raises(WeightsError, match=message):
+            read_all(index)
+
+
 def test_files_without_a_state_dict_say_what_they_have(tmp_path):
     torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "x.pt")
     with pytest.raises(WeightsError, match="epoch, loss"):

@@ -27,10 +27,13 @@ from vapi_jax.weights.safe_pickle import PickleRefused
 from vapi_jax.weights.torch_file import TorchFileError, TorchTensor, open_torch_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
+TORCH_INDEX_SUFFIX = ".bin.index.json"
 
 _NESTS = ("model", "module", "state_dict")
 # What wrappers of PyTorch put before every name of a state dict.
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# More names of an input embedding in Hugging Face's checkpoints, often on one storage with it.
+_TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 _ZIP = b"PK\x03\x04"
 
 # Names of dtypes in a safetensors header.
@@ -84,8 +87,8 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
     """Opens a file of named tensors, whatever its kind; tensors can be read inside the context.
 
     Args:
-      path: `.safetensors`; `*.safetensors.index.json` beside its shards; or a PyTorch checkpoint
-        (zip format), whose state dict may be bare or nested under "model", "module" or
+      path: `.safetensors`; `*.safetensors.index.json` or `*.bin.index.json` beside its shards; or a
+        PyTorch checkpoint (zip format), whose state dict may be bare or nested under "model", "module" or
         "state_dict", with its names behind the prefixes of DDP, FSDP or torch.compile.
 
     Raises:
@@ -96,7 +99,10 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
         if not path.is_file():
             kind = "is a directory" if path.is_dir() else "does not exist"
             raise WeightsError(f"{path} {kind}: a file of weights is wanted")
-        if path.name.endswith(INDEX_SUFFIX):
+        if path.name.endswith(TORCH_INDEX_SUFFIX):
+            with contextlib.ExitStack() as stack:
+                yield _open_torch_index(path, stack)
+        elif path.name.endswith(INDEX_SUFFIX):
             yield _open_index(path)
         elif _head(path) == _ZIP or path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             with open_torch_file(path) as file:
@@ -136,25 +142,42 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _open_index(path: Path) -> TensorFile:
+def _read_index(path: Path, suffix: str) -> tuple[dict[str, str], list[Path]]:
+    """Which shard holds which tensor, and the shards' paths."""
     try:
         index = read_json(path, WeightsError)["weight_map"]
         shards = sorted(set(index.values()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is no index of safetensors shards: {error!r}") from error
-    tensors: dict[str, LazyTensor] = {}
+        raise WeightsError(f"{path} is no index of {suffix[1:]} shards: {error!r}") from error
     for shard in shards:
         # A name from a file must not lead out of its folder.
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
             raise WeightsError(f"{path} names {shard!r}, which is no file beside it")
+    return index, [path.parent / shard for shard in shards]
+
+
+def _gather(
+    path: Path, suffix: str, open_shard: Callable[[Path], Mapping[str, LazyTensor]]
+) -> TensorFile:
+    index, shards = _read_index(path, suffix)
+    tensors: dict[str, LazyTensor] = {}
+    for shard in shards:
         tensors |= {
             name: tensor
-            for name, tensor in _open_safetensors(path.parent / shard).items()
-            if index.get(name) == shard
+            for name, tensor in open_shard(shard).items()
+            if index.get(name) == shard.name
         }
     if missing := sorted(index.keys() - tensors.keys()):
         raise WeightsError(f"{path} promises {', '.join(missing[:5])}, absent from its shards")
-    return TensorFile((path, *(path.parent / shard for shard in shards)), tensors)
+    return TensorFile((path, *shards), tensors)
+
+
+def _open_index(path: Path) -> TensorFile:
+    return _gather(path, ".safetensors", _open_safetensors)
+
+
+def _open_torch_index(path: Path, stack: contextlib.ExitStack) -> TensorFile:
+    return _gather(path, ".bin", lambda shard: stack.enter_context(open_tensors(shard)).tensors)
 
 
 def _open_checkpoint(path: Path, value: Any) -> TensorFile:
@@ -185,7 +208,8 @@ def _open_checkpoint(path: Path, value: Any) -> TensorFile:
         )
 
     tensors = {name: lazy(tensor) for name, tensor in found.items()}
-    total, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+    total = sum(tensor.nbytes for name, tensor in tensors.items() if name not in _TIED)
+    size = path.stat().st_size
     if total > size:
         raise WeightsError(
             f"{path} has {size} bytes, yet its tensors would take {total}: many of them share their "
