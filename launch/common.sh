@@ -46,8 +46,8 @@ print(hashlib.sha256(text).hexdigest())
 PY
 }
 
-# prepare [EXTRA]: the environment with the base dependencies, and those of one extra.
-# A stamp for each extra makes the second call free, and any extra holds the base. It is written last,
+# prepare [EXTRA,...]: the environment with the base dependencies, and those of extras.
+# A stamp for each choice makes the second call free, and any choice holds the base. It is written last,
 # so that an interrupted installation is taken up again.
 prepare() {
   local extra="${1:-}" found wanted stamp started=$SECONDS log="$venv/install.log"

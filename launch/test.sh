@@ -37,6 +37,6 @@ if [ "${1:-}" = --isa ]; then
   set -- -m "floats and not slow" "$@"
 fi
 
-prepare test
+prepare test,text
 cd "$root"
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

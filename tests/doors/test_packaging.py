@@ -18,6 +18,7 @@ from tests.helpers.paths import ROOT
 # Where the name to import is not the name to install (both in canonical form).
 DISTRIBUTIONS = {
     "absl": "absl-py",
+    "bs4": "beautifulsoup4",
     "google": "protobuf",
     "orbax": "orbax-checkpoint",
     "pil": "pillow",
@@ -25,7 +26,10 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
 }
 # Imported by name at the place of use, where a helpful error says which extra to install.
-OPTIONAL = {"tfds": {"tensorflow-datasets"}}
+OPTIONAL = {
+    "tfds": {"tensorflow-datasets"},
+    "text": {"beautifulsoup4", "ftfy", "sentencepiece", "tokenizers"},
+}
 # Of the test extra: run, not imported.
 TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist", "setuptools"}
 
@@ -98,7 +102,13 @@ def test_every_import_of_the_tests_is_declared(base, extras):
     imported = imported_distributions("tests")
     # packaging comes with pytest, jaxlib with jax.
     brought = {"packaging", "jaxlib"}
-    allowed = base.keys() | extras["test"].keys() | extras["tfds"].keys() | brought
+    allowed = (
+        base.keys()
+        | extras["test"].keys()
+        | extras["tfds"].keys()
+        | extras["text"].keys()
+        | brought
+    )
     assert not {k: v for k, v in imported.items() if k not in allowed}
 
 
@@ -112,15 +122,16 @@ def test_base_needs_no_accelerator_and_no_tensorflow(base):
 
 
 def test_requirements_are_the_base_for_cuda_with_datasets(base, extras, requirements):
-    assert requirements.keys() == base.keys() | extras["tfds"].keys()
+    optional = extras["tfds"] | extras["text"]
+    assert requirements.keys() == base.keys() | optional.keys()
     assert requirements["jax"].extras == extras["cuda12"]["jax"].extras == {"cuda12"}
     for name, requirement in requirements.items():
-        declared = base.get(name) or extras["tfds"][name]
+        declared = base.get(name) or optional[name]
         assert requirement.specifier == declared.specifier, name
 
 
 def test_constraints_pin_what_is_declared(base, extras, constraints):
-    for name, declared in (base | extras["test"] | extras["tfds"]).items():
+    for name, declared in (base | extras["test"] | extras["tfds"] | extras["text"]).items():
         assert name in constraints, f"constraints.txt has no {name}"
         (pin,) = constraints[name].specifier
         assert pin.operator == "=="
@@ -128,7 +139,7 @@ def test_constraints_pin_what_is_declared(base, extras, constraints):
 
 
 def test_constraints_cover_what_those_bring(base, extras, constraints):
-    missing, waiting, seen = [], [*base, *extras["test"]], set()
+    missing, waiting, seen = [], [*base, *extras["test"], *extras["text"]], set()
     while waiting:
         name = canonicalize_name(waiting.pop())
         if name in seen:
@@ -182,12 +193,14 @@ def test_data_files_are_packaged():
 
 
 def test_imports_without_torch_and_tensorflow():
-    """All modules import where neither is installed: a finder stands in for that."""
+    """All modules import where no extra is installed: a finder stands in for that."""
     code = """
 import importlib, pkgutil, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "tensorflow", "tensorflow_datasets"):
+        if name.split(".")[0] in (
+            "torch", "tensorflow", "tensorflow_datasets", "ftfy", "bs4", "tokenizers", "sentencepiece",
+        ):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 import vapi_jax

@@ -111,6 +111,7 @@ def _open(path: Path) -> Any:
 
 def _from_sentencepiece(data: bytes, path: Path) -> Any:
     """The tokenizer that Hugging Face's converter makes of T5's spiece.model."""
+    pb: Any  # mypy finds nothing in modules that protobuf generates
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
 
