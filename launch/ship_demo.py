@@ -26,7 +26,7 @@ def main() -> None:
             f"--{kind}", type=local_path, help=f"workdir of the run that trained the {kind}"
         )
     args = parser.parse_args()
-    digests = json.loads(DIGESTS.read_text()) if DIGESTS.exists() else {}
+    digests = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
     for kind, target in ASSETS.items():
         workdir = getattr(args, kind)
         if workdir is None:

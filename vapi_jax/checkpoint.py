@@ -31,7 +31,12 @@ _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command and prints; returns the exit status."""
+    """The command; returns its exit status."""
+    return exit_status(lambda: _look(parse(argv)))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vapi_jax.checkpoint",
         description=__doc__,
@@ -42,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("directory", type=local_path, metavar="DIR")
         command.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    return exit_status(lambda: _look(options))
+    return parser.parse_args(argv)
 
 
 def _look(options: argparse.Namespace) -> int:
@@ -114,10 +118,7 @@ def _item(manifest: Manifest, item: str) -> dict[str, Any]:
 
 def verify_step(directory: Path, step: int) -> str:
     """Reads every array and fact of a step; what is wrong with it, or ""."""
-    if (
-        jax.config.values["jax_platforms"] is None
-    ):  # an accelerator may be at work on the run itself
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be at work on the run itself
     logging.set_verbosity(logging.ERROR)
     with Checkpointer(directory) as checkpointer:
         return checkpointer.damage(step)

@@ -15,7 +15,7 @@ import sys
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.files import read_json
-from vapi_jax.common.paths import local_path
+from vapi_jax.common.paths import local_folder, local_path
 
 
 def parse() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpt", type=local_path, metavar="FILE", help="the generator's weights")
     parser.add_argument("--vq", type=local_path, metavar="FILE", help="the tokenizer's weights")
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="written whole or not at all"
+        "--out", type=local_folder, required=True, metavar="DIR", help="written whole or not at all"
     )
     parser.add_argument(
         "--args",
@@ -62,9 +62,12 @@ def parse() -> argparse.Namespace:
 def convert_files(args: argparse.Namespace) -> None:
     """Converts, and says what it found."""
     # After the command line, so that --help needs no JAX.
+    import jax
+
     from vapi_jax.models.conversion import convert
     from vapi_jax.weights.names import WeightsError
 
+    jax.config.update("jax_platforms", "cpu")  # needs no accelerator, which others may be using
     manifest = convert(
         args.out,
         gpt=args.gpt,
@@ -88,8 +91,7 @@ def convert_files(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """The command; returns its exit status."""
-    args = parse()
-    return exit_status(lambda: convert_files(args))
+    return exit_status(lambda: convert_files(parse()))
 
 
 if __name__ == "__main__":

@@ -278,10 +278,14 @@ def precompute(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse(argv)
     compiler.reserve_memory()
-    command = {"evaluate": evaluate, "precompute": precompute, "verify": verify}[args.mode]
-    return exit_status(lambda: command(args))
+    commands = {"evaluate": evaluate, "precompute": precompute, "verify": verify}
+
+    def command() -> int:
+        args = parse(argv)
+        return commands[args.mode](args)
+
+    return exit_status(command)
 
 
 callable_door(__name__)

@@ -46,8 +46,11 @@ def parse() -> argparse.Namespace:
 def export_weights(args: argparse.Namespace) -> None:
     """Exports, and says what was written."""
     # After the command line, so that --help needs no JAX.
+    import jax
+
     from vapi_jax.training.export import export, open_trained
 
+    jax.config.update("jax_platforms", "cpu")  # needs no accelerator, which others may be using
     with open_trained(args.ckpt, args.part, args.step) as (weights, rules):
         digest = export(args.out, weights, rules, args.dtype)
     print(f"{args.out}  {args.out.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
@@ -55,8 +58,7 @@ def export_weights(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """The command; returns its exit status."""
-    args = parse()
-    return exit_status(lambda: export_weights(args))
+    return exit_status(lambda: export_weights(parse()))
 
 
 if __name__ == "__main__":

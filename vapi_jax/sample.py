@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError, exit_status
-from vapi_jax.common.paths import local_path, local_text
+from vapi_jax.common.paths import local_folder, local_path, local_text
 from vapi_jax.common.progress import ProgressBar, format_duration
 from vapi_jax.evaluation.receipt import environment
 from vapi_jax.generation.files import (
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help="'demo', or the directory of a run or of converted weights",
     )
-    add("--out", required=True, type=local_path, metavar="DIR", help="where the images go")
+    add("--out", required=True, type=local_folder, metavar="DIR", help="where the images go")
     add("--num", type=_at_least(1), default=50_000, help="how many (default %(default)s)")
     add("--batch", type=_at_least(1), default=64, help="drawn at once (default %(default)s)")
     add("--seed", type=_at_least(0, 1 << 32), default=0, help="default %(default)s")
@@ -159,6 +159,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} belongs to --cfg_schedule {schedule}")
         if wanted and not given:
             parser.error(f"--cfg_schedule {schedule} wants --{name}")
+    for name in ("temperature", "top_k", "top_p") if args.greedy else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--greedy draws nothing: leave --{name} out")
     return args
 
 
@@ -287,13 +290,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse(argv)
     compiler.reserve_memory()
-    try:
-        return exit_status(lambda: run(args))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(parse(argv)), "stopped; the same command goes on from here")
 
 
 callable_door(__name__)

@@ -1,11 +1,16 @@
 """What a person can put right is a sentence; a fault of the program keeps its stack."""
 
 import errno
+import importlib
+import io
+import os
+import subprocess
 
 import pytest
 
 from tests.helpers import commands
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, ROOT
+from vapi_jax.__main__ import COMMANDS
 from vapi_jax.common.errors import ExpectedError, exit_status
 
 
@@ -27,6 +32,8 @@ def test_a_command_that_goes_well_gives_its_status(capsys):
     [
         (ExpectedError("no house number 7 in this street"), "no house number 7 in this street"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "/runs/a"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/a"), "/file/a"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/bucket"), "/bucket"),
     ],
 )
 def test_what_can_be_put_right_is_said_without_a_stack(error, said, capsys):
@@ -50,12 +57,67 @@ def test_a_fault_of_the_program_keeps_its_stack(fault):
         exit_status(failing(fault))
 
 
+def test_an_interruption_is_said_without_a_stack(capsys):
+    assert exit_status(failing(KeyboardInterrupt()), "stopped at the seventh house") == 130
+    assert capsys.readouterr() == ("", "\nstopped at the seventh house\n")
+
+
+CHECK = ["main", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--check"]
+
+
+@pytest.mark.parametrize("door", [CHECK, ["main", "--help"], ["sample", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_a_command_in_silence(door):
+    """As `| head` does; unbuffered, so that the first line meets the closed pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = commands.environment(PYTHONUNBUFFERED="1")
+    ways = {"stdout": writing, "stderr": subprocess.PIPE, "capture_output": False}
+    done = commands.module(*door, env=env, **ways)
+    os.close(writing)
+    assert done.returncode != 1
+    assert done.stderr == ""
+
+
+DRAW = ["sample", "--ckpt=demo", "--num=1", "--out=absent"]
+
+
+@pytest.mark.parametrize(("door", "platform"), [(CHECK, "cuda"), (DRAW, "tpu")])
+def test_devices_that_are_not_there_are_named(door, platform, tmp_path):
+    env = commands.environment(JAX_PLATFORMS=platform)
+    done = commands.module(*door, env=env, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"JAX_PLATFORMS={platform}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+ARGPARSE = ["sample", "evaluate", "convert", "export", "checkpoint"]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_letter_that_the_terminal_lacks_ends_no_command(encoding):
+@pytest.mark.parametrize("name", ARGPARSE)
+def test_help_is_shown_whatever_letters_the_terminal_has(name, encoding, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding, write_through=True))
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"vapi_jax.{name}").main()
+    assert ended.value.code == 0
+    assert f"vapi_jax.{name}" in shown.getvalue().decode(encoding)
+
+
+def test_every_command_reads_its_flags_where_letters_are_forgiven():
+    """argparse in `exit_status`, as tried above; absl in `parse_flags`."""
+    for name in COMMANDS.keys() - set(ARGPARSE):
+        path = ROOT / "vapi_jax" / ("bench/__main__.py" if name == "bench" else f"{name}.py")
+        assert "app.run(main, flags_parser=parse_flags)" in path.read_text(encoding="utf-8")
+
+
+def test_a_letter_that_the_terminal_lacks_ends_no_command():
     """The plan says VA-π."""
     recipe = f"--config={CONFIGS / 'c2i_demo.py'}:tiny"
-    env = commands.environment(PYTHONIOENCODING=encoding)
-    done = commands.module("main", recipe, "--check", env=env, encoding=encoding, check=True)
+    env = commands.environment(PYTHONIOENCODING="ascii")
+    done = commands.module("main", recipe, "--check", env=env, encoding="ascii", check=True)
     assert "VA-?" in done.stdout
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, with the user's mode; objects from JSON."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -11,9 +12,11 @@ from vapi_jax.common import files
 from vapi_jax.common.errors import ExpectedError, disk_trouble
 from vapi_jax.common.files import (
     FolderExistsError,
+    make_folder,
     new_file,
     new_folder,
     read_json,
+    read_text,
     write_all,
     write_atomically,
 )
@@ -54,6 +57,28 @@ def test_files_have_the_mode_that_the_umask_gives(mask, tmp_path):
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o666 & ~mask}
+
+
+def test_a_name_of_bytes_that_are_no_text_is_written_and_read_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    write_atomically(tmp_path / "a.json", json.dumps({"path": name, "π": 1}, ensure_ascii=False))
+    assert read_json(tmp_path / "a.json", ExpectedError) == {"path": name, "π": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_of_windows_editors_are_read(encoding, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes('{"π": 1}'.encode(encoding))
+    assert read_text(path) == '{"π": 1}'
+    assert read_json(path, ExpectedError) == {"π": 1}
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    with pytest.raises(PermissionError) as error:
+        make_folder(Path("/proc/a/b"))
+    assert "/proc/a/b" in disk_trouble(error.value)
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):

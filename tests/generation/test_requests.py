@@ -53,6 +53,14 @@ def test_random_labels_stay_what_they_were():
     )
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_labels_of_a_windows_editor_are_read(classes, tmp_path, encoding):
+    path = tmp_path / "labels.txt"
+    path.write_text("3\r\ncoffee\r\n", encoding=encoding)
+    rows = make_requests(classes, 3, 0, str(path), None).rows
+    np.testing.assert_array_equal(rows, [3, classes.class_names.index("coffee"), 3])
+
+
 def test_lists_files_and_names_are_repeated(classes, tmp_path):
     (tmp_path / "labels.txt").write_text("3\ncoffee\n\n 0 \n")
     for rule, want in (
@@ -72,6 +80,7 @@ def test_lists_files_and_names_are_repeated(classes, tmp_path):
         ("1.5", "'1.5'"),
         ("²", "'²'"),
         (" , ", "holds no label"),
+        ("", "holds no label"),
     ],
 )
 def test_a_label_that_does_not_exist_is_named(classes, rule, message):

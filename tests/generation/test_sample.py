@@ -404,6 +404,9 @@ def test_the_flags_name_the_samplers_schedules():
         ([*ASKED, "--out=x", "--cfg_schedule=linear"], "invalid choice: 'linear'"),
         ([*ASKED, "--out=x", "--cfg_power=2"], "--cfg_power belongs to --cfg_schedule cosine"),
         ([*ASKED, "--out=x", "--cfg_schedule=interval"], "interval wants --cfg_interval"),
+        ([*ASKED, "--out=x", "--greedy", "--top_k=3"], "--greedy draws nothing: leave --top_k out"),
+        ([*ASKED, "--out=x", "--labels="], "--labels: wants a path"),
+        ([*ASKED, f"--out={__file__}"], "is a file where a folder is wanted"),
         ([*ASKED, "--out=x", "--temp=1"], "unrecognized arguments: --temp=1"),
     ],
 )
@@ -420,7 +423,6 @@ def test_flags_that_make_no_sense_end_with_a_sentence(flags, message, capsys):
         (["--ckpt=nowhere"], "error: checkpoint 'nowhere' does not exist. Give 'demo'"),
         (["--labels=dog"], "error: --labels: there is no class and no file 'dog'"),
         (["--conditions=c.npz"], "error: --conditions: this checkpoint takes class labels"),
-        (["--out=README.md"], "error: README.md is a file; samples go to a directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(tmp_path, flags, message, capsys, monkeypatch):

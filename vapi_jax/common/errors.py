@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +17,14 @@ _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EIO: "the disk does not read or write (input/output error)",
+    errno.ENOTDIR: "a file is where a folder is wanted",
+    errno.EISDIR: "a folder is where a file is wanted",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "links lead in a circle",
+    errno.EMFILE: "this process has too many files open (ulimit -n)",
+    errno.ENOTCONN: "what is mounted there has gone away",
+    errno.ESTALE: "the network file system has lost it",
+    errno.ETIMEDOUT: "the network file system does not answer",
 }
 
 
@@ -37,21 +47,43 @@ def disk_trouble(error: OSError) -> str | None:
     )
 
 
-def exit_status(command: Callable[[], int | None]) -> int:
-    """Calls a command; prints what is expected to go wrong as one sentence on standard error.
-
-    A letter that the terminal's encoding lacks is printed as "?" and ends nothing.
-
-    Returns:
-      What the command returns (None is 0), or 1 after an `ExpectedError` or trouble with the disk.
-    """
+def forgive_letters() -> None:
+    """From now on a letter that the terminal's encoding lacks is printed as "?" and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def nobody_reads() -> int:
+    """The exit status after a `BrokenPipeError`; what is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Calls a command; prints what is expected to go wrong as one sentence on standard error.
+
+    Args:
+      command: all of it, reading its flags included.
+      stopped: what to say after Ctrl-C.
+
+    Returns:
+      What the command returns (None is 0); 1 after an `ExpectedError` or trouble with the disk; as a
+      shell would say, 130 after Ctrl-C and 141 where nobody reads the output any more (`| head`).
+    """
+    forgive_letters()
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()
     except ExpectedError as error:
         sentence = str(error)
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return nobody_reads()
     except OSError as error:
         trouble = disk_trouble(error)
         if trouble is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -68,9 +70,23 @@ def write_atomically(path: Path, data: str | bytes, *, sync: bool = True) -> Non
       sync: have it on the disk before it is renamed, so that a power cut leaves the old file or the new.
     """
     with new_file(path) as partial, partial.open("wb", buffering=0) as file:
-        write_all(file, data.encode() if isinstance(data, str) else data, partial)
+        # A name may hold bytes that are no UTF-8: as "\\udce9", which JSON reads back.
+        text = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+        write_all(file, text, partial)
         if sync:
             os.fsync(file.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are not there.
+
+    Raises:
+      OSError: it cannot be made; a PermissionError also where /proc says that it does not exist.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EACCES, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -91,7 +107,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     partial = partial_of(out)
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         yield partial
         if out.exists():
@@ -100,6 +116,19 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(out)
+
+
+def read_text(path: Path) -> str:
+    """A text that somebody wrote with an editor: UTF-8, or what its byte-order mark says.
+
+    Raises:
+      OSError: it cannot be read.
+      UnicodeDecodeError: it is no text.
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell's `>`
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
 
 
 def _refuse(name: str) -> None:

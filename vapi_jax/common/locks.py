@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
       LockedError: another process holds it.
       OSError: the directory cannot be made or written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / LOCK
     # Its soft lock is a file that a killed process leaves locked.
     lock = FileLock(path, blocking=False, fallback_to_soft=False)

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.errors import ExpectedError, forgive_letters, nobody_reads
 from vapi_jax.common.paths import local_text
 
 SECTIONS = (
@@ -49,8 +49,11 @@ flags.FLAGS["config"].parser = _RecipeParser(flags.FLAGS["config"].parser)
 
 def parse_flags(argv: list[str]) -> list[str]:
     """The flags, with a sentence instead of a stack where an override names no section."""
+    forgive_letters()
     try:
         return app.parse_flags_with_usage(argv)
+    except BrokenPipeError:  # --help | head
+        sys.exit(nobody_reads())
     except ExpectedError as error:  # a recipe that builds on one that is not there
         sys.exit(f"error: {error}")
     except KeyError as error:

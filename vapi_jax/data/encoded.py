@@ -87,7 +87,7 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
         DataError: there is none, or it says too little.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_bytes())
         return {
             "class_names": tuple(map(str, facts["class_names"])),
             "count": int(facts["count"]),

@@ -207,10 +207,7 @@ class SampleFiles:
 
         Raises:
           LockedError: if one does.
-          SampleFilesError: if there can be no directory.
         """
-        if self.directory.is_file():
-            raise SampleFilesError(f"{self.directory} is a file; samples go to a directory")
         return locks.hold(self.directory, "--out")
 
     def todo(self) -> list[int]:

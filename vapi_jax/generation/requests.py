@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import read_text
 from vapi_jax.generation.files import map_npz_array
 from vapi_jax.generation.loading import Generator
 from vapi_jax.models.conditions import Caption, Tree
@@ -84,9 +85,8 @@ def make_requests(
     if generator.num_classes is not None:
         if captions is not None:
             raise RequestError("--conditions: this checkpoint takes class labels; give --labels")
-        return _by_label(
-            labels or "balanced", count, seed, generator.num_classes, generator.class_names
-        )
+        rule = "balanced" if labels is None else labels
+        return _by_label(rule, count, seed, generator.num_classes, generator.class_names)
     if not isinstance(generator.policy.condition, Caption):
         raise RequestError(
             f"this checkpoint is a generator of kind {generator.facts['policy']['kind']!r}; only "
@@ -137,7 +137,7 @@ def _by_label(
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return read_text(path).splitlines()
     except ValueError as error:
         raise RequestError(f"--labels: {path} is no text: {error}") from error
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.trees import flatten, unflatten
 
 AXES = ("data", "fsdp")
@@ -38,13 +39,39 @@ PARTITION_RULES: Rules = (
 )
 
 
+class DevicesError(ExpectedError, RuntimeError):
+    """The devices that JAX was told to use cannot be used."""
+
+
+def all_devices() -> list[jax.Device]:
+    """`jax.devices()`.
+
+    Raises:
+      DevicesError: JAX_PLATFORMS asks for what is not there.
+    """
+    try:
+        return jax.devices()
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # without CUDA, JAX fails an assertion of its own
+        asked = jax.config.values["jax_platforms"]
+        if not asked:
+            raise
+        raise DevicesError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such devices here. Install it with the extra for them "
+            f"(cuda12, cuda13, tpu), or set JAX_PLATFORMS=cpu. {error}".rstrip()
+        ) from error
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     """A mesh of all devices; -1 for one of the two axes means "what is left".
 
     Raises:
       ValueError: if the axes do not multiply to the number of devices.
+      DevicesError: see `all_devices`.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     sizes, count = [data, fsdp], len(devices)
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size != -1)

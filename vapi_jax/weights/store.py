@@ -76,7 +76,7 @@ def resolve_shipped(kind: str) -> Path:
     shipped = ASSETS[kind]
     if not shipped.exists():
         raise WeightsError(f"{shipped} is missing: reinstall the package")
-    wanted = json.loads(DIGESTS.read_text())[shipped.name]
+    wanted = json.loads(DIGESTS.read_text(encoding="utf-8"))[shipped.name]
     found = digest_of(shipped)
     if found != wanted:
         raise WeightsError(
