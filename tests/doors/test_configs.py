@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.helpers import modes
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
 from vapi_jax.methods import METHODS
@@ -168,6 +169,7 @@ def test_the_tiny_form_runs_from_end_to_end(name, finished):
     assert written["devices"]["mesh"]["data"] * written["devices"]["mesh"]["fsdp"] == 8
     assert written["versions"].keys() >= {"vapi_jax", "python", "jax", "flax", "optax", "grain"}
     assert 0.0 < written["seconds"]["train"] < written["seconds"]["total"]
+    modes.assert_for_all(workdir)
     rows = read_history(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(written["steps"] + 1))
     assert list((workdir / "tensorboard").iterdir())

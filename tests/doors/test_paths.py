@@ -1,12 +1,18 @@
 """Every option that is a path: a bucket is refused by name, and `~` is the user's home."""
 
+import ast
+import collections.abc
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import commands
 from tests.helpers.paths import CONFIGS, ROOT
+from tests.methods.test_options_are_read import all_options
+from vapi_jax.__main__ import COMMANDS
+from vapi_jax.common.options import hints_of
 from vapi_jax.common.paths import PathError, is_local, local_folder, local_path
 from vapi_jax.methods.config import to_dict
 from vapi_jax.methods.resolve import examine
@@ -59,13 +65,72 @@ def test_a_bucket_is_refused_by_name_and_nothing_is_made(door, option, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("door", sorted({door.split()[0] for door in DOORS}))
-def test_no_option_that_takes_a_file_or_folder_is_forgotten(door):
-    """By what --help says: metavariables of argparse, words of absl's sentences."""
-    shown = run(door, *(["inspect"] if door == "checkpoint" else []), "--help").stdout
-    takes = re.findall(r"^ +(--[\w-]+) (?:DIR|FILE|PATH)\b", shown, re.M)
-    takes += re.findall(r"^ +(--\w+): .*\b(?:directory|file|folder|writes)\b", shown, re.M | re.I)
-    assert set(takes) <= {option for name, option in CASES if name.split()[0] == door}
+# Options that are texts and no paths.
+TEXTS = {
+    "main": {"--coordinator", "--cluster_detection_method"},
+    "evaluate": {"--features", "--metrics"},
+    "bench": {"--features", "--vary"},
+}
+_READ_AS_PATHS = {"local_path", "local_text", "local_folder", "PATH", "FOLDER"}
+_SHARED = {"output_flags": "common/output_flags.py"}
+
+
+def options_of(path):
+    """(options that are read as paths, options that are plain texts), of argparse and absl calls."""
+    paths, texts = set(), set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        how, given = ast.unparse(call.func).rpartition(".")[2], list(call.args)
+        named = {word.arg: word.value for word in call.keywords}
+        if how == "DEFINE":
+            kind, name = ast.unparse(given[0]), f"--{given[1].value}"
+        elif how in ("DEFINE_string", "DEFINE_multi_string"):
+            kind, name = "", f"--{given[0].value}"
+        elif how in ("add", "add_argument") and not named.keys() & {"action", "choices"} and given:
+            kind, name = ast.unparse(named.get("type", ast.Name(""))), ast.unparse(given[0])
+            name = {"'directory'": ""}.get(name, name.strip("f'"))
+        else:
+            continue
+        if kind in _READ_AS_PATHS:
+            paths.add(name)
+        elif not kind:
+            texts.add(name)
+    for line in ast.unparse(tree).splitlines():
+        if line.startswith("flags.adopt_module_key_flags(") and (name := line[29:-1]) in _SHARED:
+            paths |= options_of(ROOT / "vapi_jax" / _SHARED[name])[0]
+    return paths, texts
+
+
+@pytest.mark.parametrize("door", [*COMMANDS, "launch/ship_demo.py"])
+def test_every_option_is_read_as_a_path_or_known_to_be_none(door):
+    """So what is said of paths here, a bucket and `~` above all, holds for every one of them."""
+    path = ROOT / door if "/" in door else ROOT / "vapi_jax" / f"{door}.py"
+    paths, texts = options_of(path if path.exists() else path.with_suffix("") / "__main__.py")
+    if door == "launch/ship_demo.py":
+        assert paths == {"--{kind}"}
+    else:
+        assert paths == {option for name, option in CASES if name.split()[0] == door}
+    assert texts == TEXTS.get(door, set())
+
+
+# Options of recipes that are texts and no paths: names in tables, of variants, of features.
+NAMES = {
+    ("TrainConfig", "name"), ("TrainConfig", "preset"), ("TrainConfig", "method"), ("DataConfig", "name"),
+    ("DataConfig", "dataset"), ("DataConfig", "train_split"), ("DataConfig", "val_split"),
+    ("DataConfig", "test_split"), ("DataConfig", "image_feature"), ("DataConfig", "label_feature"),
+    ("ConditionConfig", "name"), ("RewardSpec", "name"),
+}  # fmt: skip
+
+
+def test_every_text_in_a_recipe_is_read_as_a_path_or_known_to_be_none():
+    plain = {
+        (kind.__name__, name)
+        for kind in all_options()
+        for name, hint in hints_of(kind).items()
+        if hint is str or str in typing.get_args(hint)
+        if typing.get_origin(hint) not in (typing.Annotated, collections.abc.Mapping)
+    }
+    assert plain == NAMES
 
 
 RECIPES = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.helpers import commands
+from tests.helpers import commands, modes
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import KINDS, nhwc, read_condition
 from tests.helpers.tiny import make_tiny_config
@@ -117,6 +117,7 @@ def test_the_commands_bring_every_bit_there_and_back(golden, released, tmp_path,
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json", "manifest.json", "model.safetensors",
     ]  # fmt: skip
+    modes.assert_for_all(out)
     for part, name in (("gpt", "gpt_c2i"), ("vq", "vq")):
         again = tmp_path / f"again_{part}{suffix}"
         done = commands.python(EXPORT, "--ckpt", out, "--part", part, "--out", again)
