@@ -9,7 +9,7 @@ COMMANDS = {
     "evaluate": "measure generated images",
     "convert": "turn released weights into a directory that recipes load",
     "export": "write a trained model under LlamaGen's names",
-    "encode_dataset": "turn the images of a recipe into tokens, once",
+    "encode": "turn captions into features, or the images of a recipe into tokens, once",
     "real_images": "write real images of a recipe's data, to evaluate against",
     "checkpoint": "look into the checkpoints of a run",
     "bench": "time and count a step, sampling or evaluation",

@@ -31,7 +31,11 @@ DOORS = {
     ),
     "evaluate --precompute": (["--reference=r"], ["--precompute"]),
     "evaluate --verify": ([], ["--verify"]),
-    "encode_dataset": ([RECIPE], ["--out"]),
+    "encode captions": (
+        ["--text_encoder=t", "--captions=c", "--out=o.npz"],
+        ["--text_encoder", "--captions", "--out"],
+    ),
+    "encode dataset": ([RECIPE], ["--out"]),
     "real_images": ([RECIPE], ["--out"]),
     "checkpoint inspect": ([], [""]),
     "checkpoint verify": ([], [""]),
@@ -95,7 +99,7 @@ def options_of(path):
             paths.add(name)
         elif not kind:
             texts.add(name)
-    for line in ast.unparse(tree).splitlines():
+    for line in map(str.strip, ast.unparse(tree).splitlines()):
         if line.startswith("flags.adopt_module_key_flags(") and (name := line[29:-1]) in _SHARED:
             paths |= options_of(ROOT / "vapi_jax" / _SHARED[name])[0]
     return paths, texts

@@ -133,7 +133,7 @@ def test_splits_of_two_encoders_are_not_one_data_set(made, tmp_path):
 
 def test_what_is_missing_or_does_not_fit_is_named(made, tmp_path):
     config, out = made
-    with pytest.raises(DataError, match="encode_dataset"):
+    with pytest.raises(DataError, match="encode dataset"):
         make_dataset(encoded(config, tmp_path).data, "train", 4, 0)
     with pytest.raises(DataError, match=f"{SIDE}"):
         make_dataset(encoded(config, out, image_size=2 * SIDE).data, "train", 4, 0)

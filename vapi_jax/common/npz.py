@@ -1,4 +1,4 @@
-"""Arrays of an .npz file read as a stream, with every size checked before anything is allocated.
+"""Arrays of an .npz file as a stream, read with every size checked before anything is allocated.
 
 `np.load` reads a member whole and allocates what its header asks for. Here the header is compared
 with the member's length first, rows come in pieces, and objects (pickles) are never read.
@@ -7,13 +7,14 @@ with the member's length first, rows come in pieces, and objects (pickles) are n
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -164,3 +165,20 @@ def read_array(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
                 f"{stream.path}: array {name!r} has {stream.nbytes} bytes, at most {limit} are read"
             )
         return stream.read(stream.shape[0])
+
+
+def npy_header(dtype: Any, shape: Sequence[int]) -> bytes:
+    """What stands before the bytes of an array."""
+    file = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    fields = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(file, fields)
+    return file.getvalue()
+
+
+def npy_member(name: str) -> zipfile.ZipInfo:
+    """Where an array goes in an archive, by its name without ".npy".
+
+    With the time of writing in it, no two archives of the same arrays would be the same.
+    """
+    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))

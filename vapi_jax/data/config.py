@@ -38,7 +38,7 @@ class DataConfig:
 
     Attributes:
         name: "photos" (bundled photographs, no files needed), "image_folder", "tfds", "encoded"
-            (images and tokens that vapi_jax.encode_dataset wrote), or a source of your own as
+            (images and tokens that vapi_jax.encode dataset wrote), or a source of your own as
             "package.module:Class" (see vapi_jax.data.sources).
         image_size: side of the square images, in pixels.
         path: image_folder, encoded: the root folder. tfds: the data_dir, or a prepared version folder;

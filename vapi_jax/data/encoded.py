@@ -1,6 +1,6 @@
 """Images that are cropped and encoded to tokens once, and read back as often as a run likes.
 
-`python -m vapi_jax.encode_dataset` writes them. One folder a split: images.npy (uint8 [N, H, W, 3]),
+`python -m vapi_jax.encode dataset` writes them. One folder a split: images.npy (uint8 [N, H, W, 3]),
 tokens.npy (int32 [N, T]), labels.npy (int32 [N]), and encoded.json, written last. What a recipe says
 of crops and flips was applied when the images were encoded, and is not applied again.
 """
@@ -20,7 +20,7 @@ from vapi_jax.data.sources import Encoder, Source
 
 ARRAYS = {"images": np.uint8, "tokens": np.int32, "labels": np.int32}
 FACTS = "encoded.json"
-COMMAND = "python -m vapi_jax.encode_dataset"
+COMMAND = "python -m vapi_jax.encode dataset"
 
 
 def write_encoded(

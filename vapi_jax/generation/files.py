@@ -33,7 +33,7 @@ from PIL import Image
 from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.files import PARTIAL, new_file, read_json, write_atomically
-from vapi_jax.common.npz import NpzError, open_array, open_npz
+from vapi_jax.common.npz import NpzError, array_names, npy_header, npy_member, open_array, open_npz
 
 RECIPE = "recipe.json"
 FORMATS = ("png", "npz", "both")
@@ -117,12 +117,17 @@ def write_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
 # --- arrays in zip files --------------------------------------------------------------------------
 
 
-def _npy_header(dtype: Any, shape: Sequence[int]) -> bytes:
-    file = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    fields = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(file, fields)
-    return file.getvalue()
+def npz_names(path: str | Path) -> set[str]:
+    """Names of the arrays of an .npz.
+
+    Raises:
+      SampleFilesError: if the file is no such archive.
+    """
+    try:
+        with open_npz(path) as archive:
+            return array_names(archive)
+    except NpzError as error:
+        raise SampleFilesError(str(error)) from error
 
 
 def map_npz_array(path: str | Path, name: str) -> np.ndarray:
@@ -200,7 +205,7 @@ class SampleFiles:
         return self._chunks / f"{chunk:08d}.npy"
 
     def _npy_header(self, chunk: int) -> bytes:
-        return _npy_header(np.uint8, (len(self.ids(chunk)), self.size, self.size, 3))
+        return npy_header(np.uint8, (len(self.ids(chunk)), self.size, self.size, 3))
 
     def locked(self) -> AbstractContextManager[None]:
         """No second process writes here meanwhile; the lock dies with the process.
@@ -262,16 +267,16 @@ class SampleFiles:
             ):
                 self._store_images(archive)
                 if labels is not None:
-                    with archive.open(_member("arr_1"), "w") as file:
-                        file.write(_npy_header(np.int64, labels.shape))
+                    with archive.open(npy_member("arr_1"), "w") as file:
+                        file.write(npy_header(np.int64, labels.shape))
                         file.write(labels.astype("<i8").tobytes())
         if self._chunks.exists():
             shutil.rmtree(self._chunks)
 
     def _store_images(self, archive: zipfile.ZipFile) -> None:
         shape = (self.count, self.size, self.size, 3)
-        with archive.open(_member("arr_0"), "w", force_zip64=True) as file:
-            file.write(_npy_header(np.uint8, shape))
+        with archive.open(npy_member("arr_0"), "w", force_zip64=True) as file:
+            file.write(npy_header(np.uint8, shape))
             for chunk in range(-(-self.count // self.batch)):
                 with self._npy(chunk).open("rb") as part:
                     part.seek(len(self._npy_header(chunk)))
@@ -293,11 +298,6 @@ class SampleFiles:
             except (OSError, SyntaxError, ValueError) as error:
                 raise SampleFilesError(f"{self.png(sample)} cannot be read: {error}") from error
         return np.stack(images)
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    # With the time of writing in it, no two archives of the same samples would be the same.
-    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
 
 
 def _is_whole(path: Path) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.files import read_text
-from vapi_jax.generation.files import map_npz_array
+from vapi_jax.generation.files import map_npz_array, npz_names
 from vapi_jax.generation.loading import Generator
 from vapi_jax.models.conditions import Caption, Tree
 
@@ -76,7 +76,8 @@ def make_requests(
         the sample's number alone), a file with one label or class name a line, or a list with commas.
         Lists are repeated as often as needed.
       captions: an .npz of `features` [captions, P, W] and `mask` [captions, P], left padded; sample i
-        takes row i mod captions. Written by `numpy.savez`; read row by row as needed.
+        takes row i mod captions. Written by vapi_jax.encode (as left_features, left_mask) or
+        `numpy.savez`; read row by row as needed.
 
     Raises:
       RequestError: if the generator takes others, or has no such class.
@@ -158,7 +159,9 @@ def _label(item: str, classes: int, names: tuple[str, ...] | None) -> int:
 
 
 def _by_caption(path: Path, count: int, condition: Caption) -> Requests:
-    features, mask = (map_npz_array(path, name) for name in ("features", "mask"))
+    # vapi_jax.encode says on which side: its ids and their mask are padded on the other one.
+    side = "left_" if "left_features" in npz_names(path) else ""
+    features, mask = (map_npz_array(path, side + name) for name in ("features", "mask"))
     wanted, captions = (condition.length, condition.width), len(features)
     if features.shape[1:] != wanted or mask.shape != (captions, wanted[0]) or not captions:
         raise RequestError(

@@ -1,0 +1,153 @@
+"""Encodes captions or the images of a recipe once: `python -m vapi_jax.encode captions|dataset ...`.
+
+  python -m vapi_jax.encode captions --text_encoder=flan-t5-xl --captions=captions.txt --out=captions.npz
+  python -m vapi_jax.encode dataset --config=configs/c2i_xxl.py --out=encoded/imagenet
+
+`captions` takes a text file with a caption on each line (JSON strings in a .jsonl) and the folder of a
+T5 v1.1 encoder as Hugging Face keeps it. It writes ids, mask, left_features, left_mask and cleaned,
+and beside them a .json that counts and lists the captions that are empty, too long or not Latin.
+`python -m vapi_jax.sample --conditions=captions.npz` draws images for them.
+
+`dataset` encodes the images that a recipe would train on, in its order and with its crops and flips:
+
+  python -m vapi_jax.main --config=configs/c2i_xxl.py --workdir=runs/xxl \\
+      --config.data.name=encoded --config.data.path=encoded/imagenet --config.data.shuffle=false
+
+takes the very steps that it would take without, less the encoder and the decoding of image files.
+--num fixes how many (default: as many as the recipe's steps see). Its held-out images are encoded too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from vapi_jax.common.errors import exit_status
+from vapi_jax.common.paths import local_path
+
+LISTED = 3
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def parse_captions(argv: list[str]) -> argparse.Namespace:
+    """The command line of `captions`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vapi_jax.encode captions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    add("--text_encoder", type=local_path, required=True, metavar="DIR")
+    add("--captions", type=local_path, required=True, metavar="FILE.txt|FILE.jsonl")
+    add("--out", type=local_path, required=True, metavar="FILE.npz", help="replaced if it is there")
+    add("--clean", action=switch, default=True, help="LlamaGen's cleaning of captions, twice")
+    add("--lower", action=switch, default=True, help="in lower case")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the encoder; LlamaGen's features are bfloat16's (default %(default)s)",
+    )  # fmt: skip
+    add("--batch", type=int, default=32, help="captions at once (default %(default)s)")
+    add("--fsdp", type=int, default=1, help="devices that share one copy of the encoder")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error(f"--batch {args.batch}: wants at least 1")
+    if args.out.suffix != ".npz":
+        parser.error(f"--out {args.out}: wants a name that ends in .npz")
+    return args
+
+
+def captions(argv: list[str]) -> int:
+    """`captions`: from a text file to features."""
+    args = parse_captions(argv)
+    # After the command line, so that --help needs no JAX.
+    from vapi_jax.common.digests import sha256_file
+    from vapi_jax.data.caption_files import read_captions
+    from vapi_jax.data.config import DataError
+    from vapi_jax.generation.captions import FLAGS, encode_captions
+    from vapi_jax.models.text_encoder import TextEncoder
+    from vapi_jax.parallel import compiler
+    from vapi_jax.parallel.sharding import make_mesh
+
+    compiler.reserve_memory()
+    texts = read_captions(args.captions)
+    try:
+        mesh = make_mesh(fsdp=args.fsdp)
+    except ValueError as error:
+        raise DataError(f"--fsdp {args.fsdp}: {error}") from error
+    encoder = TextEncoder(
+        args.text_encoder, mesh, dtype=args.dtype, clean=args.clean, lower=args.lower
+    )
+    facts = {"source": {"file": args.captions.name, "sha256": sha256_file(args.captions)}}
+    record = encode_captions(encoder, texts, args.out, batch=args.batch, facts=facts)
+    print(f"{args.out}: {len(texts)} captions, features {encoder.length} x {encoder.width} each")
+    for name in FLAGS:
+        rows = record[name]
+        shown = "".join(f"\n  line {row + 1}: {texts[row]:.70}" for row in rows[:LISTED])
+        more = f"\n  and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+        print(f"{name.replace('_', ' ')}: {len(rows)}{shown}{more}")
+    print(f"all of them are listed in {args.out.with_suffix('.json')}")
+    return 0
+
+
+# --- a recipe's images ----------------------------------------------------------------------------
+
+
+def dataset(argv: list[str]) -> int:
+    """`dataset`: from a recipe to tokens. Recipes need absl's flags, which are defined on import."""
+    from vapi_jax.common import output_flags, recipe_flags
+
+    flags.adopt_module_key_flags(recipe_flags)
+    flags.adopt_module_key_flags(output_flags)
+    app.run(_dataset, [sys.argv[0], *argv], flags_parser=recipe_flags.parse_flags)
+
+
+def _dataset(argv: list[str]) -> int:
+    from vapi_jax.common.output_flags import NUM, OUT
+    from vapi_jax.common.recipe_flags import CONFIG
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    recipe, out = CONFIG.value, OUT.value
+    if recipe is None or out is None:
+        raise app.UsageError("--config and --out are needed; see --help")
+    return exit_status(lambda: _encode(recipe, out, NUM.value))
+
+
+def _encode(recipe: Any, out: Path, num: int) -> None:
+    from vapi_jax.generation.encoding import encode_dataset
+    from vapi_jax.methods import make_method
+    from vapi_jax.methods.resolve import resolve
+    from vapi_jax.parallel import compiler
+    from vapi_jax.training.run import prepare_devices
+
+    compiler.reserve_memory()
+    config = resolve(recipe)
+    counts = encode_dataset(make_method(config, prepare_devices(config)), out, num)
+    told = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(
+        f"{out}: {told} images. Use them with --config.data.name=encoded --config.data.path={out} "
+        "--config.data.shuffle=false"
+    )
+
+
+COMMANDS = {"captions": captions, "dataset": dataset}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        (sys.stdout if asked else sys.stderr).write(__doc__ or "")
+        return 0 if asked else 2
+    return exit_status(lambda: COMMANDS[argv[0]](argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Captions encoded once, in a file that sampling takes as conditions."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vapi_jax.common.files import new_file, write_atomically
+from vapi_jax.common.npz import npy_header, npy_member
+from vapi_jax.common.progress import ProgressBar
+from vapi_jax.models.text_encoder import EncodedCaptions, TextEncoder
+
+FLAGS = ("empty", "cut", "other_script")
+"""What a record counts and lists; see `EncodedCaptions`."""
+
+
+def encode_batches(
+    encoder: TextEncoder, captions: Sequence[str], batch: int
+) -> Iterator[EncodedCaptions]:
+    """Captions encoded in order, with progress."""
+    with ProgressBar(len(captions), "captions") as progress:
+        for start in range(0, len(captions), batch):
+            part = captions[start : start + batch]
+            yield encoder(part, rows=batch)
+            progress.update(start + len(part), len(part))
+
+
+def encode_captions(
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    out: Path,
+    *,
+    batch: int = 32,
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes features and all else of captions to `out`, an .npz, and a record to `out` as .json.
+
+    The file holds ids int32 [N, P] and mask bool [N, P], padded on the right; left_features float32
+    [N, P, W] and left_mask bool [N, P], padded on the left; and cleaned, the texts [N]. Features are written
+    as they come, so memory holds a batch of them.
+
+    Args:
+      encoder: of the captions.
+      captions: at least one.
+      out: the file.
+      batch: captions that are encoded at once.
+      facts: more for the record.
+
+    Returns:
+      The record: what the features depend on, and which captions are empty, cut or in another script.
+    """
+    count, done = len(captions), 0
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "mask", "left_mask", *FLAGS)}
+    cleaned: list[str] = []
+    with new_file(out) as partial, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+        with archive.open(npy_member("left_features"), "w", force_zip64=True) as file:
+            file.write(npy_header(np.float32, (count, encoder.length, encoder.width)))
+            for part in encode_batches(encoder, captions, batch):
+                file.write(np.asarray(part.features, "<f4", order="C").data)
+                cleaned += part.cleaned
+                done += len(part.cleaned)
+                for name, arrays in kept.items():
+                    arrays.append(getattr(part, name))
+        assert done == count
+        for name in ("ids", "mask", "left_mask"):
+            array = np.concatenate(kept[name])
+            with archive.open(npy_member(name), "w", force_zip64=True) as file:
+                file.write(npy_header(array.dtype, array.shape))
+                file.write(array.data)
+        _write_texts(archive, cleaned)
+    record = {
+        "captions": count,
+        **(facts or {}),
+        **encoder.describe(),
+        **{name: np.flatnonzero(np.concatenate(kept[name])).tolist() for name in FLAGS},
+    }
+    if jax.process_index() == 0:
+        write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _write_texts(archive: zipfile.ZipFile, texts: Sequence[str]) -> None:
+    """The texts as NumPy keeps them, as wide as the longest, compressed and never all at once."""
+    dtype = np.dtype(f"<U{max(1, *map(len, texts))}")
+    member = npy_member("cleaned")
+    member.compress_type = zipfile.ZIP_DEFLATED
+    with archive.open(member, "w", force_zip64=True) as file:
+        file.write(npy_header(dtype, (len(texts),)))
+        for text in texts:
+            file.write(np.array([text], dtype).view(np.uint8).data)
