@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.paths import FOLDER
+from vapi_jax.common.ranges import STEPS
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 
 flags.adopt_module_key_flags(recipe_flags)
@@ -27,6 +28,12 @@ _RESUME_WITH_CHANGES = flags.DEFINE_bool(
 )
 _CHECK = flags.DEFINE_bool("check", False, "Print the plan and all that is in its way, and stop")
 _JSON = flags.DEFINE_bool("json", False, "With --check: the plan as JSON")
+_PROFILE = flags.DEFINE(
+    STEPS,
+    "profile",
+    None,
+    "START:STOP: trace these steps, STOP left out, for TensorBoard's profiler",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: HOST:PORT at which process 0 listens"
 )
@@ -67,6 +74,7 @@ def main(argv: list[str]) -> int:
         recipe,
         workdir,
         _RESUME_WITH_CHANGES.value,
+        profile=_PROFILE.value,
         coordinator_address=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,

@@ -37,6 +37,8 @@ def test_missing_flags_are_named(arguments):
         ((XXL, "--config.vappi.group_size=4"), "'vappi'"),
         ((XXL, "--worksdir=x"), "workdir"),
         ((XXL, "and", "more"), "and more"),
+        ((XXL, "--profile=3:3"), "'3:3'"),
+        ((XXL, "--profile=7"), "'7'"),
     ],
 )
 def test_flags_that_mean_nothing(arguments, message):

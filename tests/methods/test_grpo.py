@@ -190,6 +190,16 @@ class KLTest(chex.TestCase):
         chex.assert_trees_all_close(mean, exact, rtol=3e-6)
 
 
+def test_a_shuffle_is_a_permutation_and_each_is_as_likely():
+    """Of three numbers, 6000 times: each of six orders about 1000 times, whose deviation is 29."""
+    keys = jax.random.split(jax.random.key(0), 6000)
+    rows = jax.vmap(lambda key: grpo.shuffled(key, jnp.arange(3.0)))(keys)
+    orders, counts = np.unique(rows, axis=0, return_counts=True)
+    assert {tuple(sorted(order)) for order in orders} == {(0.0, 1.0, 2.0)}
+    assert len(orders) == 6
+    assert np.all(np.abs(counts - 1000) < 5 * 29)
+
+
 def test_unknown_ratio():
     x = jnp.zeros((1, 1, 1))
     with pytest.raises(ValueError, match="'image'.*token.*sequence"):

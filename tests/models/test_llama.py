@@ -171,6 +171,9 @@ def test_attention_is_chosen_for_the_devices_that_a_program_is_for(name):
     device = DEVICES[name]
     fused = "cudnn" if name in FUSED else "xla"
     assert attention_implementation("auto", "bfloat16", 64, device) == fused
+    alone = "splash" if name == "TPU" else fused
+    assert attention_implementation("auto", "bfloat16", 64, device, alone=True) == alone
+    assert attention_implementation("auto", "float32", 64, device, alone=True) == "xla"
     assert attention_implementation("auto", "float32", 64, device) == "xla"
     assert attention_implementation("auto", "bfloat16", 100, device) == "xla"  # 3200 / 32 heads
     assert attention_implementation("xla", "bfloat16", 64, device) == "xla"
@@ -190,6 +193,8 @@ def test_a_policy_takes_the_attention_of_its_mesh():
         settled = on_devices(policy, mesh)
         assert settled.config.attention == ("cudnn" if name in FUSED else "xla")
         assert dataclasses.replace(settled.config, attention="auto") == policy.config
+        one = SimpleNamespace(devices=np.array([device], object))
+        assert on_devices(policy, one) == on_devices(policy, mesh, alone=True)
     # What is settled is not asked again of the CPU that traces.
     block = on_devices(policy, SimpleNamespace(devices=np.array([DEVICES["H100"]]))).config.block
     assert attention_implementation(block.attention, block.dtype, block.head_dim) == "cudnn"

@@ -132,6 +132,23 @@ def test_going_on_from_a_checkpoint_changes_no_bit(straight, resumed):
 
 
 @pytest.mark.slow
+def test_a_profile_holds_the_steps_that_were_asked_for(mesh, tmp_path, straight):
+    """As TensorBoard's profiler finds it, and without a change to what is trained."""
+    run = fit(make_tiny_method("base", mesh, steps=HALF, **BASE), tmp_path, profile=range(2, 5))
+    found = list((tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    assert len(found) == 1
+    planes = jax.profiler.ProfileData.from_file(str(found[0])).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert sorted(steps) == [2, 3, 4]
+    _, workdir = straight
+    rows = zip(*(read_history(d / "metrics.jsonl") for d in (tmp_path, workdir)), strict=False)
+    assert [a["loss"] == b["loss"] for a, b in rows if "loss" in a] == [True] * HALF
+    assert not list((workdir / "tensorboard").glob("plugins/*"))
+    assert run.skipped == 0
+
+
+@pytest.mark.slow
 def test_curves_have_no_duplicates_after_a_break(resumed):
     _, workdir = resumed
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -40,7 +40,7 @@ class GeneratorMethod(Method):
     @cached_property
     def policy(self) -> Policy:
         """The generator, with sizes it takes from the data and the tokenizer where not given."""
-        return on_devices(make_policy(**sized_policy(self.config)), self.mesh)
+        return on_devices(make_policy(**sized_policy(self.config)), self.mesh, alone=self.local)
 
     @cached_property
     def condition(self) -> Condition:

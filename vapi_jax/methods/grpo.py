@@ -4,8 +4,9 @@ Shapes: B images, G samples of each, T tokens, V vocabulary. A sample's log-prob
 of its tokens under ONE teacher-forced forward of its image.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 RATIOS = ("token", "sequence")
 
@@ -23,6 +24,13 @@ def group_advantages(
     centred = offsets - offsets.mean(axis=1, keepdims=True)
     std = jnp.std(offsets, axis=1, ddof=1, keepdims=True)
     return jnp.clip(centred / (std + eps), -clip, clip)
+
+
+def shuffled(rng: PRNGKeyArray, row: Float[Array, " G"]) -> Float[Array, " G"]:
+    """The numbers of one group in random order, by the ranks of random ones: compiled without a sort."""
+    draws, places = jax.random.bits(rng, row.shape, jnp.uint32), jnp.arange(row.size)
+    equal = (draws[:, None] == draws) & (places[:, None] > places)
+    return row[((draws[:, None] > draws) | equal).sum(axis=1)]
 
 
 def clipped_surrogate(

@@ -45,7 +45,7 @@ class LlamaConfig:
 
     dtype: "float32" | "bfloat16", the compute dtype over float32 parameters.
     remat: "none" | "full" (keep layer inputs only) | "dots" (keep matmul outputs).
-    attention: "auto" | "xla" | "cudnn".
+    attention: "auto" (the fused kernel of the devices, where it can be) | "xla" | "cudnn".
     Raises ValueError when the numbers do not fit together.
     """
 

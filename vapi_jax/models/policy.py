@@ -395,13 +395,16 @@ def _llama_config(model_type: str, config: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**fields)
 
 
-def on_devices(policy: Policy, mesh: Mesh, dtype: Dtype | None = None) -> Policy:
+def on_devices(
+    policy: Policy, mesh: Mesh, dtype: Dtype | None = None, alone: bool = False
+) -> Policy:
     """The policy with its attention settled for these devices, which need not be the default ones.
 
     Args:
       policy: one of another make than `POLICIES` stays as it is.
       mesh: the devices.
       dtype: to compute in instead of the policy's own; attention is then chosen anew.
+      alone: each device runs a program of its own, inside `jax.shard_map`, as where there is but one.
 
     Raises:
       ValueError: cuDNN attention is asked for where it cannot be.
@@ -412,7 +415,8 @@ def on_devices(policy: Policy, mesh: Mesh, dtype: Dtype | None = None) -> Policy
         return policy
     attention = block.attention if dtype is None else "auto"
     computed = dtype or block.dtype
-    attention = attention_implementation(attention, computed, block.head_dim, mesh.devices.flat[0])
+    device, alone = mesh.devices.flat[0], alone or mesh.devices.size == 1
+    attention = attention_implementation(attention, computed, block.head_dim, device, alone)
     config = dataclasses.replace(config, dtype=computed, attention=attention)
     return dataclasses.replace(cast(Any, policy), config=config)
 

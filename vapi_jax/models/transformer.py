@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from vapi_jax.models.splash import LANES, attend_splash
 from vapi_jax.parallel import fsdp
 
 Remat = Literal["none", "full", "dots"]
@@ -88,7 +89,7 @@ def rotate(
 # Attention ---------------------------------------------------------------------------------------
 
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "splash"]
 
 
 def has_cudnn_attention(device: Any) -> bool:
@@ -101,18 +102,19 @@ def has_cudnn_attention(device: Any) -> bool:
 
 
 def attention_implementation(
-    requested: str, dtype: str, head_dim: int, device: Any = None
+    requested: str, dtype: str, head_dim: int, device: Any = None, alone: bool = False
 ) -> Implementation:
     """Resolves "auto" | "xla" | "cudnn".
 
-    cuDNN's fused kernel exists for 16-bit floats and heads of 8, 16, .. 128.
+    cuDNN's fused kernel, and the TPU's, are taken for 16-bit floats and heads of 8, 16, .. 128.
 
     Args:
-      requested: as in a configuration.
+      requested: as in a configuration, or what was resolved before.
       dtype: of queries, keys and values.
       head_dim: width of a head.
       device: one of those that the program is for, which need not be there. None takes the default
         one for "auto", and "cudnn" as settled.
+      alone: the program is one device's own, which the TPU's kernel needs: no compiler can divide it.
 
     Raises:
       ValueError: for another request, or cuDNN where it cannot be.
@@ -120,8 +122,13 @@ def attention_implementation(
     fits = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
     if requested == "xla":
         return "xla"
+    if requested == "splash":
+        return "splash"
     if requested == "auto":
-        return "cudnn" if fits and has_cudnn_attention(device or jax.devices()[0]) else "xla"
+        device = device or jax.devices()[0]
+        if fits and device.platform == "tpu" and alone:
+            return "splash"
+        return "cudnn" if fits and has_cudnn_attention(device) else "xla"
     if requested != "cudnn":
         raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', not {requested!r}")
     if not fits or not (device is None or has_cudnn_attention(device)):
@@ -142,6 +149,11 @@ def attend(
 ) -> Float[Array, "B S H hd"]:
     """Causal attention over a whole sequence. `mask` None: plainly causal, no mask array exists."""
     length = q.shape[1]
+    if implementation == "splash":
+        if length >= LANES:
+            # The last position sees all that may be seen at all.
+            return attend_splash(q, k, v, None if mask is None else mask[:, 0, -1])
+        implementation = "xla"
     if implementation == "cudnn" and mask is not None:
         q, k, v, mask = pad_to_even(q, k, v, mask)
     out = jax.nn.dot_product_attention(

@@ -1,8 +1,8 @@
 """What the compiler is told for each platform, and the cache of compiled programs.
 
 On CPU nothing is set: of the flags that were tried none helped (docs/performance.md). Not set on GPU,
-though often seen: pipelined collectives and double-buffered loops, which change the loops
-themselves and wait for a measurement; command buffers, whose default is kept.
+though often seen: double-buffered loops, of which nothing is left to hide once gathers are pipelined;
+command buffers, whose default is kept.
 """
 
 import os
@@ -22,6 +22,9 @@ OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
         # Starts a layer's gathers and the gradients' reduction early, beside compute; set in
         # NVIDIA's own JAX images.
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        # A layer's gathers go one turn of the loop ahead, under the layer before. Without it they end
+        # before their own layer begins, for they travel as one. Reductions are one turn behind anyway.
+        "xla_gpu_enable_pipelined_all_gather": True,
         # Matrix products by cuBLAS: the sizes here are large and regular, and the search over Triton
         # kernels is most of the time to compile.
         "xla_gpu_enable_triton_gemm": False,

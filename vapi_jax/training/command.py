@@ -22,6 +22,7 @@ def train(
     workdir: Path,
     resume_with_changes: bool,
     timeout: float,
+    profile: range | None = None,
     **process: Any,
 ) -> int:
     """Finds the other processes of the run, if there are any, and trains; the exit status.
@@ -31,6 +32,7 @@ def train(
       workdir: of the run, the same for all processes.
       resume_with_changes: go on though the configuration has changed.
       timeout: seconds that processes wait for each other at the start.
+      profile: steps to trace for TensorBoard.
       process: which one this is, as far as flags say; see `cluster.find_process`.
     """
     compiler.reserve_memory()
@@ -38,7 +40,7 @@ def train(
     def work() -> int:
         with distributed.telling():
             config = require(recipe)
-        return execute(config, workdir, resume_with_changes)
+        return execute(config, workdir, resume_with_changes, profile)
 
     def join() -> int:
         me = cluster.find_process(**process, timeout=timeout)
@@ -47,14 +49,25 @@ def train(
     return exit_status(join)
 
 
-def execute(config: TrainConfig, workdir: Path, resume_with_changes: bool = False) -> int:
+def execute(
+    config: TrainConfig,
+    workdir: Path,
+    resume_with_changes: bool = False,
+    profile: range | None = None,
+) -> int:
     """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
     stop = StopRequest()
     compiler.enable_compilation_cache(workdir / "compilation_cache")
 
     def work() -> None:
         with stop.listening(), distributed.telling():
-            run.run(config, workdir, stop=stop, resume_with_changes=resume_with_changes)
+            run.run(
+                config,
+                workdir,
+                stop=stop,
+                resume_with_changes=resume_with_changes,
+                profile=profile,
+            )
 
     try:
         return exit_status(work)

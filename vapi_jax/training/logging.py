@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 RESERVED_KEYS = ("step", "time", "non_finite")
 
+TENSORBOARD = "tensorboard"
+"""Folder of a run for TensorBoard's events and traces."""
+
 
 def _python_scalar(name: str, value: Any) -> bool | int | float:
     """A Python number from a Python, NumPy or JAX scalar. Raises TypeError for anything else."""
@@ -59,7 +62,7 @@ class MetricsWriter:
         self.path = Path(workdir) / "metrics.jsonl"
         if not active:
             return
-        events = self.path.parent / "tensorboard"
+        events = self.path.parent / TENSORBOARD
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if after is not None:
             _rewind(self.path, after)

@@ -32,7 +32,8 @@ from vapi_jax.parallel.preemption import Stopped, StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_batch
 from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer, CheckpointError
-from vapi_jax.training.logging import MetricsWriter
+from vapi_jax.training.logging import TENSORBOARD, MetricsWriter
+from vapi_jax.training.profiling import Profiler
 from vapi_jax.training.train import TrainState
 from vapi_jax.weights.store import save_safetensors
 
@@ -88,6 +89,7 @@ def fit(
     keep_start: bool = False,
     stop: StopRequest | None = None,
     resume_with_changes: bool = False,
+    profile: range | None = None,
 ) -> Run:
     """Trains to its last step and saves the weights under `workdir`/weights.
 
@@ -100,6 +102,7 @@ def fit(
       keep_start: also hand back the parameters of step 0 (a second copy on the mesh).
       stop: asked after every step whether to save and stop.
       resume_with_changes: go on also where the configuration is not that of the checkpoint.
+      profile: steps to trace, into `workdir`/tensorboard.
 
     Returns:
       The final parameters and what a report needs.
@@ -170,6 +173,7 @@ def fit(
                 stop=stop or StopRequest(),
                 progress=progress,
                 facts={"origin": origin, "code": resume.code_facts()},
+                profiler=Profiler(profile, workdir / TENSORBOARD),
             )
             state = trainer.finish(state)
     with timer.phase("checkpoint"):
@@ -217,6 +221,7 @@ class _Trainer:
     stop: StopRequest
     progress: resume.Progress
     facts: Mapping[str, Any]  # "origin" and "code", which do not change while it lives
+    profiler: Profiler
     pending: tuple[int, Any] | None = None  # a step whose metrics nobody has looked at yet
     clock: _Clock = dataclasses.field(default_factory=_Clock)
     line: ProgressBar = dataclasses.field(init=False)
@@ -231,9 +236,13 @@ class _Trainer:
         with (
             ProgressBar(config.steps, config.name, first_step=progress.step) as self.line,
             contextlib.ExitStack() as unsaved,
+            self.profiler,
         ):
             for step in range(progress.step + 1, config.steps + 1):
-                state = self._step(step, state)
+                self.profiler.before(step, state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state = self._step(step, state)
+                self.profiler.before(step + 1, state)
                 if progress.step + 1 == step:  # before that, compiling: nothing to save
                     unsaved.enter_context(self.stop.unsaved())
                 last = step == config.steps

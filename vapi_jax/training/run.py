@@ -78,6 +78,7 @@ def run(
     *,
     stop: StopRequest | None = None,
     resume_with_changes: bool = False,
+    profile: range | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates and reports; returns what is written to `workdir`/summary.json.
 
@@ -88,24 +89,29 @@ def run(
       workdir: made if absent; no other live run may use it.
       stop: asked after every step whether to save and stop; the default never is.
       resume_with_changes: go on also where the configuration is not that of the checkpoint.
+      profile: steps to trace for TensorBoard, in `workdir`/tensorboard.
     """
     mesh = prepare_devices(config)
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             held.enter_context(locks.hold(workdir))
         fitting: dict[str, Any] = {"stop": stop, "resume_with_changes": resume_with_changes}
-        return _run(config, mesh, workdir, fitting)
+        return _run(config, mesh, workdir, fitting, profile)
 
 
 def _run(
-    config: TrainConfig, mesh: Mesh, workdir: Path, fitting: Mapping[str, Any]
+    config: TrainConfig,
+    mesh: Mesh,
+    workdir: Path,
+    fitting: Mapping[str, Any],
+    profile: range | None,
 ) -> dict[str, Any]:
     method = make_method(with_classes(config, lambda: num_classes(config.data)), mesh)
     announce(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}"
     )
-    done = fit(method, workdir, keep_start=config.eval.compare, **fitting)
+    done = fit(method, workdir, keep_start=config.eval.compare, profile=profile, **fitting)
     summary = _summary(method, done)
     with done.timer.phase("evaluation"):
         images = _pictures(method, done, summary)
