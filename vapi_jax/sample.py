@@ -10,9 +10,10 @@ The published protocol (50,000 images of random classes at 384 px, judged at 256
   python -m vapi_jax.sample --ckpt runs/xxl --num 50000 --batch 64 --labels random --resize 256 \\
       --format npz --dtype bfloat16 --out samples/xxl
 
-The same command after an interruption goes on where it was. Sample i depends on --seed, i and its
-label alone, whatever the batch and the number of devices. DIR/recipe.json says how the images were
-made; DIR/images and DIR/samples.npz (ADM's layout) are what evaluators take.
+The same command after an interruption goes on where it was, with another --batch or a larger --num too:
+sample i depends on --seed, i and its label alone, whatever the batch and the number of devices.
+DIR/recipe.json says how the images were made; DIR/images and DIR/samples.npz (ADM's layout) are what
+evaluators take.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def make_recipe(
         "checkpoint": generator.facts,
         "sampling": draw_options(args),
         "seed": args.seed,
-        "count": args.num,
+        "count": len(conditions.rows),
         "batch": args.batch,
         "labels" if conditions.labels else "captions": conditions.facts,
         "image_size": side,
@@ -270,9 +271,14 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     with files.locked():
         asked = make_recipe(args, generator, conditions, side)
-        recipe = settle_recipe(args.out, asked)
+        recipe = settle_recipe(
+            args.out,
+            asked,
+            lambda count: make_recipe(args, generator, conditions.first(count), side),
+            files.grow,
+        )
         if recipe["started"] != asked["started"] and files.todo():
-            again = {name: asked[name] for name in ("started", "devices", "versions")}
+            again = {name: asked[name] for name in ("started", "devices", "versions", "batch")}
             write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
         sampler = Sampler(
             generator.policy, generator.pixels, generator.frozen, batch, draw_options(args), side

@@ -151,13 +151,34 @@ def test_files_that_lost_their_end_are_drawn_again(tmp_path):
     for chunk in range(3):
         files.write(chunk, pictures(files.ids(chunk)))
     files.png(1).write_bytes(files.png(1).read_bytes()[:-3])
-    last = tmp_path / "chunks" / "00000002.npy"
+    last = tmp_path / "chunks" / "00000006-00000007.npy"
     last.write_bytes(last.read_bytes()[:-1])
-    (tmp_path / "chunks" / "00000001.npy.partial").write_bytes(b"half")
+    (tmp_path / "chunks" / "00000003-00000006.npy.partial").write_bytes(b"half")
     assert files.todo() == [0, 2]
     assert not list(tmp_path.rglob("*.partial"))
     files.png(4).unlink()
     assert files.todo() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("form", sample_files.FORMATS)
+@pytest.mark.parametrize(("before", "finished"), [((5, 3), True), ((7, 5), False), ((7, 2), False)])
+def test_another_batch_and_more_samples_go_on_from_what_is_there(
+    tmp_path, form, before, finished, monkeypatch
+):
+    """Batches of 5, 2 and 3, more samples, and folders where there were none."""
+    monkeypatch.setattr(sample_files, "PER_FOLDER", 6)
+    old = SampleFiles(tmp_path / "a", *before, 4, form)
+    if finished:
+        draw_all(old, LABELS[: old.count])
+    else:
+        old.write(0, pictures(old.ids(0)))
+    new = SampleFiles(tmp_path / "a", 7, 3, 4, form)
+    for _ in range(2):  # as after a kill
+        new.grow()
+    assert new.todo() == list(range(len(old.ids(0)) // 3 if not finished else 1, 3))
+    draw_all(new)
+    draw_all(SampleFiles(tmp_path / "b", 7, 3, 4, form))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_many_samples_go_to_folders_of_ten_thousand():
@@ -272,6 +293,21 @@ def test_another_recipe_is_refused_with_every_difference(tmp_path):
         "  seed: 0 there, 1 asked for",
     ]
     assert differences(RECIPE, RECIPE) == []
+
+
+def test_more_samples_of_the_same_recipe_are_no_other_recipe(tmp_path):
+    def asked(count, batch=8, seed=0):
+        return {**RECIPE, "count": count, "batch": batch, "seed": seed, "labels": {"of": count}}
+
+    settle_recipe(tmp_path, asked(7))
+    grown = []
+    with pytest.raises(SampleFilesError, match="seed: 0 there, 1 asked for"):
+        settle_recipe(tmp_path, asked(9, seed=1), lambda n: asked(n, seed=1))
+    held = settle_recipe(tmp_path, asked(9, 4), lambda n: asked(n, 4), lambda: grown.append(1))
+    assert held == json.loads((tmp_path / "recipe.json").read_text()) == asked(9, 8)
+    assert grown == [1]
+    with pytest.raises(SampleFilesError, match="count: 9 there, 7 asked for"):
+        settle_recipe(tmp_path, asked(7), asked)
 
 
 def test_other_peoples_files_are_not_mixed_with_samples(tmp_path):

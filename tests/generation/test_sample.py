@@ -266,6 +266,20 @@ def test_a_repeated_command_draws_what_is_missing_and_nothing_else(
 
 
 @pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("rule", ["balanced", "random", "chelsea,coffee"])
+def test_more_samples_and_smaller_batches_go_on_from_what_is_there(tmp_path, asked, rule, capsys):
+    command = [*asked, f"--labels={rule}", "--format=both", f"--out={tmp_path}"]
+    assert sample.main([*command, "--num=7"]) == 0
+    first = (tmp_path / "labels.txt").read_text()
+    assert sample.main([*command, "--num=19", "--batch=5"]) == 0
+    assert "14 of them drawn" in capsys.readouterr().out
+    assert (tmp_path / "labels.txt").read_text().startswith(first)
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (19, 8, 8, 3)
+    assert json.loads((tmp_path / "recipe.json").read_text())["count"] == 19
+
+
+@pytest.mark.usefixtures("no_model")
 def test_when_a_run_went_on_is_noted(tmp_path, asked, monkeypatch):
     now = {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 8}, "date": "monday"}
     monkeypatch.setattr("vapi_jax.sample.environment", lambda: now)

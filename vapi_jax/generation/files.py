@@ -19,10 +19,11 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,11 @@ PER_FOLDER = 10_000
 
 # What may differ when a run goes on: when, where and with what it is computed. All of it is noted.
 _ENVIRONMENT = ("versions", "devices", "started", "resumed")
-# Two roads to the same files are the same checkpoint: digests decide. Attention follows the devices.
-_NO_DIFFERENCE = ("checkpoint.path", "checkpoint.policy.attention")
+# Two roads to the same files are the same checkpoint: digests decide. Attention follows the devices, and
+# no sample depends on the batch.
+_NO_DIFFERENCE = ("checkpoint.path", "checkpoint.policy.attention", "batch")
+_OF_ALL = ("count", "labels", "captions")  # what more samples of the same recipe change
+_CHUNK = re.compile(r"(\d+)-(\d+)\.npy")
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
@@ -80,11 +84,22 @@ def _show(flat: Mapping[str, Any], name: str) -> str:
     return json.dumps(flat[name]) if name in flat else "nothing"
 
 
-def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def settle_recipe(
+    directory: Path,
+    recipe: Mapping[str, Any],
+    fewer: Callable[[int], Mapping[str, Any]] | None = None,
+    grow: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Writes the recipe of a fresh directory, or checks that an old one agrees with it.
 
+    Args:
+      directory: of the samples.
+      recipe: what is asked for.
+      fewer: the recipe of the first n of them; None where the old recipe must be for as many.
+      grow: called where the old recipe is for fewer, before the directory's recipe says more.
+
     Returns:
-      The recipe that holds: the old one where there is one.
+      The recipe that holds: the old one where there is one, for as many samples as are asked for.
 
     Raises:
       SampleFilesError: if the directory holds samples of another recipe, or other people's files.
@@ -101,11 +116,17 @@ def settle_recipe(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         write_recipe(directory, asked)
         return asked
     old = read_json(path, SampleFilesError)
-    if lines := differences(old, asked):
+    count: Any = old.get("count")
+    grown = fewer is not None and type(count) is int and 0 < count < recipe["count"]
+    if lines := differences(old, fewer(count) if fewer and grown else asked):
         raise SampleFilesError(
             f"{directory} holds samples of another recipe; give another --out, or ask for the same:"
             + "".join(f"\n  {line}" for line in lines)
         )
+    if grown:
+        grow()
+        old |= {name: asked[name] for name in _OF_ALL if name in asked}
+        write_recipe(directory, old)
     return old
 
 
@@ -201,11 +222,23 @@ class SampleFiles:
             folder /= f"{sample // PER_FOLDER:0{max(2, len(str(folders)))}d}"
         return folder / f"{sample:0{width}d}.png"
 
-    def _npy(self, chunk: int) -> Path:
-        return self._chunks / f"{chunk:08d}.npy"
+    def _npy(self, samples: range) -> Path:
+        return self._chunks / f"{samples.start:08d}-{samples.stop:08d}.npy"
 
-    def _npy_header(self, chunk: int) -> bytes:
-        return npy_header(np.uint8, (len(self.ids(chunk)), self.size, self.size, 3))
+    def _npy_header(self, samples: range) -> bytes:
+        return npy_header(np.uint8, (len(samples), self.size, self.size, 3))
+
+    def _waiting(self) -> list[range]:
+        """The samples of every complete file in chunks/, of this batch or another, in order."""
+        found = []
+        for path in self._chunks.glob("*.npy"):
+            if match := _CHUNK.fullmatch(path.name):
+                samples = range(int(match[1]), int(match[2]))
+                wanted = len(self._npy_header(samples)) + len(samples) * self.size**2 * 3
+                # A power cut may leave a renamed file without its end; its size tells.
+                if path.stat().st_size == wanted:
+                    found.append(samples)
+        return sorted(found, key=lambda samples: (samples.start, samples.stop))
 
     def locked(self) -> AbstractContextManager[None]:
         """No second process writes here meanwhile; the lock dies with the process.
@@ -219,15 +252,31 @@ class SampleFiles:
         """The chunks that are not complete, after removing what a killed run left half-written."""
         for left in self.directory.rglob(f"*{PARTIAL}"):
             left.unlink()
-        return [chunk for chunk in range(-(-self.count // self.batch)) if not self._done(chunk)]
+        there = np.full(self.count, self.format == "png" or self.npz.exists())
+        for samples in self._waiting():
+            there[samples.start : samples.stop] = True
+        if self.format != "npz":
+            there &= [_is_whole(self.png(sample)) for sample in range(self.count)]
+        chunks = range(-(-self.count // self.batch))
+        return [chunk for chunk in chunks if not there[self.ids(chunk)].all()]
 
-    def _done(self, chunk: int) -> bool:
-        if self.format in ("npz", "both") and not self.npz.exists():
-            path, pixels = self._npy(chunk), len(self.ids(chunk)) * self.size**2 * 3
-            # A power cut may leave a renamed file without its end; its size tells.
-            if not path.exists() or path.stat().st_size != len(self._npy_header(chunk)) + pixels:
-                return False
-        return self.format == "npz" or all(_is_whole(self.png(i)) for i in self.ids(chunk))
+    def grow(self) -> None:
+        """Makes room for more samples than an earlier run was asked for; killed, it can be repeated."""
+        if self.npz.exists() and len(held := map_npz_array(self.npz, "arr_0")) < self.count:
+            samples = range(len(held))
+            self._chunks.mkdir(exist_ok=True)
+            with new_file(self._npy(samples)) as partial, partial.open("wb") as file:
+                file.write(self._npy_header(samples))
+                for start in range(0, len(held), self.batch):
+                    file.write(held[start : start + self.batch].tobytes())
+            self.npz.unlink()
+        for path in list(
+            self.images.rglob("*.png")
+        ):  # in folders, or in others, where many are wanted
+            place = self.png(int(path.stem))
+            if path != place:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
 
     def write(self, chunk: int, images: np.ndarray) -> None:
         """Writes the images of a chunk, uint8 [n, H, W, 3].
@@ -235,20 +284,21 @@ class SampleFiles:
         Raises:
           ValueError: if they are not of the dtype and shape that this chunk has.
         """
-        shape = (len(self.ids(chunk)), self.size, self.size, 3)
+        samples = self.ids(chunk)
+        shape = (len(samples), self.size, self.size, 3)
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(f"want uint8 {shape}, got {images.dtype} {images.shape}")
         if self.format in ("png", "both"):
-            self.png(self.ids(chunk)[0]).parent.mkdir(parents=True, exist_ok=True)
-            self.png(self.ids(chunk)[-1]).parent.mkdir(parents=True, exist_ok=True)
-            for sample, image in zip(self.ids(chunk), images, strict=True):
+            self.png(samples[0]).parent.mkdir(parents=True, exist_ok=True)
+            self.png(samples[-1]).parent.mkdir(parents=True, exist_ok=True)
+            for sample, image in zip(samples, images, strict=True):
                 encoded = io.BytesIO()
                 Image.fromarray(image).save(encoded, "PNG")
                 write_atomically(self.png(sample), encoded.getvalue(), sync=False)
         if self.format in ("npz", "both") and not self.npz.exists():
             self._chunks.mkdir(parents=True, exist_ok=True)
             write_atomically(
-                self._npy(chunk), self._npy_header(chunk) + images.tobytes(), sync=False
+                self._npy(samples), self._npy_header(samples) + images.tobytes(), sync=False
             )
 
     def finish(self, labels: np.ndarray | None) -> None:
@@ -277,10 +327,14 @@ class SampleFiles:
         shape = (self.count, self.size, self.size, 3)
         with archive.open(npy_member("arr_0"), "w", force_zip64=True) as file:
             file.write(npy_header(np.uint8, shape))
-            for chunk in range(-(-self.count // self.batch)):
-                with self._npy(chunk).open("rb") as part:
-                    part.seek(len(self._npy_header(chunk)))
-                    shutil.copyfileobj(part, file, 1 << 20)
+            done = 0
+            for samples in self._waiting():  # those of another batch may overlap
+                if samples.stop > done:
+                    with self._npy(samples).open("rb") as part:
+                        skipped = (done - samples.start) * self.size**2 * 3
+                        part.seek(len(self._npy_header(samples)) + skipped)
+                        shutil.copyfileobj(part, file, 1 << 20)
+                    done = samples.stop
 
     def read(self, samples: Sequence[int]) -> np.ndarray:
         """Finished samples by number, uint8 [n, H, W, 3].

@@ -56,6 +56,12 @@ class Requests:
             "dropped": np.zeros(len(rows), bool),
         }
 
+    def first(self, count: int) -> Requests:
+        """The conditions of the first samples alone, as if no more had been asked for."""
+        rows = self.rows[:count]
+        facts = {**self.facts, "sha256": _digest(rows)} if self.labels else self.facts
+        return dataclasses.replace(self, rows=rows, facts=facts)
+
     def name(self, row: int) -> str:
         """What a picture calls a class or caption."""
         if not self.labels:
@@ -131,9 +137,12 @@ def _by_label(
             raise RequestError(f"--labels {rule!r} holds no label")
         listed = [_label(item, classes, names) for item in items]
         rows = np.resize(np.asarray(listed, np.int64), count)
-    digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
-    facts = {"rule": shown, "classes": classes, "sha256": digest}
+    facts = {"rule": shown, "classes": classes, "sha256": _digest(rows)}
     return Requests(True, rows, facts, names=names)
+
+
+def _digest(rows: Int[np.ndarray, " N"]) -> str:
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:
