@@ -123,7 +123,8 @@ def load(checkpoint: str | os.PathLike[str] | Trained, *, dtype: Dtype = "float3
     """A generator to sample from, to encode and to decode with, on all devices.
 
     Args:
-      checkpoint: "demo", a run (its directory or what `train` gave), or a converted directory.
+      checkpoint: "demo", a run (its directory or what `train` gave), or a converted directory. A
+        folder called demo is "./demo" or a Path.
       dtype: compute dtype of generator and decoder, "float32" or "bfloat16".
 
     Raises:
@@ -132,7 +133,8 @@ def load(checkpoint: str | os.PathLike[str] | Trained, *, dtype: Dtype = "float3
     from vapi_jax.generation.loading import load_generator
     from vapi_jax.parallel.sharding import make_mesh
 
-    return load_generator(os.fspath(checkpoint), make_mesh(), dtype=dtype)
+    place = checkpoint if isinstance(checkpoint, str) else os.path.abspath(checkpoint)
+    return load_generator(place, make_mesh(), dtype=dtype)
 
 
 def sample(

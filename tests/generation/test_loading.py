@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import vapi_jax as vj
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common import digests
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.paths import local_text
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.common.trees import flatten
 from vapi_jax.evaluation.receipt import precision
@@ -20,6 +23,8 @@ from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import llama, vq
 from vapi_jax.models.conversion import convert
 from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training.export import open_trained
+from vapi_jax.weights import store
 from vapi_jax.weights.names import WeightsError, to_reference
 from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
 
@@ -143,6 +148,23 @@ def test_converted_weights_give_the_same_generator(tmp_path, released, demo, mes
     weights.write_bytes(damaged)
     with pytest.raises(WeightsError, match=r"model.safetensors.*SHA-256"):
         load_generator(str(tmp_path / "both"), mesh)
+
+
+def test_a_folder_called_demo_is_not_shadowed_by_the_shipped_weights(
+    tmp_path, released, mesh, demo, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    convert(Path("demo"), **released, gpt_args=CONVERSION)
+    monkeypatch.setattr(store, "ASSETS", {})  # nothing shipped is looked at
+    for place in (local_text("./demo"), local_text("demo/")):
+        found = load_generator(place, mesh)
+        assert (found.facts["kind"], found.facts["path"]) == ("converted", "demo")
+    assert vj.load(Path("demo")).facts["kind"] == "converted"
+    with open_trained(Path("demo"), "gpt") as (weights, _):
+        assert weights.leaves.keys() == flatten(demo.params).keys()
+    with pytest.raises(KeyError):
+        load_generator("demo", mesh)
+    assert "./demo" in caplog.text
 
 
 @pytest.mark.parametrize("asked", [{}, {"dtype": "bfloat16"}])

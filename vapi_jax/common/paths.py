@@ -50,8 +50,9 @@ def local_path(text: str | Path) -> Path:
 
 
 def local_text(text: str | Path) -> str:
-    """`local_path` where a path is kept as text."""
-    return str(local_path(text))
+    """`local_path` where a path is kept as text; "./demo" stays, where "demo" may be another thing."""
+    path = str(local_path(text))
+    return path if os.sep in path or os.sep not in str(text) else os.path.join(".", path)
 
 
 def local_folder(text: str | Path) -> Path:

@@ -177,6 +177,10 @@ def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Genera
         damaged; or if its parts do not fit.
     """
     if ckpt == DEMO:
+        if any((Path(DEMO) / marker).is_file() for marker in DIRECTORIES):
+            logger.warning(
+                "%r are the weights that ship with the package; ./%s is a folder", DEMO, DEMO
+            )
         return _assemble(_demo(), mesh, dtype)
     path = Path(ckpt).expanduser()
     for marker, (_, reader) in DIRECTORIES.items():
@@ -305,6 +309,9 @@ def _trained(directory: Path) -> _Found:
 def _converted(directory: Path) -> _Found:
     """Released weights that vapi_jax.convert has converted, generator and tokenizer."""
     config, manifest = read_manifest(directory)
+    place = str(
+        directory.absolute()
+    )  # that of a folder called "demo" is no name of shipped weights
     if missing := [part for part in PARTS if part not in config]:
         raise WeightsError(
             f"{directory} holds no {' and no '.join(missing)}: to draw images, convert generator and "
@@ -321,8 +328,8 @@ def _converted(directory: Path) -> _Found:
     return _Found(
         policy=policy,
         tokenizer=tokenizer,
-        weights=_policy_source(str(directory), policy),
-        tokenizer_weights=WeightsSource(str(directory), "vq", *names, tokenizer),
+        weights=_policy_source(place, policy),
+        tokenizer_weights=WeightsSource(place, "vq", *names, tokenizer),
         image_size=math.isqrt(policy.num_tokens) * tokenizer.downsample_factor,
         class_names=None,
         facts={

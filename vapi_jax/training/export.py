@@ -98,6 +98,7 @@ def open_trained(
       WeightsError: if there is nothing of that kind.
       CheckpointError: if the checkpoint is damaged.
     """
+    ckpt = ckpt.absolute()  # a folder called "demo" is no name of shipped weights
     if (ckpt / MANIFEST).is_file():
         if step is not None:
             raise WeightsError(f"{ckpt} is a converted directory and has no steps")
