@@ -141,12 +141,15 @@ COMMANDS = {"captions": captions, "dataset": dataset}
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: _choose(sys.argv[1:] if argv is None else argv))
+
+
+def _choose(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] in ("-h", "--help")
         (sys.stdout if asked else sys.stderr).write(__doc__ or "")
         return 0 if asked else 2
-    return exit_status(lambda: COMMANDS[argv[0]](argv[1:]))
+    return COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":
