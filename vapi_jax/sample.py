@@ -7,8 +7,7 @@ CHECKPOINT is "demo" for the weights that ship with the package, or the director
 
 The published protocol (50,000 images of random classes at 384 px, judged at 256 px):
 
-  python -m vapi_jax.sample --ckpt runs/xxl --num 50000 --batch 64 --labels random --resize 256 \\
-      --format npz --dtype bfloat16 --out samples/xxl
+  python -m vapi_jax.sample --ckpt runs/xxl --protocol adm50k --dtype bfloat16 --out samples/xxl
 
 The same command after an interruption goes on where it was, with another --batch or a larger --num too:
 sample i depends on --seed, i and its label alone, whatever the batch and the number of devices.
@@ -41,6 +40,7 @@ from vapi_jax.generation.files import (
     write_recipe,
 )
 from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.generation.requests import Requests, make_requests
 from vapi_jax.generation.sampler import Sampler
 from vapi_jax.library import callable_door
@@ -113,6 +113,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="for a text-conditional checkpoint: .npz of features [N, P, W] and mask [N, P], left "
         "padded; sample i takes row i mod N",
     )  # fmt: skip
+    shown = "; ".join(
+        f"{name} is {' '.join(f'--{flag} {value}' for flag, value in flags.items())}"
+        for name, flags in PROTOCOLS.items()
+    )
+    add("--protocol", choices=PROTOCOLS, help=f"flags that published numbers are of: {shown}")
     drawing = parser.add_argument_group("drawing")
     add = drawing.add_argument
     add("--temperature", type=_number(0.0), default=1.0, help="default %(default)s")
@@ -155,6 +160,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked against each other; exits with status 2 and a sentence where they clash."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    for name, value in PROTOCOLS.get(args.protocol, {}).items():
+        if getattr(args, name) not in (parser.get_default(name), value):
+            parser.error(f"--protocol {args.protocol} is --{name} {value}: leave --{name} out")
+        setattr(args, name, value)
     for name, schedule in (("cfg_interval", "interval"), ("cfg_power", "cosine")):
         given, wanted = getattr(args, name) is not None, args.cfg_schedule == schedule
         if given and not wanted:

@@ -65,6 +65,16 @@ def textbook_frechet(a, b):
     return shift @ shift + np.trace(sum(covariances) - 2 * root)
 
 
+def test_samples_and_reference_of_two_protocols_are_warned_about(tmp_path):
+    for name, rule in (("a", "balanced"), ("b", "random")):
+        toy.folder(tmp_path / name / "images", toy.pixels(30, seed=1))
+        recipe = {"count": 30, "labels": {"rule": rule, "classes": 12}}
+        (tmp_path / name / "recipe.json").write_text(json.dumps(recipe))
+    (warning,) = run(tmp_path / "a", tmp_path / "b", metrics=("kid",))["warnings"]
+    assert "labels.rule balanced and random" in warning
+    assert run(tmp_path / "a", tmp_path / "a", metrics=("kid",))["warnings"] == []
+
+
 def test_every_metric_is_the_plain_function_of_the_features(sets):
     samples, reference, a, b = sets
     a, b = raw(a), raw(b)

@@ -24,6 +24,7 @@ from vapi_jax.evaluation.precision_recall import NEIGHBOUR, precision_recall
 from vapi_jax.evaluation.receipt import environment, find_recipe, precision_differs
 from vapi_jax.evaluation.reference import Network, Reference, open_reference
 from vapi_jax.evaluation.statistics import Gaussian, Statistics, save_statistics
+from vapi_jax.generation import protocols
 from vapi_jax.parallel.sharding import make_mesh
 
 FEATURE_METRICS = {
@@ -266,12 +267,15 @@ def measure(settings: Settings) -> dict[str, Any]:
         assert reference.images is not None
         check_pairs(samples, reference.images)
     warnings = [*reference.warnings, *_differences(samples, reference.images, recipe)]
-    if other := precision_differs(recipe, find_recipe(path)):
-        warnings.append(other)
+    compared = recipe, find_recipe(path)
+    warnings += filter(None, (precision_differs(*compared), protocols.differences(*compared)))
     missing: dict[str, str] = {}
     if network is not None:
         missing = _missing(settings.metrics, network, samples, reference)
         there = [name for name in settings.metrics if name not in missing]
+        published = network.published and not settings.paired and set(there) & set(PUBLISHED)
+        if published and (other := protocols.departures(recipe, samples.count, samples.width)):
+            warnings.append(other)
         few = _too_few(there, network, samples, reference)
         if few is not None:
             warnings.append(few)
