@@ -45,15 +45,16 @@ from vapi_jax.bench.devices import peak_memory, planned_memory
 from vapi_jax.bench.measure import WARM_UP, environment, say
 from vapi_jax.bench.report import quantity
 from vapi_jax.bench.setup import spread, timed
+from vapi_jax.common.options import Errors
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.common.tables import format_table
-from vapi_jax.data import DataError, num_classes
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import make_requests
 from vapi_jax.generation.sampler import DEFAULTS, Sampler
 from vapi_jax.methods import make_method
+from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import GeneratorMethod, with_classes
+from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.models.loading import WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
@@ -81,14 +82,6 @@ def _weights(
     return jax.jit(init, out_shardings=layout)(jax.random.key(SEED)), note
 
 
-def _classes(config: TrainConfig) -> int:
-    """Of the data, or ImageNet's where there are none."""
-    try:
-        return num_classes(config.data)
-    except DataError:
-        return 1000
-
-
 def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
     """The recipe's generator as `load_generator` would assemble it, and what its weights are.
 
@@ -97,7 +90,7 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
     Raises:
       ConfigError: for a recipe that has no generator to draw from.
     """
-    method = make_method(with_classes(config, lambda: _classes(config)), mesh)
+    method = make_method(with_classes(config, Errors()), mesh)
     if not isinstance(method, GeneratorMethod):
         raise ConfigError(f"config.method={config.method!r} trains no generator for --mode=sample")
     config, side, policy = method.config, method.config.data.image_size, method.policy

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vapi_jax.data import DataError, make_dataset, num_classes
+from vapi_jax.common.options import Errors
+from vapi_jax.data import DataError, make_dataset
+from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import changed
 from vapi_jax.methods.vapi import VAPi
 from vapi_jax.parallel.sharding import batch_sharding, shard_batch, tree_shardings
@@ -61,14 +62,6 @@ class Setup:
         config = changed(self.method.config, fused=fused)
         method = dataclasses.replace(self.method, config=config)
         return train.make_train_step(method, self.optimizer, self.shardings)
-
-
-def _classes(config: TrainConfig) -> int:
-    """Of the data, or ImageNet's where there are none."""
-    try:
-        return num_classes(config.data)
-    except DataError:
-        return 1000
 
 
 def batch_shapes(method: VAPi) -> dict[str, Any]:
@@ -136,7 +129,7 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Setup:
       ConfigError: as `build`.
     """
     _check_method(config)
-    method = RandomTokenizer(with_classes(config, lambda: _classes(config)), mesh)
+    method = RandomTokenizer(with_classes(config, Errors()), mesh)
     optimizer = train.make_optimizer(config.optimizer, config.steps)
     state = train.abstract_state(method, optimizer, config.seed)
     shardings = train.state_shardings(state, mesh)
@@ -174,7 +167,7 @@ def build(config: TrainConfig, mesh: Mesh) -> Setup:
       WeightsError: if weights exist and do not fit.
     """
     _check_method(config)
-    config, notes = with_classes(config, lambda: _classes(config)), {}
+    config, notes = with_classes(config, Errors()), {}
     method = VAPi(config, mesh)
     batch_shapes(method)  # refuses before any weights are read
     optimizer = train.make_optimizer(config.optimizer, config.steps)

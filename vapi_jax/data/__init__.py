@@ -3,8 +3,10 @@
 from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.pipeline import (
     class_names,
+    classes_of,
     fixed_batch,
     fixed_samples,
+    labels_of,
     make_dataset,
     num_classes,
 )
@@ -17,8 +19,10 @@ __all__ = [
     "SkippedImages",
     "Source",
     "class_names",
+    "classes_of",
     "fixed_batch",
     "fixed_samples",
+    "labels_of",
     "make_dataset",
     "num_classes",
 ]

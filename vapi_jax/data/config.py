@@ -48,6 +48,10 @@ class DataConfig:
         train_split, val_split, test_split: image_folder: sub-folder of `path`; tfds: a split, or
             a slice such as "train[:90%]". Empty means the source's usual name: "train"; "val"
             (image_folder) or "validation" (tfds); "test".
+        classes: which label each class of the data gets. "imagenet", "demo", or a file: by name, the
+            file holding the name of each label, one a line, or (JSON) an object name -> label. "numbers":
+            classes are named by their labels. "sorted": the first class is label 0, and so on. Empty:
+            found out from the generator that a run starts from, or an error; without one, "sorted".
         image_feature, label_feature: tfds only: names of the features to read.
         crop: "center" (ADM's centre crop) or "random" (ADM's random crop, training split only).
             Photographs are always cropped at random places.
@@ -77,6 +81,7 @@ class DataConfig:
     train_split: str = ""
     val_split: str = ""
     test_split: str = ""
+    classes: PathText = ""
     image_feature: str = "image"
     label_feature: str = "label"
     crop: Literal["center", "random"] = "center"

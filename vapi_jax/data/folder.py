@@ -10,8 +10,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vapi_jax.common.image_files import (
+    EXTENSIONS,
+    ImageFiles,
+    find_images,
+    in_words,
+    kind_of_file,
+    kind_of_folder,
+)
+from vapi_jax.data.classes import SORTED, is_number
 from vapi_jax.data.config import SPLITS, DataConfig, DataError
-from vapi_jax.data.images import EXTENSIONS
 from vapi_jax.data.sources import Source
 from vapi_jax.data.transforms import read_sample
 
@@ -29,31 +37,34 @@ _NAMED = 5
 
 
 @functools.cache
-def _class_folders(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+def _class_folders(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], dict[str, int]]:
+    """Folders of classes in order (numbers as numbers), and how much of each other kind is beside them."""
+    names, left_out = [], Counter[str]()
     try:
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            for entry in entries:
+                if not entry.is_dir():
+                    left_out[kind_of_file(entry.name) or "image(s) beside the class folders"] += 1
+                elif kind := kind_of_folder(entry.name):
+                    left_out[kind] += 1
+                else:
+                    names.append(entry.name)
     except OSError as error:
         raise _refusal(error) from error
     if not names:
         raise DataError(f"{folder} has no class folders, it holds {_contents(folder)}: {_LAYOUT}")
-    return tuple(folder / name for name in names)
+    names.sort()
+    if all(map(is_number, names)):
+        names.sort(key=int)
+    return tuple(folder / name for name in names), left_out
 
 
 @functools.cache
-def _image_files(folder: pathlib.Path) -> tuple[str, ...]:
-    """Files with an image's ending below a folder, sorted by their parts; hidden ones left out."""
-
-    def refuse(error: OSError) -> None:
+def _image_files(folder: pathlib.Path) -> ImageFiles:
+    try:
+        return find_images(folder)
+    except OSError as error:
         raise _refusal(error) from error
-
-    found = (
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-    )
-    return tuple(sorted(found, key=lambda path: path.split(os.sep)))
 
 
 def _refusal(error: OSError) -> DataError:
@@ -117,18 +128,19 @@ def _in_split(index: int, holdout: float, split: str) -> bool:
 class FolderSource(Source):
     """Images under root/CLASS, or root/SPLIT/CLASS where the folder of a split exists.
 
-    Classes are the sorted folder names of the training split. Without folders for splits,
+    Classes are the sorted folder names of the training split, numbers as numbers. Without folders for splits,
     `folder_holdout` of every class is set aside for val and test. No file is opened before its
     sample is wanted. Folders are listed once in a process, whatever is added to them later.
 
     Raises:
-        DataError: no root, no folder for the split or no images in it, a class without training
-            images, a class that the training split lacks, or a folder that cannot be listed.
+        DataError: no root, no folder for the split or no images in it, a class that the training split
+            lacks or, where `classes` does not fix the labels, has no images of, or a folder that cannot be
+            listed.
     """
 
     @classmethod
     def read_class_names(cls, config: DataConfig) -> tuple[str, ...]:
-        return tuple(folder.name for folder in _class_folders(_split_root(config, "train")[0]))
+        return tuple(folder.name for folder in _class_folders(_split_root(config, "train")[0])[0])
 
     def __init__(self, config: DataConfig, split: str) -> None:
         super().__init__(config, split)
@@ -136,35 +148,42 @@ class FolderSource(Source):
         folder, whole = _split_root(config, split)
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._files: list[str] = []
-        counts = np.zeros(len(labels), int)
+        numbers, counts = [], []
         empty = []
-        folders = _class_folders(folder)
+        folders, beside = _class_folders(folder)
+        left_out = Counter(beside)
         for class_folder in folders:
             if class_folder.name not in labels:
                 raise DataError(f"{class_folder} is a class that the training folder lacks")
-            files = _image_files(class_folder)
-            if not files:
+            found = _image_files(class_folder)
+            left_out.update(found.left_out)
+            if not found.files:
                 empty.append(class_folder)
             mine = [
                 path
-                for index, path in enumerate(files)
+                for index, path in enumerate(found.files)
                 if whole or _in_split(index, config.folder_holdout, split)
             ]
             self._files += mine
-            counts[labels[class_folder.name]] = len(mine)
-        # Folders come in the order of their names, as the labels do.
-        self._labels = np.repeat(np.arange(len(labels), dtype=np.int32), counts)
+            numbers.append(labels[class_folder.name])
+            counts.append(len(mine))
+        self._labels = np.repeat(np.asarray(numbers, np.int32), counts)
         if not self._files:
             raise DataError(
                 f"no images for split {split!r} in {folder} with {len(folders)} class folder(s), of "
                 f"which {len(empty)} hold no image at all: {_LAYOUT}"
             )
-        if empty and split == "train":
-            found = _some(f"{entry.name} (holds {_contents(entry)})" for entry in empty)
+        if empty and config.classes not in ("", SORTED):  # labels are fixed whatever is missing
+            left_out[f"class folder(s) without images ({_some(e.name for e in empty)})"] = len(
+                empty
+            )
+        elif empty and split == "train":
+            listed = _some(f"{entry.name} (holds {_contents(entry)})" for entry in empty)
             raise DataError(
-                f"{len(empty)} of {len(folders)} class folders in {folder} have no images: {found}. "
+                f"{len(empty)} of {len(folders)} class folders in {folder} have no images: {listed}. "
                 f"Remove or fill them; {_LAYOUT}"
             )
+        self.left_out = in_words(left_out)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -14,9 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# Named, because Pillow knows formats whose readers start other programs (EPS: Ghostscript).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+from vapi_jax.common.image_files import FORMATS
 
 PILLOW_PIXELS = 89_478_485
 """Above this many pixels Pillow warns of a decompression bomb; above twice as many it refuses."""

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
+from vapi_jax.data.classes import ClassMap, class_map
 from vapi_jax.data.config import DataConfig, DataError, check_split
 from vapi_jax.data.skipping import Readable, SkippedImages
 from vapi_jax.data.sources import Encoder, Source, source_class
@@ -23,9 +24,23 @@ def make_source(config: DataConfig, split: str) -> Source:
     return source_class(config.name)(config, check_split(split))
 
 
+def classes_of(config: DataConfig) -> ClassMap:
+    """The classes of the data, and which label each has in "condition".
+
+    Raises:
+        DataError: `config.classes` has no label for some.
+    """
+    return class_map(config.classes, source_class(config.name).read_class_names(config))
+
+
 def class_names(config: DataConfig) -> tuple[str, ...]:
-    """Names of the classes; the position of a name is its label in "condition"."""
-    return source_class(config.name).read_class_names(config)
+    """Names of labels; the position of a name is its label in "condition"."""
+    return classes_of(config).names
+
+
+def labels_of(config: DataConfig) -> Int[np.ndarray, " C"]:
+    """The labels that the data have, in rising order."""
+    return np.unique(np.asarray(classes_of(config).labels, np.int32))
 
 
 def encoder_of(config: DataConfig) -> Encoder | None:
@@ -34,7 +49,7 @@ def encoder_of(config: DataConfig) -> Encoder | None:
 
 
 def num_classes(config: DataConfig) -> int:
-    """Number of classes."""
+    """Number of labels, those that the data lack included."""
     return len(class_names(config))
 
 

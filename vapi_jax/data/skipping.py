@@ -13,6 +13,7 @@ of that are put up with. Over the epochs every process comes to read every image
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.common.files import write_atomically
+from vapi_jax.data.classes import class_map
 from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.sources import Source
@@ -111,7 +113,8 @@ class Readable:
 
     Args:
         source: what may hold unreadable images.
-        config: `max_unreadable` is the share of them that is put up with.
+        config: `max_unreadable` is the share of them that is put up with, and `classes` says which label
+            a sample gets instead of the number of its class.
         skipped: where they are listed.
     """
 
@@ -120,9 +123,14 @@ class Readable:
         self._limit = config.max_unreadable
         self._shape = (config.image_size, config.image_size, 3)
         self._skipped = skipped
+        self._classes = config.classes
         self._tried = np.zeros(len(source), bool)
         self._unreadable: dict[int, str] = {}
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _labels(self) -> tuple[int, ...]:
+        return class_map(self._classes, self._source.class_names).labels
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Sample `index`, or the one that stands in for it.
@@ -151,13 +159,14 @@ class Readable:
                 f"{self._source.name(index)}: its source gives {image.dtype} {image.shape}, not float32 "
                 f"{self._shape}"
             )
-        labels = isinstance(label, np.integer | np.ndarray) and np.ndim(label) == 0
-        if labels and not 0 <= label < len(self._source.class_names):
+        if not (isinstance(label, np.integer | np.ndarray) and np.ndim(label) == 0):
+            return sample
+        if not 0 <= label < len(self._labels):
             raise DataError(
                 f"{self._source.name(index)}: its source gives the label {label}, and has "
-                f"{len(self._source.class_names)} classes"
+                f"{len(self._labels)} classes"
             )
-        return sample
+        return {**sample, "condition": np.asarray(self._labels[int(label)], np.int32)}
 
     def _note(self, index: int, reason: str) -> None:
         name = self._source.name(index)

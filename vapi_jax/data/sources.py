@@ -38,10 +38,12 @@ class Source(abc.ABC):
     Attributes:
         config, split: as given.
         options: `data.options` of the recipe.
-        class_names: the position of a name is its label in "condition".
+        class_names: the position of a name is its number in "condition"; which label of the generator
+            that is, `data.classes` decides.
         brings_tokens: whether samples have "tokens" int32 [T], and the tokenizer has nothing to do.
         mixed: whether the first n images show as many classes as any n do. Where files or records
             are sorted by class, they do not, and an evaluation draws its images from all of them.
+        left_out: what lies among the images and is not read, counted by kind, in words.
 
     Raises:
         DataError: there is nothing to read, or not as configured.
@@ -51,6 +53,7 @@ class Source(abc.ABC):
     class_names: tuple[str, ...]
     brings_tokens: ClassVar[bool] = False
     mixed: bool = False
+    left_out: str = ""
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config, self.split, self.options = config, split, config.options

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.image_files import EXTENSIONS, FORMATS, find_images, in_words
 from vapi_jax.common.npz import NpzError, array_names, open_array, open_npz
 
-EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-# Named, because Pillow knows formats whose readers start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP")
+logger = logging.getLogger(__name__)
+
 ARRAY = "arr_0"
 """The images of an ADM batch: uint8 [N, H, W, 3]."""
 MAX_SIDE = 8192
@@ -97,7 +98,7 @@ def _side_problem(height: int, width: int) -> str | None:
 def _open(path: Path, size: tuple[int, int] | None, first: Path) -> Image.Image:
     """A decoded file, whose (width, height) was compared with the first file's before decoding."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if problem := _side_problem(image.height, image.width):
                 raise ImagesError(f"{path} has {problem}")
             if size is not None and image.size != size:
@@ -117,13 +118,16 @@ def _open(path: Path, size: tuple[int, int] | None, first: Path) -> Image.Image:
 
 
 def _folder(folder: Path) -> ImageSet:
-    files = sorted(
-        (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS),
-        key=lambda path: path.relative_to(folder).parts,
-    )
-    files = [path for path in files if not path.name.startswith(".") and path.is_file()]
+    try:
+        found = find_images(folder)
+    except OSError as error:
+        raise ImagesError(f"cannot list {error.filename}: {error.strerror}") from error
+    files = list(map(Path, found.files))
     if not files:
-        raise ImagesError(f"{folder} holds no images; wanted is {_WANTED}")
+        there = f", but {in_words(found.left_out)}" if found.left_out else ""
+        raise ImagesError(f"{folder} holds no images{there}; wanted is {_WANTED}")
+    if found.left_out:
+        logger.warning("%s: left out: %s", folder, in_words(found.left_out))
     size = _open(files[0], None, files[0]).size
     names = tuple(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
@@ -189,8 +193,8 @@ def open_images(path: str | Path) -> ImageSet:
     """The images at a path, whose count and size are known before any batch is read.
 
     Args:
-      path: a folder, searched with its sub-folders and sorted by path (names that begin with a dot
-        are left out), or an .npz file.
+      path: a folder, searched with its sub-folders and sorted by path (hidden ones and those that a
+        file server made are left out), or an .npz file.
 
     Raises:
       ImagesError: nothing there, no images, or a first image or array that is not fit.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from vapi_jax.common.images import to_uint8
-from vapi_jax.data import fixed_samples, num_classes
+from vapi_jax.data import fixed_samples, labels_of
 from vapi_jax.evaluation.features import FeatureStream, stream_of
 from vapi_jax.generation.sampler import Sampler, in_batches
 from vapi_jax.methods import Method
@@ -120,7 +120,7 @@ class SampleJudge:
         self._there_and_back = jax.jit(
             partial(method.reconstruct, None), compiler_options=compiler.options(method.mesh)
         )
-        self._classes = num_classes(method.config.data)
+        self._labels = labels_of(method.config.data)
 
     def features(
         self, batches: Iterable[UInt8[np.ndarray, "B H W 3"]]
@@ -135,7 +135,7 @@ class SampleJudge:
 
         The same count and seed give the same uniforms. Every process of a run has to call it.
         """
-        conditions, kept, entropy = by_label(self.method, np.arange(count) % self._classes), [], 0.0
+        conditions, kept, entropy = by_label(self.method, np.resize(self._labels, count)), [], 0.0
         batches = in_batches(count, self.batch)
         drawn = self.sampler(self._params(params), conditions, batches, seed, temperature)
 
@@ -154,7 +154,7 @@ class SampleJudge:
     def entropies(self, params: Any, seed: int) -> Callable[[float], float]:
         """Temperature -> mean entropy of one batch of samples, always of the same uniforms."""
         weights = self.sampler.weights(self._params(params))
-        conditions = by_label(self.method, np.arange(self.batch) % self._classes)
+        conditions = by_label(self.method, np.resize(self._labels, self.batch))
         key = self.sampler.key(seed)
 
         def entropy(temperature: float) -> float:

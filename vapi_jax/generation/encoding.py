@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from vapi_jax.common.digests import params_digest
 from vapi_jax.common.files import new_folder
 from vapi_jax.data import class_names, fixed_batch, make_dataset
+from vapi_jax.data.classes import SORTED
 from vapi_jax.data.encoded import write_encoded
 from vapi_jax.data.sources import Encoder, source_class
 from vapi_jax.methods import Method
@@ -40,6 +41,8 @@ def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
         raise ConfigError(f"config.method={config.method!r}: only generators read tokens")
     if source_class(config.data.name).brings_tokens:
         raise ConfigError(f"config.data.name={config.data.name!r}: it brings tokens already")
+    # Written under the names and numbers of the source; the run that reads them maps them.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=SORTED))
     num = num or config.steps * config.batch_size
     with new_folder(out) as folder:
         held_out = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)

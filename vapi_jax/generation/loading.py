@@ -32,7 +32,16 @@ from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import vq
-from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, load_weights, read_manifest
+from vapi_jax.models.classes import ClassesError, read_class_list
+from vapi_jax.models.loading import (
+    MANIFEST,
+    PARTS,
+    ClassTable,
+    WeightsSource,
+    class_list,
+    load_weights,
+    read_manifest,
+)
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, make_policy, on_devices
 from vapi_jax.models.vq import VQConfig, VQModel
@@ -250,7 +259,9 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
 
 def _policy_source(path: str, policy: Policy) -> WeightsSource:
     config = getattr(policy, "config", None)
-    return WeightsSource(path, "gpt", policy.name_rules, policy.ignored_names, config)
+    table = ClassTable(policy.class_table, int(policy.condition.droppable))
+    names = policy.name_rules, policy.ignored_names
+    return WeightsSource(path, "gpt", *names, config, classes=table if table.path else None)
 
 
 def _demo() -> _Found:
@@ -297,7 +308,7 @@ def _trained(directory: Path) -> _Found:
         weights=_policy_source(str(weights), policy),
         tokenizer_weights=tokenizer,
         image_size=config.data.image_size,
-        class_names=_class_names(config.data, policy),
+        class_names=_listed_names(str(directory), policy) or _class_names(config.data, policy),
         facts={
             "kind": "run",
             "path": str(directory),
@@ -331,7 +342,7 @@ def _converted(directory: Path) -> _Found:
         weights=_policy_source(place, policy),
         tokenizer_weights=WeightsSource(place, "vq", *names, tokenizer),
         image_size=math.isqrt(policy.num_tokens) * tokenizer.downsample_factor,
-        class_names=None,
+        class_names=_listed_names(str(directory), policy),
         facts={
             "kind": "converted",
             "path": str(directory),
@@ -402,6 +413,17 @@ def _digests(source: WeightsSource) -> dict[str, str]:
         path = path / "weights" / f"{PARTS[source.part]}.safetensors"
     with open_tensors(path) as file:
         return {part.name: digest_of(part) for part in file.paths}
+
+
+def _listed_names(path: str, policy: Policy) -> tuple[str, ...] | None:
+    """Names from the list that a run or a conversion has of its generator's classes."""
+    which = class_list(_policy_source(path, policy))
+    try:
+        names = read_class_list(which).names if which else ()
+    except ClassesError as error:
+        logger.warning("%s", error)
+        return None
+    return names if len(names) == policy.condition.num_classes else None
 
 
 def _class_names(config: DataConfig, policy: Policy) -> tuple[str, ...] | None:

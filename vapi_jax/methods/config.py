@@ -71,6 +71,8 @@ class InitConfig:
     gpt: PathText = ""  # the generator's
     vq: PathText = ""  # the tokenizer's
     verify: bool = True  # compare a converted directory's digests; False saves seconds
+    # "new": fresh rows for the classes of the data, all else from `gpt`
+    classes: Literal["keep", "new"] = "keep"
 
 
 @dataclasses.dataclass(frozen=True)

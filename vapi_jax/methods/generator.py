@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from vapi_jax.methods.method import Method, Network, SampledPolicy, tokenizer_so
 from vapi_jax.models import conditions
 from vapi_jax.models.conditions import CONDITIONS, Condition
 from vapi_jax.models.conversion import model_shapes
-from vapi_jax.models.loading import WeightsSource, load_weights
+from vapi_jax.models.loading import ClassTable, WeightsSource, load_weights
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, find_policy, make_policy, on_devices
 from vapi_jax.models.vq import VQModel
@@ -74,13 +74,7 @@ class GeneratorMethod(Method):
 
     @property
     def init_from(self) -> WeightsSource | None:
-        init, policy = self.config.init, self.policy
-        if not init.gpt:
-            return None
-        config = getattr(policy, "config", None)
-        return WeightsSource(
-            init.gpt, "gpt", policy.name_rules, policy.ignored_names, config, init.verify
-        )
+        return generator_source(self.config, self.policy)
 
     def init(self, rng: PRNGKeyArray) -> Any:
         return self.policy.init(rng)
@@ -180,24 +174,17 @@ def sized_policy(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def with_classes(config: TrainConfig, count: Callable[[], int | None]) -> TrainConfig:
-    """The class count of the data, where a class-conditional generator does not name its own.
-
-    Args:
-      config: the run.
-      count: asked for the data's where it is needed; None for unknown.
-    """
-    policy = dict(config.policy)
-    try:
-        option = find_policy(policy["kind"]).classes_option
-    except (KeyError, UnknownNameError):
-        return config
-    if not option or option in policy:
-        return config
-    classes = count()
-    if classes is None:
-        return config
-    return dataclasses.replace(config, policy={**policy, option: classes})
+def generator_source(config: TrainConfig, policy: Policy) -> WeightsSource | None:
+    """The generator weights that a configuration names, if any."""
+    init, table = config.init, None
+    if not init.gpt:
+        return None
+    if policy.class_table:
+        fresh = config.seed if init.classes == "new" else None
+        table = ClassTable(policy.class_table, int(policy.condition.droppable), fresh)
+    sizes = getattr(policy, "config", None)
+    names = policy.name_rules, policy.ignored_names
+    return WeightsSource(init.gpt, "gpt", *names, sizes, init.verify, table)
 
 
 def check_policy(config: TrainConfig, errors: Errors) -> None:

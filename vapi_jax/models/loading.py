@@ -2,16 +2,18 @@
 
 A configuration names weights as one of: "demo" (the shipped ones), a directory that
 vapi_jax.convert wrote, the workdir of a finished run, a safetensors file with our names, or
-a released LlamaGen file (`.pt`, `.pth`, safetensors, sharded safetensors by its index), which goes
-through the converter's own name table, check and inference on the way.
+a released LlamaGen file (`.pt`, `.pth`, safetensors, sharded safetensors by its index or its folder),
+which goes through the converter's own name table, check and inference on the way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from vapi_jax.common.digests import digest_of
 from vapi_jax.common.files import read_json
 from vapi_jax.common.trees import flatten, unflatten
+from vapi_jax.models import classes
 from vapi_jax.models.architecture import (
     disagreements,
     gpt_differences,
@@ -31,7 +34,15 @@ from vapi_jax.models.architecture import (
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.vq import VQConfig
 from vapi_jax.parallel.sharding import put_sharded
-from vapi_jax.weights.names import Origin, Rule, WeightsError, check_like, check_reference
+from vapi_jax.weights.names import (
+    Origin,
+    Rule,
+    WeightsError,
+    check_finite,
+    check_like,
+    check_reference,
+    origin_of,
+)
 from vapi_jax.weights.store import resolve_shipped
 from vapi_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, TensorFile, open_tensors
 
@@ -51,6 +62,21 @@ Read = Callable[[str, Any], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """Where a generator keeps a row for each class.
+
+    Attributes:
+      path: of the parameter [classes + unconditional, D].
+      unconditional: rows at its end that stand for no class, 0 or 1.
+      fresh: seed of new rows for classes of other data; None to take those of the file.
+    """
+
+    path: str
+    unconditional: int
+    fresh: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightsSource:
     """Weights that a configuration names, and the model that they are for.
 
@@ -60,6 +86,7 @@ class WeightsSource:
       rules, ignored: the model's table of names, for files that carry the reference's.
       config: what the model looks like, to be compared with what a file says of itself.
       verify: compare the digests of a directory's manifest.
+      classes: of a class-conditional generator.
     """
 
     path: str
@@ -68,6 +95,7 @@ class WeightsSource:
     ignored: tuple[str, ...]
     config: Any = None
     verify: bool = True
+    classes: ClassTable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +125,41 @@ def load_weights(
       dtype: of the result in place of the target's.
 
     Raises:
-      WeightsError: if the weights are missing, damaged or do not fit, with every misfit by name.
+      WeightsError: if the weights are missing, damaged, not finite or do not fit, with every misfit by
+        name.
     """
     if dtype is not None:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), target)
     with open_weights(source, target) as weights:
         check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
+        read = partial(_read_finite, weights, source.path)
         if shardings is not None:
-            return put_sharded(weights.read, target, shardings)
+            return put_sharded(read, target, shardings)
         return unflatten(
             {
-                path: np.asarray(weights.read(path, ()), dtype=leaf.dtype)
+                path: np.asarray(read(path, ()), dtype=leaf.dtype)
                 for path, leaf in flatten(target).items()
             }
         )
+
+
+def read_through(source: WeightsSource, target: Any) -> None:
+    """Reads all that `load_weights` reads, a layer at a time, and keeps nothing.
+
+    Raises:
+      WeightsError: as it does.
+    """
+    with open_weights(source, target) as weights:
+        check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
+        for path, leaf in weights.leaves.items():
+            for i in range(leaf.shape[0]) if len(leaf.shape) > 2 else (None,):
+                _read_finite(weights, source.path, path, () if i is None else (slice(i, i + 1),))
+
+
+def _read_finite(weights: Weights, where: str, path: str, index: Any) -> np.ndarray:
+    array = weights.read(path, index)
+    check_finite(array, f"{path} in {where}")
+    return array
 
 
 @contextlib.contextmanager
@@ -124,12 +173,19 @@ def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]
     Raises:
       WeightsError: if the weights are missing, damaged, or not those of this model.
     """
+    table = source.classes if source.classes and source.classes.fresh is not None else None
+    wanted = target
+    if table is not None:
+        source, target = as_stored(source, target)
+    if (Path(source.path) / MANIFEST).is_file():
+        _check_converted(Path(source.path), source)
     path, prefix = _locate(source)
     with open_tensors(path) as file:
         if any("/" in name for name in file.tensors):
-            yield _ours(path, file.tensors, source.part, prefix)
+            weights = _ours(path, file.tensors, source.part, prefix)
         else:
-            yield _theirs(source, file, target)
+            weights = _theirs(source, file, target)
+        yield weights if table is None else _with_fresh_rows(weights, table, wanted)
 
 
 def _locate(source: WeightsSource) -> tuple[Path, str]:
@@ -140,17 +196,108 @@ def _locate(source: WeightsSource) -> tuple[Path, str]:
     if not path.is_dir():
         return path, ""
     if (path / MANIFEST).is_file():
-        _check_converted(path, source)
         index = path / f"{MODEL}{INDEX_SUFFIX}"
         return index if index.exists() else path / f"{MODEL}.safetensors", f"{source.part}/"
     trained = path / "weights" / f"{PARTS[source.part]}.safetensors"
     if trained.is_file():
         return trained, ""
-    raise WeightsError(
-        f"{path} is a directory without {MANIFEST} (vapi_jax.convert writes one, last of "
-        f"all, so an interrupted conversion has none) and without weights/{trained.name} of a "
-        "finished run"
+    if any(path.glob("*.safetensors*")):  # of others: shards and their index
+        return path, ""
+    raise WeightsError(_no_directory(path, trained.name))
+
+
+def _no_directory(path: Path, trained: str) -> str:
+    return (
+        f"{path} is a directory without {MANIFEST} (vapi_jax.convert writes one, last of all, "
+        f"so an interrupted conversion has none) and without weights/{trained} of a finished run"
     )
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def class_count(source: WeightsSource) -> int | None:
+    """How many classes a generator's weights have a row for, that for no class not counted.
+
+    None where that cannot be told; what is wrong with the weights is said when they are opened.
+    """
+    table, path = source.classes, Path(source.path)
+    if table is None:
+        return None
+    try:
+        if (path / MANIFEST).is_file():
+            return int(read_manifest(path)[0][source.part]["num_classes"])
+        file_path, _ = _locate(source)
+        theirs = origin_of(table.path, jax.ShapeDtypeStruct((1, 1), np.float32), source.rules)
+        with open_tensors(file_path) as file:
+            found = (file.tensors.get(name) for name in (table.path, theirs.names[0]))
+            rows = next(tensor.shape[0] for tensor in found if tensor is not None)
+        return rows - table.unconditional
+    except (WeightsError, LookupError, StopIteration, TypeError, ValueError):
+        return None
+
+
+def class_list(source: WeightsSource) -> str:
+    """The list of a generator's classes, as `read_class_list` takes it; "" where none is known.
+
+    That is the demo's, the one beside the weights of a run or a conversion, or, for a thousand classes,
+    ImageNet's.
+    """
+    if source.path == "demo":
+        return "demo"
+    path = Path(source.path)
+    folders = [path] if path.is_dir() else [path.parent.parent] * (path.parent.name == "weights")
+    for folder in folders:
+        if (folder / classes.FILE).is_file():
+            return str(folder / classes.FILE)
+    return "imagenet" if class_count(source) == classes.IMAGENET_CLASSES else ""
+
+
+def as_stored(source: WeightsSource, target: Any) -> tuple[WeightsSource, Any]:
+    """A source and its parameters with as many classes as its weights have, whatever is asked for.
+
+    Raises:
+      WeightsError: the weights do not say how many.
+    """
+    table, count = source.classes, class_count(source)
+    if table is None or count is None:
+        raise WeightsError(
+            f"{source.path} holds no table of classes, of which init.classes='new' would replace rows"
+        )
+    config = source.config
+    if isinstance(config, LlamaConfig):
+        config = dataclasses.replace(config, num_classes=count)
+    leaves = flatten(target)
+    asked = leaves[table.path]
+    shape = (count + table.unconditional, *asked.shape[1:])
+    leaves[table.path] = jax.ShapeDtypeStruct(shape, asked.dtype)
+    return dataclasses.replace(source, config=config), unflatten(leaves)
+
+
+def _with_fresh_rows(weights: Weights, table: ClassTable, target: Any) -> Weights:
+    """The weights with a row for each class of other data.
+
+    New rows are drawn with the mean and the standard deviation, column by column, of those that they
+    replace, so that the other layers see what they know; the row for no class stays.
+    """
+    wanted = flatten(target)[table.path].shape
+    stored = weights.leaves[table.path]
+
+    @functools.cache
+    def made() -> np.ndarray:
+        old = np.asarray(weights.read(table.path, ()), np.float32)
+        rows, none = np.split(old, [len(old) - table.unconditional])
+        noise = np.random.default_rng(table.fresh).standard_normal(
+            (wanted[0] - len(none), wanted[1])
+        )
+        fresh = rows.mean(axis=0) + rows.std(axis=0) * noise
+        return np.concatenate([fresh, none]).astype(stored.dtype)
+
+    def read(path: str, index: Any) -> np.ndarray:
+        return made()[tuple(index)] if path == table.path else weights.read(path, index)
+
+    leaves = {**weights.leaves, table.path: jax.ShapeDtypeStruct(wanted, stored.dtype)}
+    return Weights(leaves, read, weights.buffers)
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,6 +356,8 @@ def _ours(path: Path, tensors: Mapping[str, LazyTensor], part: str, prefix: str)
         return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
     mine = behind(prefix)
+    if not prefix and all(name.partition("/")[0] in PARTS for name in mine):
+        raise WeightsError(_no_directory(path.parent, f"{PARTS[part]}.safetensors"))
     if not mine:
         raise WeightsError(f"{path} holds nothing under {prefix!r}")
     leaves = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in mine.items()}

@@ -94,6 +94,9 @@ class Policy(abc.ABC):
     classes_option: ClassVar[str] = ""
     """The option that says how many classes there are; "" for a kind without classes."""
 
+    class_table: ClassVar[str] = ""
+    """Path of the parameter [classes + those for no class, D]; "" for a kind without one."""
+
     @abc.abstractmethod
     def init(self, rng: PRNGKeyArray) -> Params:
         """Fresh float32 parameters, a nested dict; the same for the same key."""
@@ -232,6 +235,7 @@ class ClassPolicy(_LlamaPolicy):
     """Class-conditional LlamaGen, under a `Label`."""
 
     classes_option: ClassVar[str] = "num_classes"
+    class_table: ClassVar[str] = "cls_embedding/embedding"
 
     def __post_init__(self) -> None:
         if self.config.model_type != "c2i":

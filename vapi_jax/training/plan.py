@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.tables import format_table
 from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.classes import labels_option, with_classes
 from vapi_jax.methods.config import TrainConfig, to_dict
-from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import examine, raise_all
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import memory, train
@@ -31,8 +31,10 @@ from vapi_jax.training.preflight import (
 )
 
 _FILES = (
-    "report.html, summary.json, metrics.jsonl, config.json, parameters.txt, *.png, tensorboard/"
+    "report.html, summary.json, metrics.jsonl, config.json, classes.txt, parameters.txt, *.png, "
+    "tensorboard/"
 )
+_SHOWN = 6  # classes and their labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,8 @@ def check(raw: Any, workdir: str | None = None, as_json: bool = False) -> int:
     config, errors = examine(raw)
     broken = len(errors)
     mesh = open_mesh(config, errors)
+    config = with_classes(config, errors)
     data = look_at_data(config, errors, images=LOOKED_AT)
-    config = with_classes(config, lambda: data.classes)
     weights = look_at_weights(config, mesh, errors)
     if not broken:
         plan = make_plan(config, mesh, data, weights, list(errors))
@@ -230,6 +232,8 @@ def _facts(plan: Plan, workdir: str | None) -> list[tuple[str, str]]:
     config, counts = plan.config, plan.counts
     micro = config.microbatch_size or config.batch_size
     facts = [("devices", _devices(plan)), ("data", _data(plan))]
+    if labels_option(config) and plan.data.labels:
+        facts.append(("classes", _classes(plan)))
     step = f"{config.batch_size} images"
     if counts["microbatches"] > 1:
         step += f" in {counts['microbatches']} microbatches of {micro}"
@@ -270,6 +274,15 @@ def _data(plan: Plan) -> str:
         return f"{text}; not found"
     images = ", ".join(f"{split} {count:,}" for split, count in found.images.items())
     return f"{text}; {found.classes:,} classes; images: {images or 'not found'}"
+
+
+def _classes(plan: Plan) -> str:
+    config, found = plan.config, plan.data.labels
+    option = labels_option(config)
+    names = ", ".join(f"{name} = {label}" for name, label in list(found.items())[:_SHOWN])
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    count = config.policy.get(option or "", len(found))
+    return f"{len(found)} of {count} labels, data.classes={config.data.classes}: {names}{more}"
 
 
 def _evaluation(config: TrainConfig, counts: dict[str, int]) -> str:

@@ -17,21 +17,19 @@ from jax.sharding import Mesh
 
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.options import Errors
-from vapi_jax.common.plugins import UnknownNameError
 from vapi_jax.common.trees import unflatten
-from vapi_jax.data import DataError, class_names
+from vapi_jax.data import DataError, classes_of
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.sources import Source
 from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.classes import where, with_classes
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.models.architecture import disagreements
 from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, open_weights, read_manifest
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
-from vapi_jax.models.policy import find_policy
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.weights.names import WeightsError, check_like
@@ -54,9 +52,12 @@ def require(raw: Any) -> TrainConfig:
     """
     config, errors = examine(raw)
     mesh = open_mesh(config, errors)
-    data = look_at_data(config, errors)
-    look_at_weights(with_classes(config, lambda: data.classes), mesh, errors)
+    settled = with_classes(config, errors)
+    data = look_at_data(settled, errors)
+    look_at_weights(settled, mesh, errors)
     raise_all(errors)
+    for note in data.notes:
+        logger.warning("%s", note)
     return config
 
 
@@ -101,11 +102,13 @@ class DataFound:
 
     Attributes:
       classes: how many; None where the data cannot be opened.
+      labels: of each class.
       images: split -> how many, of the splits that a run reads.
       notes: what is worth knowing and no error.
     """
 
     classes: int | None = None
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
     images: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -114,34 +117,33 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
     """Opens the splits that a run reads and adds what is wrong with them.
 
     Args:
-      config: the run.
+      config: the run, its classes settled.
       errors: taken into account, and added to.
       images: how many of each split to decode, to see whether they can be.
     """
     found = DataFound()
     if errors.concern("data"):
         return found
-    where = _where(config)
     opened: dict[str, Source] = {}
     for split in dict.fromkeys(["train", str(config.eval.split)]):
         try:
-            if found.classes is None:
-                found.classes = len(class_names(config.data))
             opened[split] = make_source(config.data, split)
+            if found.classes is None:
+                classes = classes_of(config.data)
+                found.classes, found.labels = len(classes.own), classes.by_name
         except DataError as error:
-            line = f"{where}: {error}"
+            line = f"{where(config)}: {error}"
             if line not in errors:  # a root that is missing is missing for all splits
                 errors.append(line)
     found.images = {split: len(source) for split, source in opened.items()}
+    for source in opened.values():
+        note = f"{where(config)}: left out: {source.left_out}"
+        if source.left_out and note not in found.notes:
+            found.notes.append(note)
     for split, source in opened.items():
         _try_images(config, split, source, images, found, errors)
     _check_counts(config, found, errors)
     return found
-
-
-def _where(config: TrainConfig) -> str:
-    data = config.data
-    return f"data.path={data.path!r}" if data.path else f"data.name={data.name!r}"
 
 
 def _try_images(
@@ -160,7 +162,7 @@ def _try_images(
         except UnreadableImage as error:
             broken.append(f"{source.name(int(index))} ({error})")
         except DataError as error:
-            errors.append(f"{_where(config)}: {error}")
+            errors.append(f"{where(config)}: {error}")
             return
     if not broken:
         return
@@ -171,33 +173,14 @@ def _try_images(
         found.notes.append(line)
 
 
-def _classes_asked(config: TrainConfig) -> int | None:
-    """How many classes the recipe's generator is made for, where it says so itself."""
-    try:
-        option = find_policy(str(config.policy.get("kind"))).classes_option
-    except UnknownNameError:
-        return None
-    return None if config.condition.name else config.policy.get(option)
-
-
 def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None:
-    asked = _classes_asked(config) if not errors.concern("policy") else None
-    if asked and found.classes:
-        if found.classes > asked:
-            errors.append(
-                f"policy.num_classes={asked}: the data has {found.classes} classes, and labels from "
-                f"{asked} on have no embedding; take {found.classes}"
-            )
-        elif found.classes < asked:
-            found.notes.append(
-                f"the data has {found.classes} classes, the generator {asked}: labels 0 to "
-                f"{found.classes - 1} must mean the same to both"
-            )
     judged = config.eval
-    wanted = {judged.split: ("eval.images", judged.images)}
+    wanted = [(judged.split, "eval.images", judged.images)]
     if judged.compare:
-        wanted["train"] = max(wanted.get("train", ("", 0)), ("eval.samples", judged.samples))
-    for split, (name, count) in wanted.items():
+        wanted.append(("train", "eval.samples", judged.samples))
+    if judged.sampled_every:
+        wanted.append(("train", "eval.sampled", judged.sampled))
+    for split, name, count in wanted:
         there = found.images.get(split)
         if there is not None and there < max(count, _REPORTED):
             errors.append(

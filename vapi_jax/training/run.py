@@ -20,7 +20,7 @@ from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.common.options import Errors
 from vapi_jax.common.progress import announce, format_duration
 from vapi_jax.common.tables import format_table
-from vapi_jax.data import class_names, fixed_batch, num_classes
+from vapi_jax.data import class_names, classes_of, fixed_batch, labels_of
 from vapi_jax.evaluation.compare import (
     BASE,
     REAL,
@@ -41,9 +41,11 @@ from vapi_jax.evaluation.samples import (
 )
 from vapi_jax.generation.sampler import in_batches
 from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.classes import class_names_of, labels_option, with_classes
 from vapi_jax.methods.config import TrainConfig, to_dict
-from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import raise_all
+from vapi_jax.models.classes import FILE as CLASSES
+from vapi_jax.models.classes import write_class_list
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_whole
@@ -106,7 +108,14 @@ def _run(
     fitting: Mapping[str, Any],
     profile: range | None,
 ) -> dict[str, Any]:
-    method = make_method(with_classes(config, lambda: num_classes(config.data)), mesh)
+    errors = Errors()
+    config = with_classes(config, errors)
+    raise_all(errors)
+    method = make_method(config, mesh)
+    if jax.process_index() == 0 and (names := class_names_of(config)) is not None:
+        classes = classes_of(config.data)
+        logger.info("labels by data.classes=%s: %s", config.data.classes, classes.rows(12))
+        write_class_list(workdir / CLASSES, names)
     announce(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}"
@@ -140,6 +149,7 @@ def _summary(method: Method, done: Run) -> dict[str, Any]:
         "skipped_steps": done.skipped,
         "parameters": done.parameters,
         "weights": done.weights,
+        "labels": classes_of(config.data).by_name if labels_option(config) else {},
         "held_out": {"split": config.eval.split, "images": config.eval.images},
         "precision": method.precision,
     }
@@ -174,7 +184,7 @@ def _pictures(
     if method.sampled() is None:
         return images
     names, per_class = class_names(config.data), config.eval.grid_per_class
-    labels = np.repeat(np.arange(min(config.eval.grid_classes, len(names))), per_class)
+    labels = np.repeat(labels_of(config.data)[: config.eval.grid_classes], per_class)
     summary["sample_classes"] = [names[label] for label in labels]
     judged = on_judging_devices(method, done.frozen)
     draw = partial(_samples, *judged, labels)

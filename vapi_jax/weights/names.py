@@ -189,6 +189,17 @@ def to_reference(params: Params, rules: Sequence[Rule]) -> dict[str, np.ndarray]
     return tensors
 
 
+def check_finite(array: np.ndarray, what: str) -> None:
+    """Raises `WeightsError` where a value is NaN or infinite."""
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise WeightsError(
+            f"{what}: {finite.size - np.count_nonzero(finite)} of {finite.size} values are not finite "
+            "(NaN or infinite). Nothing can be computed with such weights: the file is damaged, or its "
+            "training diverged. Take an earlier checkpoint, or fetch the file again"
+        )
+
+
 def check_like(params: Params, target: Params, what: str) -> None:
     """Raises `WeightsError` unless both trees have the same names and shapes."""
     ours, wanted = flatten(params), flatten(target)

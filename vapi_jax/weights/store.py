@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vapi_jax.common.digests import digest_of, sha256_file
 from vapi_jax.common.files import new_file
 from vapi_jax.common.trees import Params, flatten, unflatten
+from vapi_jax.weights.formats import open_safetensors
 from vapi_jax.weights.names import WeightsError
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -57,11 +57,8 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
     Raises:
       WeightsError: if the file is missing, truncated or not safetensors.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    with open_safetensors(path) as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if dtype is not None:
         flat = {name: array.astype(dtype) for name, array in flat.items()}
     return unflatten(flat)
@@ -92,8 +89,5 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
       WeightsError: if the file is missing, truncated or not safetensors.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get("vapi_jax", "{}"))
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    with open_safetensors(path) as file:
+        return json.loads((file.metadata() or {}).get("vapi_jax", "{}"))

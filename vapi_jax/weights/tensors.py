@@ -15,13 +15,13 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from vapi_jax.common.files import new_file, read_json
+from vapi_jax.weights.formats import head_of, is_safetensors, open_safetensors
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.safe_pickle import PickleRefused
 from vapi_jax.weights.torch_file import TorchFileError, TorchTensor, open_torch_file
@@ -30,11 +30,13 @@ INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_INDEX_SUFFIX = ".bin.index.json"
 
 _NESTS = ("model", "module", "state_dict")
+_AVERAGES = ("ema", "model_ema", "ema_model")
 # What wrappers of PyTorch put before every name of a state dict.
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # More names of an input embedding in Hugging Face's checkpoints, often on one storage with it.
 _TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 _ZIP = b"PK\x03\x04"
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 # Names of dtypes in a safetensors header.
 _CODES = {
@@ -83,39 +85,60 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | Path) -> Iterator[TensorFile]:
+def open_tensors(path: str | Path, entry: str = "") -> Iterator[TensorFile]:
     """Opens a file of named tensors, whatever its kind; tensors can be read inside the context.
 
+    Names may stand behind the prefixes of DDP, FSDP or torch.compile, which are taken off.
+
     Args:
-      path: `.safetensors`; `*.safetensors.index.json` or `*.bin.index.json` beside its shards; or a
-        PyTorch checkpoint (zip format), whose state dict may be bare or nested under "model", "module" or
-        "state_dict", with its names behind the prefixes of DDP, FSDP or torch.compile.
+      path: `.safetensors`; `*.safetensors.index.json` or `*.bin.index.json` beside its shards; a folder
+        that holds one of these; or a PyTorch checkpoint (zip format), whose state dict may be bare or
+        nested.
+      entry: of a file that holds several models, which: the key of a PyTorch checkpoint, or what the
+        names of safetensors begin with. Empty for "model", "module" or "state_dict".
 
     Raises:
       WeightsError: if the file is missing, damaged, refused, or holds no state dict.
     """
     path = Path(path)
     try:
+        if path.is_dir():
+            path = _file_in(path)
         if not path.is_file():
-            kind = "is a directory" if path.is_dir() else "does not exist"
-            raise WeightsError(f"{path} {kind}: a file of weights is wanted")
+            raise WeightsError(f"{path} does not exist: a file of weights is wanted")
         if path.name.endswith(TORCH_INDEX_SUFFIX):
             with contextlib.ExitStack() as stack:
-                yield _open_torch_index(path, stack)
-        elif path.name.endswith(INDEX_SUFFIX):
-            yield _open_index(path)
-        elif _head(path) == _ZIP or path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+                yield _chosen(_open_torch_index(path, stack), entry)
+            return
+        if path.name.endswith(INDEX_SUFFIX):
+            yield _chosen(_open_index(path), entry)
+            return
+        head = head_of(path)
+        named_torch = path.suffix in _TORCH and not is_safetensors(head)
+        if head.startswith(_ZIP) or named_torch:
             with open_torch_file(path) as file:
-                yield _open_checkpoint(path, file.value)
+                yield _open_checkpoint(path, file.value, entry)
         else:
-            yield TensorFile((path,), _open_safetensors(path))
+            yield _chosen(TensorFile((path,), _open_safetensors(path)), entry)
     except (TorchFileError, PickleRefused, OSError) as error:
         raise WeightsError(f"{error}") from error
 
 
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(len(_ZIP))
+def _file_in(folder: Path) -> Path:
+    """The one file or index of weights in a folder."""
+    for ending in (INDEX_SUFFIX, TORCH_INDEX_SUFFIX, ".safetensors", *_TORCH):
+        found = sorted(folder.glob(f"*{ending}"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            named = ", ".join(path.name for path in found[:5])
+            shards = any("-of-" in path.name for path in found)
+            lost = f", which belong together by an index that is not there (*{INDEX_SUFFIX})"
+            raise WeightsError(
+                f"{folder} holds {len(found)} files *{ending}: {named}{lost if shards else ''}. Name "
+                "the one that is meant"
+            )
+    raise WeightsError(f"{folder} is a directory without weights: neither safetensors nor .pt")
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -123,23 +146,20 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         def fetch(index: tuple[slice, ...] | None) -> np.ndarray:
             # Opened for every tensor: the library maps the file, and pages once touched would count
             # as this process's memory until it is closed.
-            with safe_open(path, framework="numpy") as file:
+            with open_safetensors(path) as file:
                 return file.get_slice(name)[index] if index else file.get_tensor(name)
 
         return fetch
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            unknown = {part.get_dtype() for part in slices.values()} - _DTYPES.keys()
-            if unknown:
-                raise WeightsError(f"{path} holds tensors of unknown dtype {sorted(unknown)}")
-            return {
-                name: LazyTensor(tuple(part.get_shape()), _DTYPES[part.get_dtype()], lazy(name))
-                for name, part in slices.items()
-            }
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        unknown = {part.get_dtype() for part in slices.values()} - _DTYPES.keys()
+        if unknown:
+            raise WeightsError(f"{path} holds tensors of unknown dtype {sorted(unknown)}")
+        return {
+            name: LazyTensor(tuple(part.get_shape()), _DTYPES[part.get_dtype()], lazy(name))
+            for name, part in slices.items()
+        }
 
 
 def _read_index(path: Path, suffix: str) -> tuple[dict[str, str], list[Path]]:
@@ -162,6 +182,10 @@ def _gather(
     index, shards = _read_index(path, suffix)
     tensors: dict[str, LazyTensor] = {}
     for shard in shards:
+        if not shard.is_file():
+            raise WeightsError(
+                f"{path} promises {shard.name}, which is not beside it: fetch it as well"
+            )
         tensors |= {
             name: tensor
             for name, tensor in open_shard(shard).items()
@@ -180,9 +204,53 @@ def _open_torch_index(path: Path, stack: contextlib.ExitStack) -> TensorFile:
     return _gather(path, ".bin", lambda shard: stack.enter_context(open_tensors(shard)).tensors)
 
 
-def _open_checkpoint(path: Path, value: Any) -> TensorFile:
+Found = TypeVar("Found")
+
+
+def _unwrapped(found: Mapping[str, Found]) -> dict[str, Found]:
+    """Without the prefixes that all names have of a wrapper."""
+    found = dict(found)
+    while found and (
+        prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in found)), "")
+    ):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _chosen(file: TensorFile, entry: str) -> TensorFile:
+    """The tensors of one model, where names of several begin with "model.", "ema." and the like."""
+    groups = {name.partition(".")[0] for name in file.tensors}
+    known = (*_NESTS, *_AVERAGES)
+    if not entry and groups & set(_AVERAGES) and groups <= set(known):
+        entry = next((nest for nest in _NESTS if nest in groups), "")
+        if not entry:
+            raise WeightsError(
+                f"{file.paths[0]} holds {', '.join(sorted(groups))}: choose with --entry=NAME"
+            )
+    if entry and entry not in groups:
+        raise WeightsError(
+            f"{file.paths[0]} has no entry {entry!r}: its names begin with "
+            f"{', '.join(sorted(groups)[:8])}"
+        )
+    start = f"{entry}." if entry else ""
+    mine = {n.removeprefix(start): t for n, t in file.tensors.items() if n.startswith(start)}
+    others = tuple(sorted(groups - {entry})) if entry else ()
+    return TensorFile(file.paths, _unwrapped(mine), others)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, TorchTensor) for v in value.values())
+
+
+def _open_checkpoint(path: Path, value: Any, entry: str) -> TensorFile:
     ignored: list[str] = []
-    while isinstance(value, dict) and not any(isinstance(v, TorchTensor) for v in value.values()):
+    if entry:
+        if not isinstance(value, dict) or not isinstance(value.get(entry), dict):
+            there = ", ".join(map(str, value)) if isinstance(value, dict) else "no entries"
+            raise WeightsError(f"{path} has no entry {entry!r} with a state dict; it has {there}")
+        ignored += [str(key) for key in value if key != entry]
+        value = value[entry]
+    while isinstance(value, dict) and not _holds_tensors(value):
         nest = next((key for key in _NESTS if isinstance(value.get(key), dict)), None)
         if nest is None:
             break
@@ -192,13 +260,15 @@ def _open_checkpoint(path: Path, value: Any) -> TensorFile:
         raise WeightsError(f"{path} holds a {type(value).__name__}, not a state dict")
     found = {k: v for k, v in value.items() if isinstance(v, TorchTensor) and isinstance(k, str)}
     if not found:
+        others = [str(key) for key, inner in value.items() if _holds_tensors(inner)]
+        choice = f". Tensors are under {', '.join(others)}: choose with --entry=NAME"
         raise WeightsError(
             f"{path} holds no state dict: tensors were looked for at the top and under "
             f"{', '.join(_NESTS)}; it has {', '.join(map(str, value)) or 'nothing'}"
+            f"{choice if others else ''}"
         )
     ignored += [str(key) for key in value if key not in found]
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in found)), ""):
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    found = _unwrapped(found)
 
     def lazy(tensor: TorchTensor) -> LazyTensor:
         return LazyTensor(

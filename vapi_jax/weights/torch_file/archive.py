@@ -6,43 +6,17 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from vapi_jax.weights.formats import what_it_is
 from vapi_jax.weights.safe_pickle import quoted
-from vapi_jax.weights.torch_file.legacy import is_legacy
 from vapi_jax.weights.torch_file.storage_file import MAX_ENTRIES, Entry, File, StorageFile
 
 _BLOCK = 2**20
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _UTF8_NAME = 0x1, 0x800
-
-_RESAVE = (
-    "re-save it with a recent PyTorch:"
-    " torch.save(torch.load(path, weights_only=True), new_path), or convert it to safetensors"
-)
-_OTHER_FORMATS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
-    (
-        is_legacy,
-        f"a checkpoint in the format before PyTorch 1.6, which is a plain pickle: {_RESAVE}",
-    ),
-    (
-        lambda head: head[257:262] == b"ustar",
-        f"a tar archive, perhaps a checkpoint by PyTorch 0.1: {_RESAVE}",
-    ),
-    (lambda head: head.startswith(b"\x80"), f"a bare pickle, not a PyTorch checkpoint: {_RESAVE}"),
-    (lambda head: head[8:9] == b"{", "a safetensors file: give it where safetensors are read"),
-    (
-        lambda head: head.startswith(b"version https://git-lfs"),
-        "a pointer of Git LFS, not the file itself: run `git lfs pull` or download the file",
-    ),
-    (
-        lambda head: head.lstrip()[:1] == b"<",
-        "a web page, not a checkpoint: the download link led to a page. Download the file itself",
-    ),
-)
 
 
 class Archive(StorageFile):
@@ -59,11 +33,8 @@ class Archive(StorageFile):
         head = self.head()
         if head.startswith(b"PK\3\4"):
             return
-        if not head:
-            raise self.error("the file is empty")
-        for found, reason in _OTHER_FORMATS:
-            if found(head):
-                raise self.error(reason)
+        if reason := what_it_is(head):
+            raise self.error(reason)
         raise self.error("not a PyTorch checkpoint: it does not begin as a zip archive does")
 
     def _directory(self) -> dict[str, Entry]:

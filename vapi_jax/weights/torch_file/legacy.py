@@ -32,17 +32,11 @@ from vapi_jax.weights.torch_file.storage_file import (
 from vapi_jax.weights.torch_file.tensors import Storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_MAGIC_BYTES = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8"
 _PROTOCOL = 1001
 _PICKLES = ("magic number", "protocol", "machine", "saved object", "storage keys")
 _NO_NAMES = Vocabulary(globals={})
 _COUNT_SIZE = 8
 _FIRST_LOOK = 2**16
-
-
-def is_legacy(head: bytes) -> bool:
-    """Whether a file that begins so is in this format, going by its magic number."""
-    return head.startswith(b"\x80") and _MAGIC_BYTES in head[:24]
 
 
 def read_legacy(path: Path, file: File) -> Any:

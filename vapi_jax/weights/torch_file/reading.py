@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vapi_jax.weights.formats import is_legacy
 from vapi_jax.weights.safe_pickle import quoted
 from vapi_jax.weights.torch_file.archive import Archive
-from vapi_jax.weights.torch_file.legacy import is_legacy, read_legacy
+from vapi_jax.weights.torch_file.legacy import read_legacy
 from vapi_jax.weights.torch_file.names import find_storage, interpret
 from vapi_jax.weights.torch_file.storage_file import MAX_PICKLE, File, StorageFile, TorchFileError
 
