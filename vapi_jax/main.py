@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     from vapi_jax.training import command
 
     if workdir is None or _CHECK.value:
-        return command.check(recipe, workdir and str(workdir), _JSON.value)
+        changes = _RESUME_WITH_CHANGES.value
+        return command.check(recipe, workdir and str(workdir), _JSON.value, changes)
     return command.train(
         recipe,
         workdir,

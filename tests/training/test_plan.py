@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.messages import assert_mentions
 from tests.helpers.paths import CONFIGS
 from tests.helpers.tiny import make_tiny_method
+from vapi_jax.data.photos import PhotoSource
 from vapi_jax.methods.config import CheckpointConfig, TrainConfig, to_dict
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.lpips import load_lpips_params, lpips_shapes
@@ -92,6 +93,7 @@ def test_the_demos_recipes_can_run(name, variant, capsys):
     assert found["data"] == {
         "classes": 12,
         "images": {"train": 12 * 1024, found["config"]["eval"]["split"]: 12 * 1024},
+        "labels": {name: label for label, name in enumerate(PhotoSource.class_names)},
         "notes": [],
     }
     assert found["config"] == to_dict(_with_twelve_classes(resolve(load(name, variant))))
@@ -100,7 +102,8 @@ def test_the_demos_recipes_can_run(name, variant, capsys):
 def _with_twelve_classes(config):
     if config.method == "tokenizer":
         return config
-    return dataclasses.replace(config, policy={**config.policy, "num_classes": 12})
+    data = dataclasses.replace(config.data, classes="demo" if config.init.gpt else "sorted")
+    return dataclasses.replace(config, policy={**config.policy, "num_classes": 12}, data=data)
 
 
 def test_the_plan_reads_well(capsys):
@@ -111,6 +114,8 @@ def test_the_plan_reads_well(capsys):
         'c2i_demo: VA-π post-training, preset "paper"',
         "devices     mesh data 2 x fsdp 4 of cpu in 1 process(es)",
         "data        photos at 32 px; 12 classes; images: train 12,288, test 12,288",
+        "classes     12 of 12 labels, data.classes=demo: astronaut = 0, camera = 1, chelsea = 2, "
+        "china = 3, coffee = 4, coins = 5, and 6 more",
         "step        16 images, 8 samples of each",
         "run         100 steps: 1,600 images (0.13 epochs), 12,800 samples decoded and rewarded",
         'evaluation  64 images of "test", 6 times; 256 samples, 5 times; at the end a table of base, '

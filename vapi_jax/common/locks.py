@@ -47,10 +47,7 @@ def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise LockedError(
-            f"{directory} is in use by {_holder(path)}. Two in one directory would destroy each "
-            f"other's files: wait for that one, end it, or give another {flag}"
-        ) from error
+        raise LockedError(_in_use(directory, flag)) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -62,6 +59,28 @@ def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def look(directory: Path, flag: str = "--workdir") -> None:
+    """Raises LockedError where a live process holds the directory; makes and writes nothing."""
+    path = directory / LOCK
+    if not path.is_file():
+        return
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(_in_use(directory, flag)) from error
+    except OSError:  # `hold` will warn, or say why it cannot
+        return
+    lock.release()
+
+
+def _in_use(directory: Path, flag: str) -> str:
+    return (
+        f"{directory} is in use by {_holder(directory / LOCK)}. Two in one directory would destroy each "
+        f"other's files: wait for that one, end it, or give another {flag}"
+    )
 
 
 def _holder(path: Path) -> str:

@@ -39,6 +39,8 @@ def with_classes(config: TrainConfig, errors: Errors) -> TrainConfig:
         )
         return config
     stored = None if source is None or fresh else class_count(source)
+    if stored is None and source is not None and source.classes is not None and not fresh:
+        return config  # nothing there, or no such weights: said where they are opened
     asked = None if fresh else config.policy.get(option)
     if stored is not None and asked not in (None, stored):
         errors.append(

@@ -62,6 +62,7 @@ class Network:
       shapes: gives its parameters' shapes.
       origin: () -> (where its weights are from, what vouches for them), after a look at them; raises
         ExpectedError with what is wrong. None for weights that `source` locates.
+      load: reads those weights as the run will, beside `origin`.
       source: weights to start from or to be kept frozen; None for fresh ones.
     """
 
@@ -70,6 +71,7 @@ class Network:
     shapes: Callable[[], Any]
     source: WeightsSource | None = None
     origin: Callable[[], tuple[str, str] | None] | None = None
+    load: Callable[[], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

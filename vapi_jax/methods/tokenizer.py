@@ -122,6 +122,7 @@ class TokenizerTraining(Method):
                 "tokenizer_training.perceptual_files",
                 partial(lpips_shapes, options.perceptual_net),
                 origin=partial(perceptual_origin, options.perceptual_net, options.perceptual_files),
+                load=partial(load_lpips_params, options.perceptual_net, options.perceptual_files),
             ),
         ]
 

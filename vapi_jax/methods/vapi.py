@@ -389,8 +389,9 @@ class VAPi(GeneratorMethod):
             reward = term.reward
             if jax.tree.leaves(reward.shapes()):
                 name = f"reward {term.name}"
+                option = f"rewards.{term.name}"
                 found.append(
-                    Network(name, f"rewards.{term.name}", reward.shapes, origin=reward.origin)
+                    Network(name, option, reward.shapes, origin=reward.origin, load=reward.load)
                 )
         return found
 

@@ -12,9 +12,9 @@ from vapi_jax.training import plan, run
 from vapi_jax.training.preflight import require
 
 
-def check(recipe: Any, workdir: str | None, as_json: bool) -> int:
+def check(recipe: Any, workdir: str | None, as_json: bool, resume_with_changes: bool) -> int:
     """Prints the plan and all that is in its way; the exit status."""
-    return exit_status(lambda: plan.check(recipe, workdir, as_json=as_json))
+    return exit_status(lambda: plan.check(recipe, workdir, as_json, resume_with_changes))
 
 
 def train(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from vapi_jax.training.preflight import (
     WeightsFound,
     look_at_data,
     look_at_weights,
+    look_at_workdir,
     open_mesh,
 )
 
@@ -82,8 +84,19 @@ class Plan:
     problems: list[str]
 
 
-def check(raw: Any, workdir: str | None = None, as_json: bool = False) -> int:
+def check(
+    raw: Any,
+    workdir: str | None = None,
+    as_json: bool = False,
+    resume_with_changes: bool = False,
+) -> int:
     """Prints the plan of a recipe, and on standard error all that is in its way.
+
+    Args:
+      raw: the recipe.
+      workdir: of the run, where it is decided.
+      as_json: print JSON instead of text.
+      resume_with_changes: what of the configuration differs from the workdir's checkpoints is fine.
 
     Returns:
       The exit status: 0 where it can run here, 1 where not. Of options that are wrong in themselves no
@@ -94,7 +107,9 @@ def check(raw: Any, workdir: str | None = None, as_json: bool = False) -> int:
     mesh = open_mesh(config, errors)
     config = with_classes(config, errors)
     data = look_at_data(config, errors, images=LOOKED_AT)
-    weights = look_at_weights(config, mesh, errors)
+    weights = look_at_weights(config, mesh, errors, thorough=True)
+    if workdir is not None and not broken:
+        look_at_workdir(config, Path(workdir), errors, resume_with_changes)
     if not broken:
         plan = make_plan(config, mesh, data, weights, list(errors))
         print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))

@@ -1,13 +1,15 @@
 """What a run needs of this machine, looked up before anything is allocated or written.
 
-Devices that fit the mesh and the batch, data that is there, weights that exist and fit. Nothing large is
-read: of weights the headers, of data the list of its images and, where asked for, a few of them.
+Devices that fit the mesh and the batch, data that is there, weights that exist and fit, a workdir that is
+free. Before a run nothing large is read: of weights the headers, of data the list of its images. Where a
+thorough look is asked for (`--check`), weights are read whole, as the run will, and a few images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.options import Errors
 from vapi_jax.common.trees import unflatten
 from vapi_jax.data import DataError, classes_of
 from vapi_jax.data.images import UnreadableImage
-from vapi_jax.data.pipeline import make_source
+from vapi_jax.data.pipeline import encoder_of, make_source
 from vapi_jax.data.sources import Source
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.classes import where, with_classes
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.models.architecture import disagreements
-from vapi_jax.models.loading import MANIFEST, PARTS, WeightsSource, open_weights, read_manifest
+from vapi_jax.models.loading import (
+    MANIFEST,
+    PARTS,
+    WeightsSource,
+    as_stored,
+    open_weights,
+    read_manifest,
+    read_through,
+)
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training import resume
+from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import WeightsError, check_like
 from vapi_jax.weights.store import resolve_shipped
 
@@ -102,15 +116,15 @@ class DataFound:
 
     Attributes:
       classes: how many; None where the data cannot be opened.
-      labels: of each class.
       images: split -> how many, of the splits that a run reads.
       notes: what is worth knowing and no error.
+      labels: of each class.
     """
 
     classes: int | None = None
-    labels: dict[str, int] = dataclasses.field(default_factory=dict)
     images: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFound:
@@ -209,11 +223,12 @@ SCRATCH = WeightsFound("from scratch", "")
 
 
 def look_at_weights(
-    config: TrainConfig, mesh: Mesh | None, errors: Errors
+    config: TrainConfig, mesh: Mesh | None, errors: Errors, *, thorough: bool = False
 ) -> dict[str, WeightsFound]:
     """Finds the weights that a run starts from, by network, and adds what is wrong with them.
 
-    Headers and sizes are compared with the model, contents with their digests when they are loaded.
+    Headers and sizes are compared with the model; contents are read and compared with their digests when
+    they are loaded, or here where the look is `thorough`.
     """
     if errors:  # what is derived from options that are wrong would only mislead
         blocking = (
@@ -232,11 +247,17 @@ def look_at_weights(
     found = {}
     for network in method.networks():
         if network.origin is not None:
-            found[network.name] = _look_at_origin(network, errors)
+            found[network.name] = _look_at_origin(network, errors, thorough)
         elif network.source is None and network.name not in _trained(method):
             errors.append(f"{network.option}='': the method needs these weights; {_CONVERT}")
         else:
-            found[network.name] = _look(network, errors)
+            found[network.name] = _look(network, errors, thorough)
+    if thorough and isinstance(method, GeneratorMethod) and not errors:
+        try:
+            if encoder_of(config.data) is not None:
+                method.load_tokenizer()  # is it the one that made the tokens of the data?
+        except WeightsError as error:
+            errors.append(str(error).removeprefix("config."))
     if config.eval.compare:
         for net in ("vgg", "alex"):
             _look_at_bundled(net, errors)
@@ -249,17 +270,19 @@ def _trained(method: Method) -> set[str]:
     return set(method.weights_of(params, jax.eval_shape(method.init_extra, params)))
 
 
-def _look_at_origin(network: Network, errors: Errors) -> WeightsFound:
+def _look_at_origin(network: Network, errors: Errors, thorough: bool) -> WeightsFound:
     assert network.origin is not None
     try:
         found = network.origin()
+        if thorough and network.load is not None:
+            network.load()
         return SCRATCH if found is None else WeightsFound(*found)
     except ExpectedError as error:
         errors.append(f"{network.option}: {error}")
         return WeightsFound("", "unfit")
 
 
-def _look(network: Network, errors: Errors) -> WeightsFound:
+def _look(network: Network, errors: Errors, thorough: bool) -> WeightsFound:
     source, option = network.source, network.option
     if source is None:
         return SCRATCH
@@ -273,13 +296,19 @@ def _look(network: Network, errors: Errors) -> WeightsFound:
                 f"{option}={source.path!r}: there is nothing at {path.absolute()}; {_CONVERT}"
             )
             return WeightsFound(source.path, "missing")
-        if (path / MANIFEST).is_file():
-            _check_converted(path, source)
-            return WeightsFound(source.path, "digests known")
         target = network.shapes()
-        with open_weights(source, target) as weights:
-            check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
-        return WeightsFound(source.path, "no digest known")
+        converted = (path / MANIFEST).is_file()
+        if converted:
+            fresh = source.classes is not None and source.classes.fresh is not None
+            _check_converted(path, as_stored(source, target)[0] if fresh else source)
+        elif not thorough:
+            with open_weights(source, target) as weights:
+                check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
+        if thorough:
+            read_through(source, target)
+        verified = converted and thorough and source.verify
+        state = "digests verified" if verified else "digests known"
+        return WeightsFound(source.path, state if converted else "no digest known")
     except WeightsError as error:
         errors.append(f"{option}={source.path!r}: {error}")
         return WeightsFound(source.path, "unfit")
@@ -303,3 +332,23 @@ def _look_at_bundled(net: str, errors: Errors) -> None:
         load_lpips_params(net)
     except PerceptualWeightsError as error:
         errors.append(f"eval.compare: {error}")
+
+
+# --- workdir --------------------------------------------------------------------------------------
+
+
+def look_at_workdir(
+    config: TrainConfig, workdir: Path, errors: Errors, resume_with_changes: bool = False
+) -> None:
+    """Adds what keeps a run from beginning or going on in a workdir; writes nothing there."""
+    there = next(part for part in (workdir, *workdir.absolute().parents) if part.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        errors.append(f"--workdir={workdir}: {there} cannot be written (permission denied)")
+        return
+    try:
+        locks.look(workdir)
+        if (workdir / "checkpoints").is_dir():
+            with Checkpointer(workdir / "checkpoints") as saver:
+                resume.read_facts(saver, config, resume_with_changes)
+    except ExpectedError as error:
+        errors.append(f"--workdir={workdir}: {error}")
