@@ -119,8 +119,8 @@ def test_unreadable_files_are_named(tmp_path):
     folder = folder_of(tmp_path / "x", pixels(4))
     whole = (folder / "002.png").read_bytes()
     # Another format under this name: Pillow reads some of them by starting other programs.
-    Image.new("RGB", (9, 6)).save(tmp_path / "x.bmp")
-    other = (tmp_path / "x.bmp").read_bytes()
+    Image.new("RGB", (9, 6)).save(tmp_path / "x.eps")
+    other = (tmp_path / "x.eps").read_bytes()
     for broken in (whole[:-30], b"", b"hello", whole[:60] + b"\xff" * 40 + whole[100:], other):
         (folder / "002.png").write_bytes(broken)
         found = open_images(folder)

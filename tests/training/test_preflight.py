@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -10,21 +11,28 @@ import pytest
 
 from tests.helpers.image_folders import write_images
 from tests.helpers.tiny import TOKENIZER, make_tiny_config
+from tests.helpers.messages import assert_mentions
+from vapi_jax.common import locks
 from vapi_jax.common.options import Errors
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.photos import PhotoSource
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.models.conversion import model_shapes
+from vapi_jax.methods.classes import with_classes
+from vapi_jax.models.conversion import convert, model_shapes
+from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.models.loading import read_manifest
 from vapi_jax.models.vq import VQConfig
+from vapi_jax.training import resume
+from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.training.preflight import (
     look_at_data,
     look_at_weights,
+    look_at_workdir,
     open_mesh,
     require,
-    with_classes,
 )
-from vapi_jax.weights.store import save_safetensors
+from vapi_jax.weights.store import load_safetensors, save_safetensors
 
 POLICY = {"kind": "class", "dim": 32, "n_layer": 2, "n_head": 4, "multiple_of": 16}
 RUNNABLE = {
@@ -146,6 +154,16 @@ def test_a_folder_that_has_all_is_fine(recipe, images):
     assert problems(recipe(data=folder(images))) == []
 
 
+def test_what_lies_among_the_images_is_told(recipe, images):
+    (images / "train" / "00" / "notes.txt").write_text("x")
+    errors = Errors()
+    found = look_at_data(resolve(recipe(data=folder(images))), errors)
+    assert (errors, found.notes) == (
+        [],
+        [f"data.path='{images}': left out: 1 file(s) ending in .txt"],
+    )
+
+
 def test_data_that_is_not_there_is_said_once(recipe, images, tmp_path):
     (line,) = problems(recipe(data=folder(tmp_path / "nowhere")))
     assert line.startswith(f"data.path='{tmp_path}/nowhere': there is no folder {tmp_path}/nowhere")
@@ -221,10 +239,10 @@ def test_no_image_is_opened_unless_a_look_is_asked_for(recipe, monkeypatch):
 # Weights -----------------------------------------------------------------------------------------
 
 
-def weights(raw, errors=None):
+def weights(raw, errors=None, **look):
     config = resolve(raw)
     errors = Errors() if errors is None else errors
-    return look_at_weights(config, None, errors)
+    return look_at_weights(config, None, errors, **look)
 
 
 def test_every_network_is_told_where_it_comes_from(recipe, tokenizer_file):
@@ -319,6 +337,88 @@ def test_a_converted_directory_is_compared_without_reading_its_weights(recipe, t
     assert "model.safetensors is missing or not of its size; convert the weights again" in line
     found = problems(recipe(init={"gpt": converted(tmp_path / "half", same)}))
     assert any("it holds vq and no gpt" in line for line in found)
+
+
+def test_a_thorough_look_reads_what_a_run_will_read(recipe, golden, tokenizer_file, tmp_path):
+    """Damage and values that are not finite are no matter of headers."""
+    errors, path = Errors(), tmp_path / "converted"
+    convert(path, vq=golden.folder / "vq.safetensors")
+    sizes = {name: value for name, value in read_manifest(path)[0]["vq"].items() if name != "name"}
+    asked = recipe(tokenizer=sizes, init={"vq": str(path)})
+    assert weights(asked, errors, thorough=True)["tokenizer"].state == "digests verified"
+    assert errors == []
+    weights_file = path / "model.safetensors"
+    data = bytearray(weights_file.read_bytes())
+    data[-1] ^= 1
+    weights_file.write_bytes(data)
+    weights(asked, errors)
+    assert errors == [], "a size and a header tell nothing"
+    weights(asked, errors, thorough=True)
+    assert_mentions(errors[0], "init.vq", "model.safetensors", "SHA-256")
+    broken = load_safetensors(tokenizer_file)
+    broken["codebook"]["embedding"][3, 1] = np.nan
+    save_safetensors(tmp_path / "nan.safetensors", broken)
+    asked = recipe(init={"vq": str(tmp_path / "nan.safetensors")})
+    for thorough, count in ((False, 0), (True, 1)):
+        errors = Errors()
+        weights(asked, errors, thorough=thorough)
+        assert len(errors) == count
+    assert_mentions(errors[0], "init.vq", "codebook/embedding", "1 of 64 values")
+
+
+@pytest.mark.parametrize("wrong", [{"ndf": 4}, {"ndf": 8}])
+def test_a_reward_whose_weights_do_not_fit_is_refused(recipe, tmp_path, wrong):
+    """At once, though the header is fine; only one of the two widths is that of the file."""
+    network = PatchGAN(ndf=4, n_layers=1)
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
+    path = tmp_path / "discriminator.safetensors"
+    save_safetensors(path, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes))
+    gan = {"name": "gan", "options": {"weights": str(path), "layers": 1, **wrong}}
+    errors = Errors()
+    weights(recipe(rewards=(gan,)), errors, thorough=True)
+    assert len(errors) == (0 if wrong["ndf"] == 4 else 1)
+
+
+def test_a_reward_without_its_weights_says_which_option(recipe):
+    (line,) = problems(recipe(rewards=("gan",)))
+    assert line.startswith("rewards.gan: weights=''")
+
+
+# Workdir -----------------------------------------------------------------------------------------
+
+
+def at(workdir, raw):
+    errors = Errors()
+    look_at_workdir(resolve(raw), workdir, errors)
+    return errors
+
+
+def test_a_workdir_of_another_run_is_refused_and_nothing_is_made(recipe, tmp_path):
+    workdir = tmp_path / "run"
+    assert at(workdir, recipe()) == []
+    assert not workdir.exists()
+    config = resolve(recipe())
+    with Checkpointer(workdir / "checkpoints") as saver:
+        facts = resume.facts_of(config, resume.Progress(step=2), {}, resume.code_facts())
+        saver.save(2, {"params": {"w": np.ones(3, np.float32)}}, facts)
+        saver.wait()
+    assert at(workdir, recipe()) == []
+    (line,) = at(workdir, recipe(batch_size=32))
+    assert_mentions(line, f"--workdir={workdir}", "batch_size: 16 -> 32", "--resume_with_changes")
+    (line,) = at(workdir, recipe(steps=1))
+    assert_mentions(line, "step 2", "steps=1")
+    with locks.hold(workdir):
+        (line,) = at(workdir, recipe())
+    assert_mentions(line, f"process {os.getpid()}")
+    assert at(workdir, recipe()) == []
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_workdir_that_cannot_be_written_is_refused(recipe, tmp_path):
+    tmp_path.chmod(0o500)
+    (line,) = at(tmp_path / "a" / "b", recipe())
+    assert_mentions(line, f"--workdir={tmp_path}/a/b", "permission denied")
 
 
 def test_a_finished_run_serves_as_weights(recipe, tokenizer_file, tmp_path):

@@ -89,7 +89,7 @@ def kind_of_file(name: str) -> str:
     return "" if ending in EXTENSIONS else f"file(s) ending in {ending or 'nothing'}"
 
 
-def in_words(left_out: Mapping[str, int], most: int = 8) -> str:
+def in_words(left_out: Mapping[str, int], most: int = 12) -> str:
     """ "3 file(s) ending in .txt, 1 folder(s) @eaDir", the most frequent first."""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     words = [f"{count} {kind}" for kind, count in ranked[:most]]
