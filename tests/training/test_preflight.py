@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from tests.helpers.image_folders import write_images
-from tests.helpers.tiny import TOKENIZER, make_tiny_config
 from tests.helpers.messages import assert_mentions
+from tests.helpers.tiny import TOKENIZER, make_tiny_config
 from vapi_jax.common import locks
 from vapi_jax.common.options import Errors
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.photos import PhotoSource
+from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.methods.classes import with_classes
 from vapi_jax.models.conversion import convert, model_shapes
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.loading import read_manifest
@@ -342,7 +342,7 @@ def test_a_converted_directory_is_compared_without_reading_its_weights(recipe, t
 def test_a_thorough_look_reads_what_a_run_will_read(recipe, golden, tokenizer_file, tmp_path):
     """Damage and values that are not finite are no matter of headers."""
     errors, path = Errors(), tmp_path / "converted"
-    convert(path, vq=golden.folder / "vq.safetensors")
+    convert(path, vq=golden.directory / "vq.safetensors")
     sizes = {name: value for name, value in read_manifest(path)[0]["vq"].items() if name != "name"}
     asked = recipe(tokenizer=sizes, init={"vq": str(path)})
     assert weights(asked, errors, thorough=True)["tokenizer"].state == "digests verified"
@@ -381,7 +381,7 @@ def test_a_reward_whose_weights_do_not_fit_is_refused(recipe, tmp_path, wrong):
 
 
 def test_a_reward_without_its_weights_says_which_option(recipe):
-    (line,) = problems(recipe(rewards=("gan",)))
+    (line,) = problems(recipe(data={"image_size": 32}, rewards=("gan",)))
     assert line.startswith("rewards.gan: weights=''")
 
 
@@ -407,7 +407,7 @@ def test_a_workdir_of_another_run_is_refused_and_nothing_is_made(recipe, tmp_pat
     (line,) = at(workdir, recipe(batch_size=32))
     assert_mentions(line, f"--workdir={workdir}", "batch_size: 16 -> 32", "--resume_with_changes")
     (line,) = at(workdir, recipe(steps=1))
-    assert_mentions(line, "step 2", "steps=1")
+    assert_mentions(line, "step 2", "steps: 100 -> 1")
     with locks.hold(workdir):
         (line,) = at(workdir, recipe())
     assert_mentions(line, f"process {os.getpid()}")
