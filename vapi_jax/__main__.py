@@ -7,6 +7,7 @@ COMMANDS = {
     "main": "train what a recipe describes",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure generated images",
+    "score": "score generated images from what a detector says of them",
     "convert": "turn released weights into a directory that recipes load",
     "export": "write a trained model under LlamaGen's names",
     "encode": "turn captions into features, or the images of a recipe into tokens, once",

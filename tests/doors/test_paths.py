@@ -31,6 +31,10 @@ DOORS = {
     ),
     "evaluate --precompute": (["--reference=r"], ["--precompute"]),
     "evaluate --verify": ([], ["--verify"]),
+    "score geneval": (
+        ["--detections=d", "--metadata=m", "--out=o.jsonl"],
+        ["--detections", "--metadata", "--out", "--against"],
+    ),
     "encode captions": (
         ["--text_encoder=t", "--captions=c", "--out=o.npz"],
         ["--text_encoder", "--captions", "--out"],

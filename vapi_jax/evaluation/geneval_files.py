@@ -1,0 +1,250 @@
+"""Files that GenEval's scores are made from: metadata, detections, results. Any of them may be anyone's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vapi_jax.common.files import read_text
+from vapi_jax.evaluation.geneval import (
+    COLORS,
+    RELATIONS,
+    TASKS,
+    Clause,
+    GenevalError,
+    Objects,
+    Prompt,
+    Rules,
+    Verdict,
+    judge,
+)
+
+PUBLISHED = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+"""SHA-256 of evaluation_metadata.jsonl."""
+
+PROMPTS, SAMPLES = 553, 4
+
+# COCO's names of three classes, which GenEval's metadata call otherwise.
+_RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+_PLACE = re.compile(r"(?:^|/)([0-9]{1,9})/samples/([0-9]{1,9})\.png$")
+_MOST_BOXES = 10_000  # of a class in an image
+_MOST_OBJECTS = 1000  # that a prompt may ask for
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One image's verdict.
+
+    Attributes:
+      prompt, sample: which it is.
+      file: its name in the file that was read.
+      verdict: of it.
+      given: the verdict that the file itself holds; None where it holds none.
+    """
+
+    prompt: int
+    sample: int
+    file: str
+    verdict: Verdict
+    given: bool | None = None
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, JSON object) of every line."""
+    try:
+        lines = read_text(path).split("\n")
+    except OSError as error:
+        raise GenevalError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise GenevalError(f"{path} is no text in UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        yield where, _object(line, where)
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise GenevalError(f"{where}: {error}") from error
+    if not isinstance(value, dict):
+        raise GenevalError(f"{where}: a JSON object is wanted, not a {type(value).__name__}")
+    return value
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file such as GenEval's evaluation_metadata.jsonl.
+
+    Raises:
+      GenevalError: it cannot be read, or a line is none of GenEval's.
+    """
+    prompts = [parse_prompt(value, where) for where, value in _objects_of(path)]
+    if not prompts:
+        raise GenevalError(
+            f"{path} holds no prompts; GenEval's evaluation_metadata.jsonl is wanted"
+        )
+    return prompts
+
+
+def parse_prompt(value: Mapping[str, Any], where: str) -> Prompt:
+    """One line of metadata.
+
+    Raises:
+      GenevalError: it is none of GenEval's.
+    """
+    tag, text, include = (value.get(name) for name in ("tag", "prompt", "include"))
+    if (
+        tag not in TASKS
+        or not isinstance(text, str)
+        or not isinstance(include, list)
+        or not include
+    ):
+        raise GenevalError(
+            f"{where}: tag {tag!r:.40}; each line of GenEval's metadata has a prompt, a list include "
+            f"and a tag of {', '.join(TASKS)}"
+        )
+    clauses: list[Clause] = []
+    for clause in include:
+        clauses.append(_clause(clause, where, len(clauses)))
+    excluded = value.get("exclude", [])
+    if not isinstance(excluded, list):
+        raise GenevalError(f"{where}: exclude is no list")
+    return Prompt(tag, text, tuple(clauses), tuple(_clause(c, where, 0) for c in excluded))
+
+
+def _clause(value: Any, where: str, before: int) -> Clause:
+    def fail(what: str) -> GenevalError:
+        return GenevalError(f"{where}: a clause {what}: {value!r:.120}")
+
+    if not isinstance(value, dict) or not isinstance(value.get("class"), str):
+        raise fail("names no class")
+    count, color, position = value.get("count"), value.get("color"), value.get("position")
+    if type(count) is not int or not 1 <= count <= _MOST_OBJECTS:
+        raise fail("has no count")
+    if color is not None and color not in COLORS:
+        raise fail("has none of the ten colors")
+    if position is not None:
+        known = isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS
+        if not known or type(position[1]) is not int or not 0 <= position[1] < before:
+            raise fail("has no position relative to an earlier one")
+        position = (position[0], position[1])
+    return Clause(value["class"], count, color, position)
+
+
+# --- detections -----------------------------------------------------------------------------------
+
+
+def parse_objects(value: Any) -> dict[str, Objects]:
+    """What a detector found in an image: {class: {"boxes": [...], "colors": [...]}} or {class: [...]}.
+
+    Raises:
+      GenevalError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise GenevalError(f"detections are {{class: boxes}}, not a {type(value).__name__}")
+    if old := sorted(value.keys() & _RENAMED.keys()):
+        told = ", ".join(f"{name!r} is {_RENAMED[name]!r}" for name in old)
+        raise GenevalError(f"these are COCO's names; in GenEval {told}")
+    return {name: _found(found, f"{name!r:.40}") for name, found in value.items()}
+
+
+def _found(value: Any, where: str) -> Objects:
+    boxes, colors = value, None
+    if isinstance(value, dict):
+        boxes, colors = value.get("boxes"), value.get("colors")
+    if not isinstance(boxes, list) or len(boxes) > _MOST_BOXES:
+        raise GenevalError(f"{where}: boxes are a list of at most {_MOST_BOXES}")
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 5 or not all(map(_is_number, box)):
+            raise GenevalError(f"{where}: a box is [x0, y0, x1, y1, score], not {box!r:.80}")
+    if colors is not None:
+        if not isinstance(colors, list) or len(colors) != len(boxes):
+            raise GenevalError(f"{where}: colors are a list, one for each of {len(boxes)} boxes")
+        if unknown := [color for color in colors if color not in COLORS]:
+            raise GenevalError(f"{where}: {unknown[0]!r:.40} is none of {', '.join(COLORS)}")
+        colors = tuple(colors)
+    return Objects(np.array(boxes, np.float64).reshape(-1, 5), colors)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def _place(value: Mapping[str, Any], where: str) -> tuple[str, int, int]:
+    """File, number of the prompt, number of the sample."""
+    name = value.get("filename")
+    found = _PLACE.search(name.replace("\\", "/")) if isinstance(name, str) else None
+    if not isinstance(name, str) or found is None:
+        raise GenevalError(
+            f"{where}: filename {name!r:.80}; wants PROMPT/samples/SAMPLE.png, such as "
+            "00000/samples/0000.png"
+        )
+    return name, int(found[1]), int(found[2])
+
+
+def judge_file(path: Path, prompts: list[Prompt], rules: Rules) -> list[Image]:
+    """Verdicts of a file with one JSON object an image, in order of prompt and sample.
+
+    Args:
+      path: detections, {"filename", "detections": {class: {"boxes", "colors"}}}; or results of the
+        original evaluator, whose boxes are judged again, or of this command. Results keep no colours:
+        for prompts that ask for one, and for lines without details, the file's own verdict holds.
+      prompts: of the metadata.
+      rules: thresholds.
+
+    Raises:
+      GenevalError: the file or a line of it cannot be used, or it is of other prompts.
+    """
+    seen: dict[tuple[int, int], Image] = {}
+    for where, value in _objects_of(path):
+        file, number, sample = _place(value, where)
+        if number >= len(prompts):
+            raise GenevalError(
+                f"{where}: prompt {number}, but the metadata have {len(prompts)}: files of two sets"
+            )
+        if (number, sample) in seen:
+            raise GenevalError(f"{where}: {file} is there twice")
+        judged = _detected if "detections" in value else _resulted
+        try:
+            verdict, given = judged(value, prompts[number], rules)
+        except GenevalError as error:
+            raise GenevalError(f"{where}: {error}") from error
+        seen[number, sample] = Image(number, sample, file, verdict, given)
+    if not seen:
+        raise GenevalError(f"{path} holds no images")
+    return [seen[key] for key in sorted(seen)]
+
+
+def _detected(value: Mapping[str, Any], prompt: Prompt, rules: Rules) -> tuple[Verdict, None]:
+    return judge(prompt, parse_objects(value["detections"]), rules), None
+
+
+def _resulted(value: Mapping[str, Any], prompt: Prompt, rules: Rules) -> tuple[Verdict, bool]:
+    given, text, details = (value.get(name) for name in ("correct", "prompt", "details"))
+    if not isinstance(given, bool) or text != prompt.text:
+        raise GenevalError(
+            f"neither detections, nor a result (true or false in correct) for the prompt "
+            f"{prompt.text!r}; correct is {given!r:.20}, the prompt {text!r:.80}"
+        )
+    if not isinstance(details, str) or any(clause.color for clause in prompt.include):
+        return Verdict(given, str(value.get("reason", ""))), given
+    return judge(prompt, parse_objects(_object(details, "details")), rules), given

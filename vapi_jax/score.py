@@ -1,0 +1,148 @@
+"""Scores of generated images from what a detector says of them: `python -m vapi_jax.score geneval ...`.
+
+  python -m vapi_jax.score geneval --detections=detections.jsonl --metadata=evaluation_metadata.jsonl \\
+      --out=scores.jsonl
+  python -m vapi_jax.score geneval --detections=results.jsonl --metadata=evaluation_metadata.jsonl \\
+      --out=scores.jsonl --against=base.jsonl
+
+Detections are one JSON object an image:
+
+  {"filename": "00000/samples/0000.png",
+   "detections": {"dog": {"boxes": [[x0, y0, x1, y1, score], ...], "colors": ["brown", ...]}}}
+
+with every box of the detector, whatever its score, and a colour for each where a prompt asks for one; or the
+results.jsonl of GenEval's own evaluator, whose boxes are judged again. --out gets a line an image: whether
+it is right, and what is wrong; beside it a .json has the six tasks, their mean, and 95 % intervals by
+bootstrap over prompts. --against takes a second set, scored or to be scored, and adds the paired
+differences. docs/text.md says how to make detections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.common.errors import exit_status
+from vapi_jax.common.files import write_atomically
+from vapi_jax.common.paths import local_path
+from vapi_jax.common.tables import format_table
+from vapi_jax.evaluation.geneval import Prompt, Rules
+from vapi_jax.evaluation.geneval_files import PUBLISHED, Image, judge_file, read_prompts
+from vapi_jax.evaluation.geneval_scores import (
+    RESAMPLES,
+    Estimate,
+    Scores,
+    check_complete,
+    difference,
+    score,
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vapi_jax.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    geneval = commands.add_parser("geneval", help="objects, counts, colors and places")
+    add = geneval.add_argument
+    add("--detections", type=local_path, required=True, metavar="FILE.jsonl")
+    add("--metadata", type=local_path, required=True, metavar="FILE.jsonl")
+    add(
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="replaced if it is there",
+    )
+    add("--against", type=local_path, metavar="FILE.jsonl", help="a set to compare with, by prompt")
+    add(
+        "--allow_incomplete", action="store_true", help="fewer than 553 prompts or 4 images of each"
+    )
+    for field in dataclasses.fields(Rules):
+        kind = int if field.name == "max_objects" else float
+        add(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".jsonl":
+        parser.error(f"--out {args.out}: wants a name that ends in .jsonl")
+    return args
+
+
+def geneval(args: argparse.Namespace) -> None:
+    """Judges, writes verdicts and scores, and shows the table."""
+    rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
+    prompts = read_prompts(args.metadata)
+    digest = sha256_file(args.metadata)
+    images = judge_file(args.detections, prompts, rules)
+    others = judge_file(args.against, prompts, rules) if args.against else None
+    for found in (images, others):
+        if found is not None and not args.allow_incomplete:
+            check_complete(found, prompts)
+    scores = score(images, prompts)
+    gaps = difference(images, others, prompts) if others else None
+    changed = [image.file for image in images if image.given not in (None, image.verdict.correct)]
+    write_atomically(args.out, "".join(_line(image, prompts[image.prompt]) for image in images))
+    record = {
+        "metadata": {
+            "file": args.metadata.name,
+            "sha256": digest,
+            "published": digest == PUBLISHED,
+        },
+        "detections": {"file": args.detections.name, "sha256": sha256_file(args.detections)},
+        "rules": dataclasses.asdict(rules),
+        "scores": dataclasses.asdict(scores),
+        "intervals": f"95 %, bootstrap over prompts, {RESAMPLES} resamples",
+        "verdicts_unlike_the_file's": changed,
+    }
+    if args.against and gaps:
+        record["against"] = {
+            "file": args.against.name,
+            "sha256": sha256_file(args.against),
+            "difference": {name: dataclasses.asdict(gap) for name, gap in gaps.items()},
+        }
+    path = args.out.with_suffix(".json")
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    print(_table(scores, gaps))
+    if digest != PUBLISHED:
+        print(f"{args.metadata} is not the published evaluation_metadata.jsonl")
+    if changed:
+        print(f"{len(changed)} verdicts differ from the file's own, the first of {changed[0]}")
+    print(f"verdicts and reasons are in {args.out}, all numbers in {path}")
+
+
+def _line(image: Image, prompt: Prompt) -> str:
+    verdict: dict[str, Any] = {"filename": image.file, "tag": prompt.tag, "prompt": prompt.text}
+    return json.dumps({**verdict, **dataclasses.asdict(image.verdict)}) + "\n"
+
+
+def _table(scores: Scores, gaps: dict[str, Estimate] | None) -> str:
+    def cells(estimate: Estimate) -> list[str]:
+        return [f"{estimate.value:.3f}", f"{estimate.low:.3f} to {estimate.high:.3f}"]
+
+    headers = ["task", "score", "95 %", *(["difference", "95 %"] if gaps else [])]
+    rows = [
+        [name, *cells(estimate), *(cells(gaps[name]) if gaps else [])]
+        for name, estimate in scores.tasks.items()
+    ]
+    return (
+        f"{format_table(rows, headers)}\n{scores.images} images of {scores.prompts} prompts: "
+        f"{scores.images_correct:.1%} of the images right, {scores.prompts_solved:.1%} of the prompts "
+        "with a right one"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(lambda: geneval(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
