@@ -27,6 +27,12 @@ _RESUME_WITH_CHANGES = flags.DEFINE_bool(
     "resume_with_changes", False, "Go on from a checkpoint though the configuration has changed"
 )
 _CHECK = flags.DEFINE_bool("check", False, "Print the plan and all that is in its way, and stop")
+_TARGET = flags.DEFINE_string(
+    "target",
+    None,
+    "With --check: compile for devices that need not be here, such as h100:8 or v5e:2x4, and tell "
+    "memory, FLOPs, traffic and kernels instead of the plan (docs/targets.md)",
+)
 _JSON = flags.DEFINE_bool("json", False, "With --check: the plan as JSON")
 _PROFILE = flags.DEFINE(
     STEPS,
@@ -59,6 +65,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if _JSON.value and not _CHECK.value:
         raise app.UsageError("--json is a form of --check")
+    if _TARGET.value is not None and not _CHECK.value:
+        raise app.UsageError("--target is a form of --check")
     recipe, workdir = CONFIG.value, _WORKDIR.value
     if recipe is None or (workdir is None and not _CHECK.value):
         raise app.UsageError("--config and --workdir are needed; see --help")
@@ -66,6 +74,10 @@ def main(argv: list[str]) -> int:
     # Orbax tells every rename, and the frames of a failed save that is reported in a sentence.
     absl_logging.set_verbosity(absl_logging.FATAL)
     # JAX and all rooms behind it take about two seconds to import, which --help does not have.
+    if _TARGET.value is not None:
+        from vapi_jax.bench import targets_report
+
+        return targets_report.check(recipe, _TARGET.value, _JSON.value)
     from vapi_jax.training import command
 
     if workdir is None or _CHECK.value:

@@ -1,5 +1,6 @@
 """Times a recipe's training step, whole and by phase, and counts what it computes and sends; or how
-fast its generator draws images, or how fast evaluation judges them.
+fast its generator draws images, or how fast evaluation judges them; or compiles it for devices that are
+not here.
 
   python -m vapi_jax.bench --config=configs/bench_cpu.py --plain
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --steps=10 --json=xxl.json
@@ -8,6 +9,7 @@ fast its generator draws images, or how fast evaluation judges them.
   python -m vapi_jax.bench --config=configs/c2i_xxl.py --compile_only --config.cpu_devices=8
   python -m vapi_jax.bench --mode=sample --config=configs/c2i_xxl.py --batch=64 --cfg=1.75
   python -m vapi_jax.bench --mode=evaluate --config=configs/c2i_demo.py --features=vgg
+  python -m vapi_jax.bench --mode=targets --config=configs/c2i_xxl.py --target=h100:8 --docs=docs
 
 The real task and step; weights and images are the recipe's where they can be had and random where not,
 which changes no speed. Any option of the recipe can be overridden as for vapi_jax.main. What --json
@@ -18,23 +20,28 @@ import json
 import math
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vapi_jax.bench import batches, evaluation, measure, report, sampling, sweep
+from vapi_jax.bench import batches, evaluation, measure, report, sampling, sweep, targets_report
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.paths import FOLDER, PATH
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.common.tables import format_table
-from vapi_jax.methods.config import ConfigError
+from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel import compiler
+from vapi_jax.parallel.targets import parse
 from vapi_jax.training import run
 
 flags.adopt_module_key_flags(recipe_flags)
 _MODE = flags.DEFINE_enum(
-    "mode", "step", ["step", "sample", "evaluate"], "What is timed: training, drawing or judging"
+    "mode",
+    "step",
+    ["step", "sample", "evaluate", "targets"],
+    "What is timed: training, drawing or judging; targets: nothing, but all are compiled for --target",
 )
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps or batches of each kind", lower_bound=1)
 _PLAIN = flags.DEFINE_bool(
@@ -51,7 +58,7 @@ _DOCS = flags.DEFINE(
     FOLDER,
     "docs",
     None,
-    "With --sweep: folder whose performance.md and performance.svg are written",
+    "With --sweep: folder whose performance.md and performance.svg are written; targets: targets.md",
 )
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Compile shapes alone: FLOPs, memory and collectives, nothing is run"
@@ -73,11 +80,16 @@ _VECTORS = flags.DEFINE_integer(
     "vectors", 2048, "evaluate: vectors in each set that distances are taken of", lower_bound=4
 )
 
+_TARGETS = flags.DEFINE_list(
+    "target", [], "targets: devices to compile for, such as h100:8,v5e:2x4"
+)
+
 _BELONGS = {
+    "target": ("targets",),
     "plain": ("step",),
     "sweep": ("step",),
     "vary": ("step",),
-    "docs": ("step",),
+    "docs": ("step", "targets"),
     "compile_only": ("step",),
     "batch": ("sample", "evaluate"),
     "cfg": ("sample",),
@@ -106,7 +118,9 @@ def _check_flags(argv: list[str]) -> None:
         raise app.UsageError("--plain times steps and --compile_only runs none: choose one")
     if _JSON.value is not None and not _JSON.value.absolute().parent.is_dir():
         raise app.UsageError(f"--json={_JSON.value}: there is no folder {_JSON.value.parent}")
-    if _DOCS.value is not None and not _SWEEP.value:
+    if _MODE.value == "targets" and not _TARGETS.value:
+        raise app.UsageError("--mode=targets wants --target, such as --target=h100:8")
+    if _DOCS.value is not None and not _SWEEP.value and _MODE.value == "step":
         raise app.UsageError("--docs writes the table of a sweep: add --sweep")
 
 
@@ -119,16 +133,34 @@ def main(argv: list[str]) -> int:
 
 
 def _run() -> None:
-
     config = resolve(CONFIG.value)
+    if _MODE.value == "targets":
+        _compile_for_targets(config)
+        return
     if _PLAIN.value and not getattr(config.options, "fused", True):
         raise ConfigError("config.vapi.fused=False is the plain step already: leave --plain out")
     result = _measure(config, run.prepare_devices(config))
+    _write_json(result)
+    if wrong := batches.problem(result):
+        raise ExpectedError(wrong)
+
+
+def _write_json(result: Any) -> None:
     if _JSON.value is not None:
         text = json.dumps(result, indent=2, allow_nan=False, default=str)
         _JSON.value.write_text(f"{text}\n", encoding="utf-8")
-    if wrong := batches.problem(result):
-        raise ExpectedError(wrong)
+
+
+def _compile_for_targets(config: TrainConfig) -> None:
+    """What --mode=targets does: one target after the other, the document written after each."""
+    jax.config.update("jax_platforms", "cpu")
+    verdicts = []
+    for target in [parse(name) for name in _TARGETS.value]:
+        verdicts.append(targets_report.judge(config, target))
+        print(targets_report.render(verdicts[-1]), flush=True)
+        if _DOCS.value is not None:
+            targets_report.write_docs(verdicts, config, _DOCS.value / "targets.md")
+    _write_json([targets_report.to_json(verdict) for verdict in verdicts])
 
 
 def _measure_batches(config: Any, mesh: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 COLLECTIVES = (
     "all-gather",
@@ -36,8 +36,10 @@ _NAMED = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}')
 _OPERAND = re.compile(r"%([\w.\-]+)")
+
+_FUSED_START = "AsyncCollectiveStart"
 
 
 class HloError(ValueError):
@@ -53,6 +55,7 @@ class Instruction:
       opcode: such as "dot" or "all-gather-start".
       shape: of the result, as printed: "bf16[8,64]{1,0}" or "(f32[], s32[4]{0})".
       operands: names of the arguments, all in `computation`.
+      literal: value of a constant, as printed.
       attributes: what follows the arguments, as printed.
       op_name: where it comes from: the jitted functions, named scopes and primitive.
       computation: name of the computation that it belongs to.
@@ -68,6 +71,7 @@ class Instruction:
     attributes: str
     op_name: str
     computation: str
+    literal: str = ""
     executions: int = 1
     exact: bool = True
 
@@ -202,6 +206,7 @@ def _parse_instruction(line: str, computation: str) -> Instruction | None:
         attributes=attributes.strip(", "),
         op_name=op_name[1] if op_name else "",
         computation=computation,
+        literal=line[opcode.end() : close] if opcode[1] == "constant" else "",
     )
 
 
@@ -232,12 +237,33 @@ def _attribute(attributes: str, name: str) -> list[str]:
     return re.findall(r"[\w.\-]+", found[1]) if found else []
 
 
-def _calls(instruction: Instruction) -> Iterator[tuple[str, int, bool]]:
+def _trip_count(attributes: str, computations: Mapping[str, list[Instruction]]) -> int | None:
+    """How often a loop runs; None where nothing says so.
+
+    XLA writes it beside a loop, but not for TPUs: there it is the n of the condition i < n, for JAX's
+    loops of known length count from 0.
+    """
+    if known := _TRIP_COUNT.search(attributes):
+        return int(known[1])
+    for name in _attribute(attributes, "condition"):
+        within = {one.name: one for one in computations.get(name, ())}
+        root = list(within.values())[-1] if within else None
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
+            continue
+        counter, limit = (within.get(operand) for operand in root.operands)
+        if counter and counter.opcode == "get-tuple-element" and limit and limit.literal.isdigit():
+            return int(limit.literal)
+    return None
+
+
+def _calls(
+    instruction: Instruction, computations: Mapping[str, list[Instruction]]
+) -> Iterator[tuple[str, int, bool]]:
     """(computation, times it runs when the instruction does, whether that is certain)."""
     attributes = instruction.attributes
     if instruction.opcode == "while":
-        known = _TRIP_COUNT.search(attributes)
-        count = int(known[1]) if known else 1
+        known = _trip_count(attributes, computations)
+        count = 1 if known is None else known
         for name in _attribute(attributes, "body"):
             yield name, count, known is not None
         for name in _attribute(attributes, "condition"):
@@ -270,13 +296,8 @@ def instructions(text: str) -> list[Instruction]:
 
     def walk(name: str, times: int, exact: bool) -> None:
         for one in computations.get(name, ()):
-            found.append(
-                Instruction(
-                    one.name, one.opcode, one.shape, one.operands, one.attributes, one.op_name,
-                    one.computation, times, exact,
-                )
-            )  # fmt: skip
-            for called, count, certain in _calls(one):
+            found.append(replace(one, executions=times, exact=exact))
+            for called, count, certain in _calls(one, computations):
                 walk(called, times * count, exact and certain)
 
     walk(entry, 1, True)
@@ -350,10 +371,12 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       HloError: if the text is no compiled HLO module.
     """
-    devices, found = device_count(text), []
-    for one in instructions(text):
+    devices, found, executed = device_count(text), [], instructions(text)
+    starts = {one.computation for one in executed if f'"{_FUSED_START}"' in one.attributes}
+    for one in executed:
         kind = _kind(one.opcode)
-        if kind is None:
+        # TPUs: one that is fused with compute stands in its start, in what runs beside it and in its end.
+        if kind is None or ("chain_id=" in one.attributes and one.computation not in starts):
             continue
         size = group_size(one.attributes, devices)
         shape = _result_shape(one)

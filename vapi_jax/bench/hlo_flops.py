@@ -37,6 +37,34 @@ class MatmulFlops:
         return self.dot + self.convolution
 
 
+@dataclass(frozen=True)
+class Product:
+    """One matrix product, convolution or fused attention.
+
+    Attributes:
+      kind: "dot", "convolution" or "attention".
+      operands: shapes of the first two, as printed.
+      flops: of all its executions.
+      instruction: where it stands.
+    """
+
+    kind: str
+    operands: tuple[str, ...]
+    flops: float
+    instruction: Instruction
+
+    @property
+    def slow(self) -> bool:
+        """Whether it runs at float32's speed: no operand is narrower.
+
+        TPUs multiply float32 as bfloat16 unless more precision is asked for.
+        """
+        dtypes = {dtype for shape in self.operands for dtype, _ in shape_arrays(shape)}
+        if ":T(" in self.instruction.shape:  # the tiles that TPUs lay arrays out in
+            return dtypes == {"f32"} and "operand_precision={high" in self.instruction.attributes
+        return dtypes == {"f32"}
+
+
 def _window(attributes: str, key: str, rank: int, default: str) -> list[str]:
     """The values of one key of a window, an entry for each spatial axis."""
     window = re.search(r"window=\{([^}]*)\}", attributes)
@@ -98,7 +126,9 @@ def _convolution_flops(one: Instruction, shapes: Mapping[str, str], padding: boo
 
 def _dot_flops(one: Instruction, shapes: Mapping[str, str]) -> float:
     # As an instruction prints it, or the configuration of a call to cuBLAS.
-    contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)[\]}]', one.attributes)
+    contracted = re.search(
+        r'lhs_contracting_dim(?:s=\{|ensions":\s*\[)([\d,"\s]*)[\]}]', one.attributes
+    )
     left = shape_arrays(shapes[one.operands[0]])[0][1]
     depth = 1
     if contracted:
@@ -109,7 +139,7 @@ def _dot_flops(one: Instruction, shapes: Mapping[str, str]) -> float:
 def _attention_flops(one: Instruction, shapes: Mapping[str, str]) -> float:
     """cuDNN's fused attention: two products forward, five backward, masked scores counted."""
     scores = re.search(
-        r'"intermediate_tensor_shape":\{[^}]*"dimensions":\[([^\]]*)\]', one.attributes
+        r'"intermediate_tensor_shape":\s*\{[^}]*"dimensions":\s*\[([^\]]*)\]', one.attributes
     )
     if scores is None:
         raise HloError(f"fused attention {one.name} does not say the shape of its scores")
@@ -118,8 +148,8 @@ def _attention_flops(one: Instruction, shapes: Mapping[str, str]) -> float:
     return 2.0 * products * width * math.prod(int(d) for d in re.findall(r"\d+", scores[1]))
 
 
-def matmul_flops(text: str, padding: bool = True) -> MatmulFlops:
-    """FLOPs of the matrix products and convolutions of one call on one device, loops counted.
+def products(text: str, padding: bool = True) -> tuple[list[Product], dict[str, int]]:
+    """Matrix products and convolutions of one call on one device, loops counted.
 
     Knows HLO's own instructions and the library calls that XLA makes of them on NVIDIA GPUs.
 
@@ -127,14 +157,16 @@ def matmul_flops(text: str, padding: bool = True) -> MatmulFlops:
       text: `compiled.as_text()`.
       padding: whether a convolution's taps on padding count.
 
+    Returns:
+      Them in order, and custom calls whose work is not known, target -> executions.
+
     Raises:
       HloError: if the text is no compiled HLO module.
     """
-    found = instructions(text)
-    shapes = {one.name: one.shape for one in found}
-    flops = {"dot": 0.0, "convolution": 0.0}
-    exact, uncounted = True, defaultdict[str, int](int)
-    for one in found:
+    executed = instructions(text)
+    shapes = {one.name: one.shape for one in executed}
+    found, uncounted = [], defaultdict[str, int](int)
+    for one in executed:
         target = ""
         if one.opcode == "custom-call":
             match = re.search(r'custom_call_target="([^"]*)"', one.attributes)
@@ -144,11 +176,23 @@ def matmul_flops(text: str, padding: bool = True) -> MatmulFlops:
         elif one.opcode == "convolution" or target.startswith("__cudnn$conv"):
             kind, once = "convolution", _convolution_flops(one, shapes, padding)
         elif target.startswith("__cudnn$fmha"):
-            kind, once = "dot", _attention_flops(one, shapes)
+            kind, once = "attention", _attention_flops(one, shapes)
         else:
             if target:
                 uncounted[target] += one.executions
             continue
-        flops[kind] += once * one.executions
-        exact &= one.exact
-    return MatmulFlops(flops["dot"], flops["convolution"], exact, dict(uncounted))
+        operands = tuple(shapes[name] for name in one.operands[:2])
+        found.append(Product(kind, operands, once * one.executions, one))
+    return found, dict(uncounted)
+
+
+def matmul_flops(text: str, padding: bool = True) -> MatmulFlops:
+    """FLOPs of `products`, summed."""
+    found, uncounted = products(text, padding)
+    convolutions = [one.flops for one in found if one.kind == "convolution"]
+    return MatmulFlops(
+        sum(one.flops for one in found) - sum(convolutions),
+        sum(convolutions),
+        all(one.instruction.exact for one in found),
+        uncounted,
+    )

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from vapi_jax.common.options import Errors
 from vapi_jax.data import DataError, make_dataset
+from vapi_jax.methods import Method
 from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import changed
@@ -130,28 +131,41 @@ def abstract(config: TrainConfig, mesh: Mesh) -> Setup:
     """
     _check_method(config)
     method = RandomTokenizer(with_classes(config, Errors()), mesh)
-    optimizer = train.make_optimizer(config.optimizer, config.steps)
-    state = train.abstract_state(method, optimizer, config.seed)
-    shardings = train.state_shardings(state, mesh)
-    frozen = method.frozen_shapes()
-    if method.keeps_start:
-        frozen["base"] = state.params
-
-    def placed(tree: Any, layout: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
-        )
-
     batch = batch_shapes(method)
+    optimizer, state, shardings, frozen = shapes(method)
     return Setup(
         method,
         optimizer,
-        placed(state, shardings),
+        state,
         shardings,
-        placed(frozen, tree_shardings(frozen, mesh)),
+        frozen,
         placed(batch, dict.fromkeys(batch, batch_sharding(mesh))),
         {"generator": "shapes alone", "tokenizer": "shapes alone", "data": "shapes alone"},
     )
+
+
+def placed(tree: Any, layout: Any) -> Any:
+    """A tree of shapes, each with its NamedSharding of a like tree."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout
+    )
+
+
+def shapes(method: Method) -> tuple[optax.GradientTransformation, Any, Any, dict[str, Any]]:
+    """What a step of any method takes beside its batch, as shapes in their layout.
+
+    Returns:
+      (optimizer, state, shardings of the state, frozen weights).
+    """
+    config, mesh, rules = method.config, method.mesh, method.partition_rules
+    optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+    state = train.abstract_state(method, optimizer, config.seed)
+    shardings = train.state_shardings(state, mesh, rules)
+    frozen = method.frozen_shapes()
+    if method.keeps_start:
+        frozen["base"] = state.params
+    layout = tree_shardings(frozen, mesh, rules)
+    return optimizer, placed(state, shardings), shardings, placed(frozen, layout)
 
 
 def _check_method(config: TrainConfig) -> None:
