@@ -74,7 +74,7 @@ prepare() {
   if ! "$python" -m pip install --no-input --disable-pip-version-check \
     -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    die "the installation failed, most often for want of a network or of disk space (1.5 GB)." \
+    die "the installation failed, most often for want of a network or of disk space (1.5 GB, for the tests 3.5)." \
       "The whole log: $log"
   fi
   printf '%s\n' "$wanted" >"$stamp"

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from vapi_jax.bench import hlo
-from vapi_jax.bench.hlo_flops import matmul_flops, taps
+from vapi_jax.bench.hlo_flops import matmul_flops, products, taps
 from vapi_jax.parallel.sharding import make_mesh
 
 # Four devices. An all-gather in a loop of 3 inside a loop of 5, one in the inner condition, an
@@ -364,3 +364,77 @@ def test_library_calls_on_gpus_by_hand():
 def test_attention_without_the_shape_of_its_scores_is_an_error():
     with pytest.raises(hlo.HloError, match="scores"):
         matmul_flops(GPU_CALLS.replace("intermediate_tensor_shape", "shape"))
+
+
+def test_library_calls_printed_with_spaces_are_read_alike():
+    spaced = GPU_CALLS.replace('":', '": ')
+    assert spaced != GPU_CALLS
+    assert matmul_flops(spaced) == matmul_flops(GPU_CALLS)
+    assert hlo.instructions(MODULE.replace('":', '": ')) != []
+    executions = {one.name: one.executions for one in hlo.instructions(MODULE.replace('":', '": '))}
+    assert executions["gather"] == 15
+
+
+# A scan of six on a TPU: no trip count is printed, and one gather is fused with what runs beside it.
+TPU = """HloModule jit_f, num_partitions=4
+
+%start (s: bf16[4,2]) -> (bf16[4,2], bf16[16,2]) {
+  %s = bf16[4,2]{1,0:T(8,128)} parameter(0)
+  %g.1 = bf16[16,2]{1,0:T(8,128)} all-gather(%s), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %c.1 = (bf16[4,2]{1,0}, bf16[16,2]{1,0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (s.1: bf16[4,2], x: f32[8,16]) -> (f32[8,2], bf16[16,2]) {
+  %s.1 = bf16[4,2]{1,0:T(8,128)} parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %w = f32[16,2]{1,0:T(8,128)} constant({...})
+  %fast = f32[8,2]{1,0:T(8,128)} convolution(%x, %w), dim_labels=bf_io->bf
+  %exact = f32[8,2]{1,0:T(8,128)} convolution(%x, %w), dim_labels=bf_io->bf, operand_precision={highest,highest}
+  %g.2 = bf16[16,2]{1,0:T(8,128)} all-gather(%s.1), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %t = (f32[8,2]{1,0}, bf16[16,2]{1,0}) tuple(%exact, %g.2)
+}
+
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %f.1 = (bf16[4,2]{1,0}, bf16[16,2]{1,0}) fusion(%p), kind=kCustom, calls=%start
+  ROOT %f.2 = (f32[8,2]{1,0}, bf16[16,2]{1,0}) fusion(%f.1, %p), kind=kOutput, calls=%beside
+}
+
+%condition (p.1: (s32[], f32[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6), metadata={op_name="jit(f)/while"}
+  %p.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0:T(8,128)} parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%a), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_a_loop_of_a_tpu_runs_as_often_as_its_condition_says():
+    found = {one.name: one for one in hlo.instructions(TPU)}
+    assert (found["exact"].executions, found["exact"].exact) == (6, True)
+    assert found["limit"].literal == "6" and found["lt"].executions == 7
+    other = TPU.replace("direction=LT", "direction=NE")
+    assert not {one.name: one.exact for one in hlo.instructions(other)}["exact"]
+
+
+def test_a_gather_fused_with_what_runs_beside_it_counts_once():
+    (gather,) = hlo.collectives(TPU)
+    assert (gather.name, gather.executions, gather.result_bytes) == ("g.1", 6, 64)
+    apart = TPU.replace(', frontend_attributes={chain_id="0"}', "")
+    assert len(hlo.collectives(apart)) == 2
+
+
+def test_products_at_float32_speed():
+    found, _ = products(TPU)
+    assert [(one.instruction.name, one.slow, one.flops) for one in found] == [
+        ("fast", False, 6 * 2 * 8 * 16 * 2),  # a TPU takes bfloat16 unless it is told
+        ("exact", True, 6 * 2 * 8 * 16 * 2),
+    ]
+    assert not any(one.slow for one in products(GPU_CALLS)[0])
+    wide = GPU_CALLS.replace("bf16[64,32]", "f32[64,32]").replace("bf16[32,16]", "f32[32,16]")
+    assert [one.instruction.name for one in products(wide)[0] if one.slow] == ["gemm"]

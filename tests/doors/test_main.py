@@ -48,6 +48,21 @@ def test_flags_that_mean_nothing(arguments, message):
     assert "vapi_jax/training/run.py" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--target=h100:8", "--workdir=/tmp/nowhere"), ("--target", "--check")),
+        (("--target=h1000:8", "--check"), ("h1000:8", "v5e")),
+        (("--target=v5e:8", "--check"), ("v5e:2x4",)),
+    ],
+)
+def test_targets_that_mean_nothing(arguments, told):
+    done = commands.module("main", XXL, *arguments)
+    assert done.returncode == 1
+    assert_mentions(done.stdout + done.stderr, *told)
+    assert "Traceback" not in done.stderr
+
+
 def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
     done = commands.module(
         "main",

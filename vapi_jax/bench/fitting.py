@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from vapi_jax.bench.bandwidth import table_bandwidth
 from vapi_jax.bench.devices import table_peak
 from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.measure import say
@@ -68,7 +69,13 @@ def settings(method: VAPi, target: Target) -> list[Setting]:
     parameters = count_parameters(state.params, method.mesh)
     between = target.kind.link if target.kind.gpu is None else 50e9
     peak = table_peak(target.kind.title, "bfloat16")
-    assert peak is not None, target.kind.title
+    memory_speed = table_bandwidth(target.kind.title)
+    assert peak is not None and memory_speed is not None, target.kind.title
+    # A microbatch reads all matrices three times in bfloat16, and reads and writes its share of a float32
+    # sum of gradients: many small ones wait for memory.
+    whole = parameters.layers + parameters.rest + parameters.whole
+    per_microbatch = (6 * whole + 12 * whole / method.mesh.shape[AXIS]) / memory_speed
+
     link = Link(
         target.name, peak, _UTILISATION, method.mesh.shape[AXIS], target.kind.link, between, _ACHIEVED
     )  # fmt: skip
@@ -85,7 +92,8 @@ def settings(method: VAPi, target: Target) -> list[Setting]:
             found = predict(
                 parameters, method.compute_dtype, flops, batch, devices, size // devices, link
             )
-            one = dataclasses.replace(one, seconds=found.exposed)
+            seconds = found.exposed + batch // size * per_microbatch
+            one = dataclasses.replace(one, seconds=seconds)
             yield one
             if changed.judged_pixels.at_once(size // devices, group, side)[0] > group:
                 yield dataclasses.replace(

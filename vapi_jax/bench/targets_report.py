@@ -20,10 +20,7 @@ from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.targets import Target, parse
 
-PARTS = (
-    "parameters", "optimizer", "gradients", "frozen networks", "base generator", "activations",
-    "temporary",
-)  # fmt: skip
+PARTS = (*targets.TOLD, "temporary")
 
 _ADVICE = {
     "sampling": f"draw fewer than {SAMPLES} images at once (`vapi_jax.sample --batch`)",

@@ -206,6 +206,7 @@ def _tpus(target: Target) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
     # A host has 2x2x1 chips, and a part of that where the slice is smaller.
