@@ -23,11 +23,12 @@ from vapi_jax.bench import hlo
 from vapi_jax.bench.devices import planned_memory
 from vapi_jax.bench.hlo_flops import Product, products
 from vapi_jax.bench.measure import say
-from vapi_jax.bench.setup import classes, placed, shapes
+from vapi_jax.bench.setup import placed, shapes
+from vapi_jax.common.options import Errors
 from vapi_jax.generation.sampler import DEFAULTS
 from vapi_jax.methods import Method, make_method
+from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import with_classes
 from vapi_jax.methods.resolve import device_errors, raise_all
 from vapi_jax.models.sampling import generate
 from vapi_jax.parallel import compiler
@@ -99,8 +100,8 @@ def open_mesh(config: TrainConfig, target: Target) -> Mesh:
 
 
 def on_mesh(config: TrainConfig, mesh: Mesh) -> Method:
-    """The recipe's method, with ImageNet's class count where its data are not here."""
-    return make_method(with_classes(config, lambda: classes(config)), mesh)
+    """The recipe's method, its classes settled as far as what is here says them."""
+    return make_method(with_classes(config, Errors()), mesh)
 
 
 TOLD = (
