@@ -9,6 +9,13 @@ The published protocol (50,000 images of random classes at 384 px, judged at 256
 
   python -m vapi_jax.sample --ckpt runs/xxl --protocol adm50k --dtype bfloat16 --out samples/xxl
 
+Images for prompts, from a text-conditional checkpoint, and GenEval's folders of 4 images of each prompt:
+
+  python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --prompts "a red cat" \\
+      --cfg 7.5 --top_k 1000 --out samples/cat
+  python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --layout geneval \\
+      --prompts evaluation_metadata.jsonl --cfg 7.5 --top_k 1000 --out samples/geneval
+
 The same command after an interruption goes on where it was, with another --batch or a larger --num too:
 sample i depends on --seed, i and its label alone, whatever the batch and the number of devices.
 DIR/recipe.json says how the images were made; DIR/images and DIR/samples.npz (ADM's layout) are what
@@ -40,6 +47,14 @@ from vapi_jax.generation.files import (
     write_recipe,
 )
 from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.prompts import (
+    LAYOUTS,
+    MOST_SAMPLES,
+    PromptFiles,
+    PromptRequests,
+    prompts_at,
+    request_prompts,
+)
 from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.generation.requests import Requests, make_requests
 from vapi_jax.generation.sampler import Sampler
@@ -113,6 +128,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="for a text-conditional checkpoint: .npz of features [N, P, W] and mask [N, P], left "
         "padded; sample i takes row i mod N",
     )  # fmt: skip
+    prompting = parser.add_argument_group("prompts")
+    add = prompting.add_argument
+    add(
+        "--prompts", type=prompts_at, metavar="FILE|TEXT",
+        help="for a text-conditional checkpoint: .txt (a prompt a line), .jsonl, .json, .tsv, .csv, or "
+        "the prompt itself; the images of a prompt depend on --seed and its place in the file",
+    )  # fmt: skip
+    add(
+        "--text_encoder", type=local_path, metavar="DIR", help="of Hugging Face, such as flan-t5-xl"
+    )
+    add(
+        "--per_prompt",
+        type=_at_least(1, MOST_SAMPLES + 1),
+        help="images of each (default 4; hps 1)",
+    )
+    add(
+        "--layout", choices=LAYOUTS, default="flat",
+        help="images/000000.png, ... (default); geneval's 00000/samples/0000.png; hps's STYLE/00000.jpg",
+    )  # fmt: skip
+    add("--no-clean", action="store_true", help="leave prompts as they are, but for the case")
+    add = parser.add_argument
     shown = "; ".join(
         f"{name} is {' '.join(f'--{flag} {value}' for flag, value in flags.items())}"
         for name, flags in PROTOCOLS.items()
@@ -150,8 +186,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--format", choices=FORMATS, default="png", help="default %(default)s")
     add(
-        "--grid", action="store_true", help="also DIR/grid.png: a few samples, a row for each class"
-    )
+        "--grid", action="store_true",
+        help="also DIR/grid.png: a few samples, a row for each class; or a grid of each prompt",
+    )  # fmt: skip
     add("--cpu_devices", type=_at_least(1, 257), default=1, help="virtual devices on a CPU")
     return parser
 
@@ -170,10 +207,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} belongs to --cfg_schedule {schedule}")
         if wanted and not given:
             parser.error(f"--cfg_schedule {schedule} wants --{name}")
+    _check_prompts(parser, args)
     for name in ("temperature", "top_k", "top_p") if args.greedy else ():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--greedy draws nothing: leave --{name} out")
     return args
+
+
+def _check_prompts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Settles how many samples there are for prompts, and refuses flags of the other kind."""
+    with_prompts = ("text_encoder", "per_prompt", "layout", "no_clean")
+    without = ("labels", "conditions", "num")
+    for name in with_prompts if args.prompts is None else without:
+        if getattr(args, name) != parser.get_default(name):
+            flag = name.replace("no_", "no-")
+            how = "belongs to" if args.prompts is None else "does not go with"
+            parser.error(f"--{flag} {how} --prompts")
+    if args.prompts is None:
+        return
+    if args.text_encoder is None:
+        parser.error("--prompts wants --text_encoder, the folder of the encoder of the checkpoint")
+    if args.layout != "flat" and args.format != "png":
+        parser.error(f"--layout {args.layout} has a format of its own: leave --format out")
+    if args.layout == "hps" and (args.per_prompt not in (None, 1) or args.grid):
+        parser.error("--layout hps is one image a prompt: leave --per_prompt and --grid out")
+    args.per_prompt = args.per_prompt or (1 if args.layout == "hps" else 4)
 
 
 def draw_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -269,37 +327,63 @@ def _mesh(cpu_devices: int) -> Any:
 def run(args: argparse.Namespace) -> None:
     """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
     generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
-    conditions = make_requests(generator, args.num, args.seed, args.labels, args.conditions)
+    if args.prompts is None:
+        conditions = make_requests(generator, args.num, args.seed, args.labels, args.conditions)
+    else:
+        conditions = request_prompts(
+            generator,
+            args.prompts,
+            args.per_prompt,
+            args.layout,
+            args.text_encoder,
+            dtype=args.dtype,
+            clean=not args.no_clean,
+        )
     if args.cfg != 1.0:
         try:
             generator.policy.unconditional(generator.policy.example_condition(1))
         except ValueError as error:
             raise SampleError(f"--cfg {args.cfg:g}: {error}") from error
     side = args.resize or generator.image_size
-    files = SampleFiles(args.out, args.num, args.batch, side, args.format)
-    batch = min(args.batch, args.num)
+    count = len(conditions.rows)
+    files = SampleFiles(args.out, count, args.batch, side, args.format)
+    if isinstance(conditions, PromptRequests):
+        files = conditions.files(files, args.layout)
+    batch = min(args.batch, count)
     start = time.monotonic()
     with files.locked():
         asked = make_recipe(args, generator, conditions, side)
         recipe = settle_recipe(
             args.out,
             asked,
-            lambda count: make_recipe(args, generator, conditions.first(count), side),
+            None
+            if args.prompts
+            else lambda n: make_recipe(args, generator, conditions.first(n), side),
             files.grow,
         )
         if recipe["started"] != asked["started"] and files.todo():
             again = {name: asked[name] for name in ("started", "devices", "versions", "batch")}
             write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
         sampler = Sampler(
-            generator.policy, generator.pixels, generator.frozen, batch, draw_options(args), side
+            generator.policy,
+            generator.pixels,
+            generator.frozen,
+            batch,
+            draw_options(args),
+            side,
+            conditions.numbers,
         )
+        if isinstance(files, PromptFiles):
+            files.describe()
         drawn = write_samples(sampler, generator.params, conditions, args.seed, files)
         files.finish(conditions.rows if conditions.labels else None)
-        if args.grid:
+        if args.grid and isinstance(files, PromptFiles):
+            files.grids()
+        elif args.grid:
             Image.fromarray(grid(files, conditions)).save(args.out / "grid.png")
     places = [str(path) for path in (files.images, files.npz) if path.exists()]
     print(
-        f"{args.num} samples in {' and '.join(places)}, {drawn} of them drawn in "
+        f"{count} samples in {' and '.join(places)}, {drawn} of them drawn in "
         f"{format_duration(time.monotonic() - start)}. How they were made is in {args.out / RECIPE}"
     )
 

@@ -24,7 +24,10 @@ BUCKET = "gs://bucket/run"
 # Command -> (what else it must be given, its options that are paths).
 DOORS = {
     "main": ([RECIPE], ["--workdir"]),
-    "sample": (["--ckpt=demo", "--out=out"], ["--ckpt", "--out", "--labels", "--conditions"]),
+    "sample": (
+        ["--ckpt=demo", "--out=out"],
+        ["--ckpt", "--out", "--labels", "--conditions", "--prompts", "--text_encoder"],
+    ),
     "evaluate": (
         ["--samples=s", "--reference=r"],
         ["--samples", "--reference", "--inception", "--out"],
@@ -79,7 +82,7 @@ TEXTS = {
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},
 }
-_READ_AS_PATHS = {"local_path", "local_text", "local_folder", "PATH", "FOLDER"}
+_READ_AS_PATHS = {"local_path", "local_text", "local_folder", "prompts_at", "PATH", "FOLDER"}
 _SHARED = {"output_flags": "common/output_flags.py"}
 
 

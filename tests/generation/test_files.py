@@ -150,13 +150,13 @@ def test_files_that_lost_their_end_are_drawn_again(tmp_path):
     files = SampleFiles(tmp_path, 7, 3, 4, "both")
     for chunk in range(3):
         files.write(chunk, pictures(files.ids(chunk)))
-    files.png(1).write_bytes(files.png(1).read_bytes()[:-3])
+    files.picture(1).write_bytes(files.picture(1).read_bytes()[:-3])
     last = tmp_path / "chunks" / "00000006-00000007.npy"
     last.write_bytes(last.read_bytes()[:-1])
     (tmp_path / "chunks" / "00000003-00000006.npy.partial").write_bytes(b"half")
     assert files.todo() == [0, 2]
     assert not list(tmp_path.rglob("*.partial"))
-    files.png(4).unlink()
+    files.picture(4).unlink()
     assert files.todo() == [0, 1, 2]
 
 
@@ -183,15 +183,15 @@ def test_another_batch_and_more_samples_go_on_from_what_is_there(
 
 def test_many_samples_go_to_folders_of_ten_thousand():
     few, many = (SampleFiles(Path("d"), count, 64, 4) for count in (10_000, 10_001))
-    assert str(few.png(9_999)) == "d/images/009999.png"
-    assert [str(many.png(i)) for i in (0, 9_999, 10_000)] == [
+    assert str(few.picture(9_999)) == "d/images/009999.png"
+    assert [str(many.picture(i)) for i in (0, 9_999, 10_000)] == [
         "d/images/00/000000.png",
         "d/images/00/009999.png",
         "d/images/01/010000.png",
     ]
     huge = SampleFiles(Path("d"), 2_000_001, 64, 4)
-    assert str(huge.png(2_000_000)) == "d/images/200/2000000.png"
-    assert str(huge.png(7)) == "d/images/000/0000007.png"
+    assert str(huge.picture(2_000_000)) == "d/images/200/2000000.png"
+    assert str(huge.picture(7)) == "d/images/000/0000007.png"
 
 
 def test_a_chunk_over_the_edge_of_a_folder_is_written_to_both(tmp_path, monkeypatch):

@@ -47,7 +47,11 @@ _ENVIRONMENT = ("versions", "devices", "started", "resumed")
 _NO_DIFFERENCE = ("checkpoint.path", "checkpoint.policy.attention", "batch")
 _OF_ALL = ("count", "labels", "captions")  # what more samples of the same recipe change
 _CHUNK = re.compile(r"(\d+)-(\d+)\.npy")
-_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_ENDS = {".png": b"\x00\x00\x00\x00IEND\xaeB`\x82", ".jpg": b"\xff\xd9"}
+_HOW: Mapping[str, Mapping[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
 
 
 class SampleFilesError(ExpectedError, ValueError):
@@ -213,8 +217,8 @@ class SampleFiles:
         """The samples of a chunk."""
         return range(chunk * self.batch, min(self.count, (chunk + 1) * self.batch))
 
-    def png(self, sample: int) -> Path:
-        """Where a sample's PNG is."""
+    def picture(self, sample: int) -> Path:
+        """Where a sample's picture is."""
         width = max(6, len(str(self.count - 1)))
         folder = self.images
         if self.count > PER_FOLDER:
@@ -256,7 +260,7 @@ class SampleFiles:
         for samples in self._waiting():
             there[samples.start : samples.stop] = True
         if self.format != "npz":
-            there &= [_is_whole(self.png(sample)) for sample in range(self.count)]
+            there &= [_is_whole(self.picture(sample)) for sample in range(self.count)]
         chunks = range(-(-self.count // self.batch))
         return [chunk for chunk in chunks if not there[self.ids(chunk)].all()]
 
@@ -273,7 +277,7 @@ class SampleFiles:
         for path in list(
             self.images.rglob("*.png")
         ):  # in folders, or in others, where many are wanted
-            place = self.png(int(path.stem))
+            place = self.picture(int(path.stem))
             if path != place:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(place)
@@ -289,12 +293,12 @@ class SampleFiles:
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(f"want uint8 {shape}, got {images.dtype} {images.shape}")
         if self.format in ("png", "both"):
-            self.png(samples[0]).parent.mkdir(parents=True, exist_ok=True)
-            self.png(samples[-1]).parent.mkdir(parents=True, exist_ok=True)
+            for folder in {self.picture(sample).parent for sample in samples}:
+                folder.mkdir(parents=True, exist_ok=True)
             for sample, image in zip(samples, images, strict=True):
-                encoded = io.BytesIO()
-                Image.fromarray(image).save(encoded, "PNG")
-                write_atomically(self.png(sample), encoded.getvalue(), sync=False)
+                path, encoded = self.picture(sample), io.BytesIO()
+                Image.fromarray(image).save(encoded, **_HOW[path.suffix])
+                write_atomically(path, encoded.getvalue(), sync=False)
         if self.format in ("npz", "both") and not self.npz.exists():
             self._chunks.mkdir(parents=True, exist_ok=True)
             write_atomically(
@@ -347,18 +351,19 @@ class SampleFiles:
         images = []
         for sample in samples:
             try:
-                with Image.open(self.png(sample)) as image:
+                with Image.open(self.picture(sample)) as image:
                     images.append(np.asarray(image.convert("RGB")))
             except (OSError, SyntaxError, ValueError) as error:
-                raise SampleFilesError(f"{self.png(sample)} cannot be read: {error}") from error
+                raise SampleFilesError(f"{self.picture(sample)} cannot be read: {error}") from error
         return np.stack(images)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a PNG is there with its end, which a power cut may have taken."""
+    """Whether a picture is there with its end, which a power cut may have taken."""
+    end = _ENDS[path.suffix]
     try:
         with path.open("rb") as file:
-            file.seek(-len(_PNG_END), os.SEEK_END)
-            return file.read() == _PNG_END
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
     except OSError:  # absent, or shorter than that
         return False

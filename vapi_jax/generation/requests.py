@@ -56,6 +56,10 @@ class Requests:
             "dropped": np.zeros(len(rows), bool),
         }
 
+    def numbers(self, samples: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+        """What the keys of samples are made of, beside the seed."""
+        return samples
+
     def first(self, count: int) -> Requests:
         """The conditions of the first samples alone, as if no more had been asked for."""
         rows = self.rows[:count]
@@ -103,8 +107,8 @@ def make_requests(
         raise RequestError("--labels: this checkpoint is text-conditional; give --conditions")
     if captions is None:
         raise RequestError(
-            "this checkpoint is text-conditional: give --conditions FILE.npz with features [N, P, W] "
-            "of encoded captions and mask [N, P]"
+            "this checkpoint is text-conditional: give --prompts and --text_encoder; or --conditions "
+            "FILE.npz with features [N, P, W] of encoded captions and mask [N, P]"
         )
     return _by_caption(captions, count, generator.policy.condition)
 

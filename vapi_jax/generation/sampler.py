@@ -101,6 +101,7 @@ class Sampler:
       batch: samples at once; rounded up to the devices, which changes no sample.
       settings: of `sampling.generate`; by default neither filters nor guidance, at temperature 1.
       side: of the images in pixels, resized where they are decoded at another; 0 for as decoded.
+      numbers: what the keys of samples are made of beside the seed, uint32; by default i.
     """
 
     def __init__(
@@ -111,11 +112,12 @@ class Sampler:
         batch: int,
         settings: Mapping[str, Any] | None = None,
         side: int = 0,
+        numbers: Callable[[Int[np.ndarray, " N"]], Int[np.ndarray, " N"]] = lambda samples: samples,
     ):
         assert pixels.mesh is not None, "a sampler draws on devices of its own"
         self._policy, self._pixels, self._mesh = policy, pixels, pixels.mesh
         self._tokenizer = {"tokenizer": frozen["tokenizer"]}
-        self._settings, self._side = dict(settings or {}), side
+        self._settings, self._side, self._numbers = dict(settings or {}), side, numbers
         self._narrowed = jax.jit(policy.narrowed)  # kept, or it would be compiled at every call
         self.rows = -(-batch // self._mesh.size) * self._mesh.size
 
@@ -142,7 +144,7 @@ class Sampler:
         """
         ids = np.arange(samples.start, samples.start + self.rows, dtype=np.uint32)
         given = np.minimum(ids, samples[-1])  # padding repeats the last sample's condition
-        batch = shard_whole({"condition": conditions(given), "ids": ids}, self._mesh)
+        batch = shard_whole({"condition": conditions(given), "ids": self._numbers(ids)}, self._mesh)
         return sampling.generate(
             self._policy,
             weights,
