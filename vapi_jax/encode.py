@@ -26,6 +26,7 @@ from absl import app, flags
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path
+from vapi_jax.common.progress import announce
 
 LISTED = 3
 
@@ -100,37 +101,39 @@ def captions(argv: list[str]) -> int:
 
 def dataset(argv: list[str]) -> int:
     """`dataset`: from a recipe to tokens. Recipes need absl's flags, which are defined on import."""
-    from vapi_jax.common import output_flags, recipe_flags
+    from vapi_jax.common import output_flags, process_flags, recipe_flags
 
     flags.adopt_module_key_flags(recipe_flags)
     flags.adopt_module_key_flags(output_flags)
+    flags.adopt_module_key_flags(process_flags)
     app.run(_dataset, [sys.argv[0], *argv], flags_parser=recipe_flags.parse_flags)
 
 
 def _dataset(argv: list[str]) -> int:
     from vapi_jax.common.output_flags import NUM, OUT
+    from vapi_jax.common.process_flags import process_flags
     from vapi_jax.common.recipe_flags import CONFIG
+    from vapi_jax.parallel import compiler, distributed
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     recipe, out = CONFIG.value, OUT.value
     if recipe is None or out is None:
         raise app.UsageError("--config and --out are needed; see --help")
-    return exit_status(lambda: _encode(recipe, out, NUM.value))
+    compiler.reserve_memory()
+    return distributed.as_one(lambda: _encode(recipe, out, NUM.value), **process_flags())
 
 
 def _encode(recipe: Any, out: Path, num: int) -> None:
     from vapi_jax.generation.encoding import encode_dataset
     from vapi_jax.methods import make_method
     from vapi_jax.methods.resolve import resolve
-    from vapi_jax.parallel import compiler
     from vapi_jax.training.run import prepare_devices
 
-    compiler.reserve_memory()
     config = resolve(recipe)
     counts = encode_dataset(make_method(config, prepare_devices(config)), out, num)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
-    print(
+    announce(
         f"{out}: {told} images. Use them with --config.data.name=encoded --config.data.path={out} "
         "--config.data.shuffle=false"
     )

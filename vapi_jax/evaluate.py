@@ -27,8 +27,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path, local_text
+from vapi_jax.common.process_flags import NAMES, add_process_flags, process_flags
+from vapi_jax.common.progress import announce
 from vapi_jax.evaluation.features import EXTRACTORS, find_extractor
 from vapi_jax.evaluation.measure import (
     DEFAULT_METRICS,
@@ -54,7 +58,7 @@ from vapi_jax.evaluation.receipt import (
 )
 from vapi_jax.library import callable_door
 from vapi_jax.models.inception import FILE_NAME, SHA256
-from vapi_jax.parallel import compiler
+from vapi_jax.parallel import compiler, distributed
 
 ENVIRONMENT = "VAPI_INCEPTION"
 _BATCH, _SEED, _PR_IMAGES = 64, 0, 10_000
@@ -140,8 +144,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write statistics of the reference and stop",
     )
     add("--verify", type=local_path, metavar="FILE", help="recompute a receipt and compare")
+    add_process_flags(parser)
     args = parser.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value is not None}
+    given = {name for name, value in vars(args).items() if value is not None} - NAMES.keys()
     modes = given & {"verify", "precompute"}
     if len(modes) > 1:
         parser.error("--verify and --precompute are two commands; give one of them")
@@ -248,7 +253,7 @@ def verify(args: argparse.Namespace) -> int:
     """Recomputes a receipt; 0 where everything agrees, 1 where something differs."""
     recorded = read_receipt(args.verify)
     comparison = compare_receipts(recorded, measure(settings_of_receipt(recorded, args)))
-    print(show_comparison(comparison))
+    announce(show_comparison(comparison))
     return 0 if comparison.equal else 1
 
 
@@ -257,8 +262,10 @@ def evaluate(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     path = args.out or free_path(locate(settings.samples))
     check_writable(path)
-    write_receipt(path, measure(settings))
-    print(show_receipt(path))
+    receipt = measure(settings)
+    if jax.process_index() == 0:
+        write_receipt(path, receipt)
+        announce(show_receipt(path))
     return 0
 
 
@@ -269,7 +276,7 @@ def precompute(args: argparse.Namespace) -> int:
         raise MeasureError(f"--precompute {out}: the name of the file must end in .npz")
     facts = write_statistics(settings_from(args), out)
     images = facts["images"]
-    print(
+    announce(
         f"{out}: statistics of {images['count']} images (SHA-256 {images['digest'][:16]}) in"
         f" {facts['label']} features, and {facts['vectors']['count']} feature vectors"
     )
@@ -283,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(argv)
-        return commands[args.mode](args)
+        return distributed.as_one(lambda: commands[args.mode](args), **process_flags(args))
 
     return exit_status(command)
 

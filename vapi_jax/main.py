@@ -16,12 +16,15 @@ import logging
 from absl import app, flags
 from absl import logging as absl_logging
 
+from vapi_jax.common import process_flags as several
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.paths import FOLDER
+from vapi_jax.common.process_flags import process_flags
 from vapi_jax.common.ranges import STEPS
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 
 flags.adopt_module_key_flags(recipe_flags)
+flags.adopt_module_key_flags(several)
 _WORKDIR = flags.DEFINE(FOLDER, "workdir", None, "Where the run writes; made if absent")
 _RESUME_WITH_CHANGES = flags.DEFINE_bool(
     "resume_with_changes", False, "Go on from a checkpoint though the configuration has changed"
@@ -39,23 +42,6 @@ _PROFILE = flags.DEFINE(
     "profile",
     None,
     "START:STOP: trace these steps, STOP left out, for TensorBoard's profiler",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several processes: HOST:PORT at which process 0 listens"
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which one, from 0")
-_TIMEOUT = flags.DEFINE_float(
-    "initialization_timeout",
-    300.0,
-    "Several processes: seconds to wait for each other at the start",
-    lower_bound=1.0,
-)
-_METHOD = flags.DEFINE_string(
-    "cluster_detection_method",
-    None,
-    "Several processes: what JAX asks which one this is: slurm, ompi, mpi4py, k8s, gcetpu, gketpu, or "
-    "deactivate for nothing; by default whatever it recognises, mpi4py apart",
 )
 
 
@@ -88,11 +74,7 @@ def main(argv: list[str]) -> int:
         workdir,
         _RESUME_WITH_CHANGES.value,
         profile=_PROFILE.value,
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
-        method=_METHOD.value,
-        timeout=_TIMEOUT.value,
+        **process_flags(),
     )
 
 

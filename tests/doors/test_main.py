@@ -76,8 +76,8 @@ def test_all_errors_of_a_configuration_come_at_once_and_without_a_stack():
     assert done.returncode == 1
     assert done.stdout == ""
     lines = [line.strip() for line in done.stderr.splitlines()]
-    assert lines[0] == "error: 4 error(s) in the configuration:"
-    assert {line.split(":")[0].split("=")[0] for line in lines[1:5]} == {
+    head = lines.index("error: 4 error(s) in the configuration:")  # plugins of JAX may talk before
+    assert {line.split(":")[0].split("=")[0] for line in lines[head + 1 : head + 5]} == {
         "- config.vapi.nonsense",
         "- config.vapi.group_size",
         "- config.optimizer.shedule",

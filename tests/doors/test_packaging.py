@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "pil": "pillow",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }
 # Imported by name at the place of use, where a helpful error says which extra to install.
 OPTIONAL = {

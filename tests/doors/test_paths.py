@@ -77,13 +77,19 @@ def test_a_bucket_is_refused_by_name_and_nothing_is_made(door, option, tmp_path)
 
 
 # Options that are texts and no paths.
+_PROCESSES = {"--coordinator", "--cluster_detection_method"}
 TEXTS = {
-    "main": {"--coordinator", "--cluster_detection_method"},
+    "main": _PROCESSES,
+    "encode": _PROCESSES,
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},
 }
 _READ_AS_PATHS = {"local_path", "local_text", "local_folder", "prompts_at", "PATH", "FOLDER"}
-_SHARED = {"output_flags": "common/output_flags.py"}
+_SHARED = {
+    "output_flags": "common/output_flags.py",
+    "process_flags": "common/process_flags.py",
+    "several": "common/process_flags.py",
+}
 
 
 def options_of(path):
@@ -108,7 +114,8 @@ def options_of(path):
             texts.add(name)
     for line in map(str.strip, ast.unparse(tree).splitlines()):
         if line.startswith("flags.adopt_module_key_flags(") and (name := line[29:-1]) in _SHARED:
-            paths |= options_of(ROOT / "vapi_jax" / _SHARED[name])[0]
+            more = options_of(ROOT / "vapi_jax" / _SHARED[name])
+            paths, texts = paths | more[0], texts | more[1]
     return paths, texts
 
 

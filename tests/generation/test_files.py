@@ -181,6 +181,11 @@ def test_another_batch_and_more_samples_go_on_from_what_is_there(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_samples_on_a_disk_that_is_not_shared_are_missed(tmp_path):
+    with pytest.raises(SampleFilesError, match=r"8 samples .* share"):
+        SampleFiles(tmp_path, 8, 4, 4).await_all(patience=0.0)
+
+
 def test_many_samples_go_to_folders_of_ten_thousand():
     few, many = (SampleFiles(Path("d"), count, 64, 4) for count in (10_000, 10_001))
     assert str(few.picture(9_999)) == "d/images/009999.png"

@@ -15,10 +15,12 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.helpers.commands import PATIENCE
 from tests.helpers.messages import assert_mentions
 from tests.helpers.paths import ROOT
+from vapi_jax.__main__ import COMMANDS
 from vapi_jax.parallel import distributed, links
 from vapi_jax.parallel.cluster import DistributedError, Process, find_process
 
@@ -559,6 +561,11 @@ def test_a_run_whose_second_process_is_killed_ends_and_leaves_a_checkpoint(tmp_p
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
+def test_chunks_are_dealt_out():
+    assert distributed.deal(np.array([1, 3, 4]), 6) == [1, 3, 4]
+    assert distributed.deal(np.array([], int), 6) == []
+
+
 # --- launch scripts -------------------------------------------------------------------------------
 
 
@@ -577,9 +584,10 @@ def test_launch_scripts_parse_and_tell_their_usage(script):
     assert none.stderr.startswith("usage: ")
 
 
-def test_words_reach_every_machine_of_a_pod_as_they_were_given(tmp_path):
+@pytest.mark.parametrize("command", [[], ["sample"]])
+def test_words_reach_every_machine_of_a_pod_as_they_were_given(tmp_path, command):
     path = program(tmp_path / "bin", "gcloud", '#!/usr/bin/env bash\nprintf "%s\\0" "$@"\n')
-    words = ["--config=a b.py:tiny", "--workdir=/mnt/$HOME/'x'", "--config.name=a;b"]
+    words = [*command, "--config=a b.py:tiny", "--workdir=/mnt/$HOME/'x'", "--config.name=a;b"]
     done = subprocess.run(
         ["bash", "launch/tpu_pod.sh", "my-slice", *words],
         cwd=ROOT,
@@ -588,9 +596,37 @@ def test_words_reach_every_machine_of_a_pod_as_they_were_given(tmp_path):
         text=True,
         check=True,
     )
-    *options, command, _ = done.stdout.split("\0")
+    *options, line, _ = done.stdout.split("\0")
     assert options[-3:] == ["my-slice", "--worker=all", "--zone=us-1"]
-    there = command.removeprefix("--command=")
+    there = line.removeprefix("--command=")
     assert shlex.split(there) == [
-        "cd", "vapi_jax", "&&", "exec", ".venv/bin/python", "-m", "vapi_jax.main", *words,
+        "cd", "vapi_jax", "&&", "exec", ".venv/bin/python", "-m", "vapi_jax", *(command or ["main"]),
+        *words[len(command):],
     ]  # fmt: skip
+
+
+def test_slurm_starts_any_command(tmp_path):
+    """The script alone: srun says what it was given."""
+    path = program(tmp_path / "bin", "srun", '#!/usr/bin/env bash\necho "$@"\n')
+    env = environment(PATH=path, PYTHON="python")
+    for given, wanted in (("--a=b", "main --a=b"), ("sample --c", "sample --c")):
+        told = one_run(["bash", "launch/slurm.sbatch", *given.split()], env)
+        assert told.strip().endswith(f"python -m vapi_jax {wanted}")
+
+
+def test_the_jobset_agrees_with_itself_and_with_the_package():
+    """Its schema is JobSet's own, some 800 kB, and is not here."""
+    jobset = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text(encoding="utf-8"))
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    environ = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
+    me = find_process(environ=environ, method="deactivate")
+    assert me.num_processes == job["parallelism"] == job["completions"]
+    name = jobset["metadata"]["name"]
+    assert me.address[0] == f"{name}-{workers['name']}-0-0.{name}"
+    module, command = container["command"][-1], container["args"][0]
+    assert (module, job["completionMode"]) == ("vapi_jax", "Indexed")
+    assert command in COMMANDS
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}

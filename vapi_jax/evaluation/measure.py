@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -393,8 +394,9 @@ def precompute(settings: Settings, out: Path) -> dict[str, Any]:
     }
     pool, spatial = found.gaussians["pool"], found.gaussians.get("spatial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(out, Statistics(pool, spatial, found.rows["pool"], facts))
+        if jax.process_index() == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_statistics(out, Statistics(pool, spatial, found.rows["pool"], facts))
     except OSError as error:
         raise MeasureError(f"{out} cannot be written: {error}") from error
     return facts

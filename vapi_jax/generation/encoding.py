@@ -1,6 +1,8 @@
 """Encodes the images of a recipe to tokens once, for runs that read them back (`data.encoded`)."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -44,7 +46,8 @@ def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
     # Written under the names and numbers of the source; the run that reads them maps them.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=SORTED))
     num = num or config.steps * config.batch_size
-    with new_folder(out) as folder:
+    first = jax.process_index() == 0
+    with new_folder(out) if first else contextlib.nullcontext(out) as folder:
         held_out = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
         train = make_dataset(config.data, "train", config.batch_size, config.seed)
         splits: dict[str, tuple[int, Iterable[Any]]] = {
@@ -61,7 +64,11 @@ def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
         encode = _encoding(method, params)
         for split, (count, batches) in splits.items():
             with_tokens = ({**batch, "tokens": encode(batch["image"])} for batch in batches)
-            write(folder / split, with_tokens, count)
+            if first:
+                write(folder / split, with_tokens, count)
+            else:  # its devices are wanted all the same
+                encoded = itertools.accumulate(len(batch["tokens"]) for batch in with_tokens)
+                next(filter(lambda done: done >= count, encoded))
     return {split: count for split, (count, _) in splits.items()}
 
 

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -261,8 +262,12 @@ class SampleFiles:
             there[samples.start : samples.stop] = True
         if self.format != "npz":
             there &= [_is_whole(self.picture(sample)) for sample in range(self.count)]
-        chunks = range(-(-self.count // self.batch))
-        return [chunk for chunk in chunks if not there[self.ids(chunk)].all()]
+        return [chunk for chunk in range(self.chunks) if not there[self.ids(chunk)].all()]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return -(-self.count // self.batch)
 
     def grow(self) -> None:
         """Makes room for more samples than an earlier run was asked for; killed, it can be repeated."""
@@ -304,6 +309,21 @@ class SampleFiles:
             write_atomically(
                 self._npy(samples), self._npy_header(samples) + images.tobytes(), sync=False
             )
+
+    def await_all(self, patience: float = 60.0) -> None:
+        """Waits until what other processes have written can be seen here: network disks take a while.
+
+        Raises:
+          SampleFilesError: it is not seen within `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        while missing := self.todo():
+            if time.monotonic() > deadline:
+                raise SampleFilesError(
+                    f"{len(missing) * self.batch} samples that other processes have written are not in "
+                    f"{self.directory}: put --out on a file system that all machines share"
+                )
+            time.sleep(1.0)
 
     def finish(self, labels: np.ndarray | None) -> None:
         """Puts samples.npz together from the chunks, where asked for, and labels.txt.

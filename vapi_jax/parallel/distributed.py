@@ -24,9 +24,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int
 
 from vapi_jax.common import progress
-from vapi_jax.parallel.cluster import TIMEOUT, Process
+from vapi_jax.common.errors import exit_status
+from vapi_jax.parallel.cluster import TIMEOUT, Process, find_process
 from vapi_jax.parallel.links import Link, joined
 from vapi_jax.parallel.preemption import Stopped
 
@@ -135,6 +139,53 @@ def telling() -> Iterator[None]:
         if _group is not None:
             _group.tell(error)
         raise
+
+
+def as_one(
+    work: Callable[[], int | None],
+    *,
+    preemption: bool = False,
+    stopped: str = "stopped",
+    timeout: float = TIMEOUT,
+    **process: Any,
+) -> int:
+    """A command of one or several processes: finds the others, calls `work` in all; the exit status.
+
+    Args:
+      work: returns an exit status, None for 0. What it raises is told to the others, and is a sentence
+        where `exit_status` knows one.
+      preemption: whether `work` asks JAX for a step to stop at; SIGTERM ends a process there and then
+        where it does not.
+      stopped: what to say after Ctrl-C.
+      timeout: seconds to wait for the others at the start.
+      process: which process this is, as far as that is told; see `cluster.find_process`.
+    """
+
+    def told() -> int | None:
+        with telling():
+            return work()
+
+    def join() -> int:
+        me = find_process(**process, timeout=timeout)
+        if me is not None and not preemption:
+            jax.config.update("jax_enable_preemption_service", False)
+        return together(me, lambda: exit_status(told, stopped), timeout)
+
+    return exit_status(join, stopped)
+
+
+def deal(wanted: Int[np.ndarray, " N"], count: int) -> list[int]:
+    """This process's share of what process 0 finds to be done; all wait for it to say so.
+
+    Args:
+      wanted: numbers below `count`; only those of process 0 matter.
+      count: the same in all processes.
+    """
+    asked = np.zeros(count, np.uint8)
+    asked[wanted] = 1
+    if jax.process_count() > 1:
+        asked = multihost_utils.broadcast_one_to_all(asked)
+    return np.flatnonzero(asked).tolist()[jax.process_index() :: jax.process_count()]
 
 
 def together(me: Process | None, work: Callable[[], int], timeout: float = TIMEOUT) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.progress import announce
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.parallel import cluster, compiler, distributed
+from vapi_jax.parallel import compiler, distributed
 from vapi_jax.parallel.preemption import Stopped, StopRequest
 from vapi_jax.training import plan, run
 from vapi_jax.training.preflight import require
@@ -21,7 +21,6 @@ def train(
     recipe: Any,
     workdir: Path,
     resume_with_changes: bool,
-    timeout: float,
     profile: range | None = None,
     **process: Any,
 ) -> int:
@@ -31,22 +30,15 @@ def train(
       recipe: a ConfigDict.
       workdir: of the run, the same for all processes.
       resume_with_changes: go on though the configuration has changed.
-      timeout: seconds that processes wait for each other at the start.
       profile: steps to trace for TensorBoard.
-      process: which one this is, as far as flags say; see `cluster.find_process`.
+      process: which one this is, as far as flags say; see `distributed.as_one`.
     """
     compiler.reserve_memory()
-
-    def work() -> int:
-        with distributed.telling():
-            config = require(recipe)
-        return execute(config, workdir, resume_with_changes, profile)
-
-    def join() -> int:
-        me = cluster.find_process(**process, timeout=timeout)
-        return distributed.together(me, lambda: exit_status(work), timeout)
-
-    return exit_status(join)
+    return distributed.as_one(
+        lambda: execute(require(recipe), workdir, resume_with_changes, profile),
+        preemption=True,
+        **process,
+    )
 
 
 def execute(

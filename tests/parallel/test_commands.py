@@ -1,0 +1,102 @@
+"""Sampling, evaluation and encoding in two processes: what one process makes, and one end for both."""
+
+import json
+import signal
+import sys
+import time
+
+import pytest
+
+from tests.helpers.paths import CONFIGS
+from tests.parallel.test_distributed import ends, free_port, one_run, started
+from tests.parallel.test_distributed import environment as distributed_environment
+from vapi_jax.common.locks import LOCK
+
+pytestmark = pytest.mark.slow
+SAMPLE = ["sample", "--ckpt=demo", "--batch=4", "--labels=random", "--format=both"]
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory):
+    """An environment whose commands share what they compile."""
+    return distributed_environment(
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+
+
+def command(*words):
+    return [sys.executable, "-m", "vapi_jax", *words]
+
+
+def two(words):
+    """The command lines of two processes."""
+    port = free_port()
+    common = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    return [command(*words, *common, f"--process_id={i}") for i in (0, 1)]
+
+
+def both(words, env):
+    with started(two(words), env) as processes:
+        found = [ends(process, within=300) for process in processes]
+    assert [status for status, _ in found] == [0, 0], found
+    return found[0][1]
+
+
+def contents(directory, but=("recipe.json", LOCK)):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in but
+    }
+
+
+def test_two_processes_draw_and_judge_what_one_does(tmp_path, lean):
+    assert "18 of them drawn" in both([*SAMPLE, "--num=18", f"--out={tmp_path / 'two'}"], lean)
+    one_run(command(*SAMPLE, "--num=18", f"--out={tmp_path / 'one'}"), lean)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert json.loads((tmp_path / "two" / "recipe.json").read_text())["devices"]["count"] == 2
+
+    judge = ["evaluate", f"--samples={tmp_path / 'two'}", f"--reference={tmp_path / 'one'}"]
+    judge += ["--metrics=kid", "--features=lpips_alex"]
+    told = both([*judge, f"--out={tmp_path / 'r2.json'}"], lean)
+    one_run(command(*judge, f"--out={tmp_path / 'r1.json'}"), lean)
+    assert "kernel distance" in told
+    two_, one = (json.loads((tmp_path / f"r{i}.json").read_text()) for i in (2, 1))
+    assert two_["metrics"] == one["metrics"]
+    assert two_["samples"] == one["samples"]
+
+
+def test_two_processes_encode_what_one_does(tmp_path, lean):
+    encode = ["encode", "dataset", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--num=12"]
+    assert "12 train" in both([*encode, f"--out={tmp_path / 'two'}"], lean)
+    one_run(command(*encode, f"--out={tmp_path / 'one'}"), lean)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_that_draw_ends_both_and_the_rest_is_drawn_later(
+    tmp_path, lean, number
+):
+    words = [*SAMPLE, "--num=4000", f"--out={tmp_path}"]
+    with started(two(words), lean) as processes:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.rglob("*.png")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        found = [ends(process) for process in processes]
+    assert [status for status, _ in found] == [1, -number if number == signal.SIGTERM else 130]
+    assert "error: process 1 on" in found[0][1]
+    drawn = len(list(tmp_path.rglob("*.png")))
+    assert 0 < drawn < 4000
+
+
+def test_an_error_before_anything_is_drawn_ends_both(tmp_path, lean):
+    (tmp_path / "thesis.tex").write_text("")
+    with started(two([*SAMPLE, "--num=4", f"--out={tmp_path}"]), lean) as processes:
+        found = [ends(process, within=120) for process in processes]
+    assert [status for status, _ in found] == [1, 1]
+    assert all("thesis.tex" in output for _, output in found)
+    assert all("Traceback" not in output for _, output in found)
