@@ -91,7 +91,15 @@ def test_devices_that_are_not_there_are_named(door, platform, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-ARGPARSE = ["sample", "evaluate", "convert", "export", "checkpoint", "encode captions"]
+ARGPARSE = [
+    "sample",
+    "evaluate",
+    "convert",
+    "export",
+    "checkpoint",
+    "encode captions",
+    "score geneval",
+]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

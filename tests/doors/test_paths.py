@@ -79,7 +79,7 @@ def test_a_bucket_is_refused_by_name_and_nothing_is_made(door, option, tmp_path)
 # Options that are texts and no paths.
 _PROCESSES = {"--coordinator", "--cluster_detection_method"}
 TEXTS = {
-    "main": _PROCESSES,
+    "main": {*_PROCESSES, "--target"},
     "encode": _PROCESSES,
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},
