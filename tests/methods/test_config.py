@@ -398,7 +398,7 @@ def test_every_number_has_limits_and_a_row_above():
         ),
         (
             {"data": {"name": "flickr"}},
-            "data: name must be one of ('photos', 'image_folder', 'tfds', 'encoded'), "
+            "data: name must be one of ('photos', 'image_folder', 'tfds', 'image_text', 'encoded'), "
             "or 'package.module:Class' of your own, got 'flickr'",
         ),
         (

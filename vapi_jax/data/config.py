@@ -15,6 +15,7 @@ SOURCES = {
     "photos": "vapi_jax.data.photos:PhotoSource",
     "image_folder": "vapi_jax.data.folder:FolderSource",
     "tfds": "vapi_jax.data.tfds_source:TfdsSource",
+    "image_text": "vapi_jax.data.image_text.source:ImageTextSource",
     "encoded": "vapi_jax.data.encoded:EncodedSource",
 }
 """`data.name` -> where its class is; see `vapi_jax.data.sources`."""
@@ -37,12 +38,12 @@ class DataConfig:
     the final table. What they map to is said at each source.
 
     Attributes:
-        name: "photos" (bundled photographs, no files needed), "image_folder", "tfds", "encoded"
-            (images and tokens that vapi_jax.encode dataset wrote), or a source of your own as
-            "package.module:Class" (see vapi_jax.data.sources).
+        name: "photos" (bundled photographs, no files needed), "image_folder", "tfds",
+            "image_text" (images with captions), "encoded" (images and tokens that vapi_jax.encode
+            dataset wrote), or a source of your own as "package.module:Class" (see vapi_jax.data.sources).
         image_size: side of the square images, in pixels.
-        path: image_folder, encoded: the root folder. tfds: the data_dir, or a prepared version folder;
-            empty means $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        path: image_folder, image_text, encoded: the root folder, or one file of image_text. tfds: the
+            data_dir, or a prepared version folder; empty means $TFDS_DATA_DIR or ~/tensorflow_datasets.
         dataset: tfds only: "name", "name/config" or "name/config:version", for example
             "imagenet2012", "cifar10", "imagenette/320px-v2".
         train_split, val_split, test_split: image_folder: sub-folder of `path`; tfds: a split, or
@@ -62,8 +63,8 @@ class DataConfig:
             short side, drawn uniformly between the two.
         photo_holdout: fraction of a photograph's longer side that is never trained on.
         photo_crops_per_class: crops of each photograph in one epoch.
-        folder_holdout: image_folder without sub-folders for splits: fraction of every class that is
-            kept for val and test, half each.
+        folder_holdout: image_folder and image_text without sub-folders for splits: fraction of every
+            class, or of all images with captions, that is kept for val and test, half each.
         max_unreadable: share of the split's images that may be unreadable. Each is left out, listed,
             and its place taken by another image of the split; where there are more, a run stops.
         max_image_pixels: images with more pixels are not decoded but count as unreadable: a small
@@ -71,7 +72,8 @@ class DataConfig:
         num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than
             spare cores slow the trainer down.
         prefetch: batches prepared ahead.
-        options: a source of your own: what it wants to know beside all this.
+        options: image_text: see `vapi_jax.data.image_text.source.Options`. A source of your own: what it
+            wants to know beside all this.
     """
 
     name: str = "photos"
@@ -106,8 +108,10 @@ class DataConfig:
                 f"name must be one of {tuple(SOURCES)}, or 'package.module:Class' of your own, got "
                 f"{self.name!r}"
             )
-        if self.options and self.name in SOURCES:
-            wrong.append(f"options are read by sources of your own, not by {self.name!r}")
+        if self.options and self.name in SOURCES and self.name != "image_text":
+            wrong.append(
+                f"options are read by image_text and sources of your own, not by {self.name!r}"
+            )
         # Above one half, a crop would not fit into the val or the test half of the strip.
         if not 0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5:
             wrong.append(

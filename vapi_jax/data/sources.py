@@ -44,6 +44,7 @@ class Source(abc.ABC):
         mixed: whether the first n images show as many classes as any n do. Where files or records
             are sorted by class, they do not, and an evaluation draws its images from all of them.
         left_out: what lies among the images and is not read, counted by kind, in words.
+        notes: what else a plan should show, such as examples of captions.
 
     Raises:
         DataError: there is nothing to read, or not as configured.
@@ -54,6 +55,7 @@ class Source(abc.ABC):
     brings_tokens: ClassVar[bool] = False
     mixed: bool = False
     left_out: str = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config, self.split, self.options = config, split, config.options
@@ -86,7 +88,8 @@ class Source(abc.ABC):
             rng: for crops and flips; fixed by the run's seed and the sample's place in the stream.
 
         Returns:
-            {"image": float32 [H, W, 3] in [-1, 1], "condition": int32 scalar}, and "tokens".
+            {"image": float32 [H, W, 3] in [-1, 1], "condition": int32 scalar, or a text as `np.str_`}, and
+            "tokens".
 
         Raises:
             UnreadableImage: it cannot be decoded; another image will stand in for it.

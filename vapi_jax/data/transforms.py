@@ -81,10 +81,17 @@ def read_sample(
     Raises:
         UnreadableImage: it cannot be decoded, or is too large.
     """
+    image = read_rgb(file, config.max_image_pixels, config.image_size)
+    return {"image": cut(image, config, split, rng), "condition": np.asarray(label, np.int32)}
+
+
+def cut(
+    image: Image.Image, config: DataConfig, split: str, rng: np.random.Generator
+) -> Float[np.ndarray, "H W 3"]:
+    """An RGB image cropped and, for training, augmented as configured."""
     training, size = split == "train", config.image_size
-    image = read_rgb(file, config.max_image_pixels, size)
     cropped = training and config.crop == "random"
     image = random_crop(image, size, rng) if cropped else center_crop(image, size)
     if training and config.flip:
         image = random_flip(image, rng)
-    return {"image": to_array(image), "condition": np.asarray(label, np.int32)}
+    return to_array(image)

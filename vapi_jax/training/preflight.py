@@ -154,6 +154,7 @@ def look_at_data(config: TrainConfig, errors: Errors, images: int = 0) -> DataFo
         note = f"{where(config)}: left out: {source.left_out}"
         if source.left_out and note not in found.notes:
             found.notes.append(note)
+        found.notes += [line for line in source.notes if line not in found.notes]
     for split, source in opened.items():
         _try_images(config, split, source, images, found, errors)
     _check_counts(config, found, errors)

@@ -1,0 +1,1 @@
+"""Images with captions: tar shards, lists of lines, folders."""
