@@ -5,6 +5,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="${VAPI_VENV:-$root/.venv}"
 python="$venv/bin/python"
 marker="$venv/made-by-vapi_jax"
+compilers="$venv/compilers"
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -74,7 +75,27 @@ prepare() {
   if ! "$python" -m pip install --no-input --disable-pip-version-check \
     -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    die "the installation failed, most often for want of a network or of disk space (1.5 GB, for the tests 3.5)." \
+    die "the installation failed, most often for want of a network or of disk space (1.5 GB)." \
+      "The whole log: $log"
+  fi
+  printf '%s\n' "$wanted" >"$stamp"
+  printf 'Installed in %d s\n' "$((SECONDS - started))"
+}
+
+# prepare_compilers: after `prepare`, what compiles for GPUs and TPUs, in the folder $compilers.
+prepare_compilers() {
+  local wanted stamp="$venv/installed-compilers" started=$SECONDS log="$venv/compilers.log"
+  wanted="$(digest)"
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    return
+  fi
+  printf 'Installing compilers for GPUs and TPUs (log: %s)\n' "$log"
+  rm -rf "$compilers"
+  if ! "$python" -m pip install --no-input --disable-pip-version-check --no-deps \
+    -c "$root/constraints.txt" --target "$compilers" jax-cuda12-plugin jax-cuda12-pjrt \
+    nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12 nvidia-cudnn-cu12 libtpu >"$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    die "the compilers cannot be installed, most often for want of a network or of disk space (3 GB)." \
       "The whole log: $log"
   fi
   printf '%s\n' "$wanted" >"$stamp"

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-usage: launch/test.sh [--isa AVX2|SSE4_2] [OPTION...]
+usage: launch/test.sh [--isa AVX2|SSE4_2 | --targets] [OPTION...]
 
 Runs the whole test suite on the CPU (8 virtual devices). Needs Python 3.11 or newer; makes an
 environment in .venv, which the next call uses again. OPTION is passed on to pytest, for example:
@@ -15,6 +15,10 @@ environment in .venv, which the next call uses again. OPTION is passed on to pyt
 
 --isa, before the others, runs what compares floats, compiled for an x86 processor that has AVX2 or
 SSE 4.2 at the most: other instructions add in another order and round elsewhere.
+
+--targets, before the others, runs what is compiled for GPUs and TPUs that are not here. It brings
+their compilers (2 GB, Linux on x86) into a folder beside the environment's packages, because JAX
+would look for such devices at every start.
 
 Environment: PYTHON=... makes the environment with that interpreter, VAPI_VENV=... in that place.
 TEXT
@@ -38,5 +42,11 @@ if [ "${1:-}" = --isa ]; then
 fi
 
 prepare test,text
+if [ "${1:-}" = --targets ]; then
+  shift
+  prepare_compilers
+  export PYTHONPATH="$compilers${PYTHONPATH:+:$PYTHONPATH}" VAPI_COMPILERS=1
+  set -- -m targets "$@"
+fi
 cd "$root"
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -95,6 +95,7 @@ def told(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_the_command_tells_all_programs_of_one_h100(told):
     figures = {one["program"]: one for one in told["figures"]}
@@ -113,6 +114,7 @@ def test_the_command_tells_all_programs_of_one_h100(told):
     assert step["peak"] < 26e6  # 21.5 MB
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_eight_h100s_split_gradients_and_hold_one_sequence_an_image():
     need_compiler("compile-cuda")
@@ -141,6 +143,7 @@ def test_the_plain_step_holds_every_sequence():
     assert sequences(compiled_step(config, mesh)[1], GROUP * IMAGES // 8)
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_a_tpu_slice():
     need_compiler("compile-tpu")
@@ -156,6 +159,7 @@ def test_a_tpu_slice():
     assert found.peak < 6e6
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_the_fastest_setting_that_fits_is_found():
     need_compiler("compile-cuda")

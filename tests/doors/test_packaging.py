@@ -32,7 +32,7 @@ OPTIONAL = {
     "text": {"beautifulsoup4", "ftfy", "sentencepiece", "tokenizers"},
 }
 # Of the test extra: run, not imported.
-TOOLS = {"ruff", "import-linter", "mypy", "nvidia-cudnn-cu12", "pytest-xdist", "setuptools"}
+TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist", "setuptools"}
 
 
 def read_requirements(lines) -> dict[str, Requirement]:
