@@ -9,6 +9,7 @@ import filecmp
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -374,6 +375,53 @@ def small_disk(tmp_path):
         pytest.skip("only root can mount a small file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk_that_freezes(tmp_path):
+    """A file system of 64 MB, and what freezes and thaws it."""
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    make, mount = (
+        ["mkfs.ext4", "-q", "-F", str(image)],
+        ["mount", "-o", "loop", str(image), str(folder)],
+    )
+    if os.geteuid() != 0 or not all(shutil.which(tool) for tool in ("mkfs.ext4", "fsfreeze")):
+        pytest.skip("only root can mount a file system and freeze it")
+    for command_line in (make, mount):
+        if subprocess.run(command_line, capture_output=True, check=False).returncode:
+            pytest.skip("file systems in files cannot be mounted here")
+
+    def tell(flag):
+        subprocess.run(["fsfreeze", flag, str(folder)], check=True)
+
+    yield folder, lambda: tell("-f"), lambda: tell("-u")
+    subprocess.run(["fsfreeze", "-u", str(folder)], capture_output=True, check=False)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_hangs_holds_the_run_until_it_answers_again(
+    straight_short, disk_that_freezes, new_life, tmp_path
+):
+    folder, freeze, thaw = disk_that_freezes
+    told = tmp_path / "third step"
+    process = begin(new_life(short(), folder / "run", ("announcing", told, "_Trainer", "_step", 3)))
+    while not told.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    freeze()
+    process.join(5.0)
+    assert process.exitcode is None
+    thaw()
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert_same_training(folder / "run", straight_short)
+    observe(
+        "disk: hangs for a while",
+        "the run waits for it, goes on when it answers, and ends with the same bits",
+    )
 
 
 AGAIN = (

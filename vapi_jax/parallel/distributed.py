@@ -10,7 +10,7 @@ Who notices what, and when (the bounds are constants):
   an error in a process       told to all within `PAUSE`; all have ended within `UNWINDING` after that
   a process killed            at once, by its closed connection
   a machine or network gone   by TCP keepalive, within `links.SILENCE`
-  a process frozen            by JAX's heartbeats, within `HEARTBEAT`
+  a process frozen            said after `STILL`; ended by JAX's heartbeats, within `HEARTBEAT`
 """
 
 import contextlib
@@ -38,6 +38,9 @@ PAUSE = 1.0
 """Seconds before a process tells of its error: it may be but the consequence of another's death."""
 UNWINDING = 10.0
 """Seconds that a process which has failed may take to put things away."""
+BEAT, STILL = 10.0, 80.0
+"""Seconds between two signs of life, and after which it is said that none has come. Nobody is ended for that:
+Python may be held up for long by what is no fault, and JAX's own heartbeats do without it."""
 HEARTBEAT = 100
 """Seconds after which JAX gives up a process that sends no heartbeat."""
 
@@ -52,9 +55,31 @@ class _Group:
         self._settled = False  # it is settled why this process ends
         for link in links:
             threading.Thread(target=self._watch, args=(link,), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        still = set(self._links)
+        while True:
+            before = time.monotonic()
+            time.sleep(BEAT)
+            self._send(alive=True)
+            now = time.monotonic()
+            if (
+                now - before > 2 * BEAT
+            ):  # this process was the frozen one, and has not read its mail
+                continue
+            for link in [link for link in still if now - link.heard > STILL and not link.finished]:
+                still.discard(link)
+                _say(
+                    f"process {link.process_id} on {link.host} has given no sign of life for {STILL:g} s: "
+                    f"frozen, or its machine is overloaded. JAX ends all {HEARTBEAT} s after the last one"
+                )
 
     def _watch(self, link: Link) -> None:
         while message := link.receive():
+            link.heard = time.monotonic()
+            if "alive" in message:
+                continue
             link.finished = True
             if "died" in message or ("failed" in message and not self._failing):
                 # In a thread of its own: this one goes on to see the connection close.
