@@ -1,5 +1,7 @@
 """Images with captions train, from every layout, and a run of them is taken up bit for bit."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from vapi_jax.methods.config import to_dict
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.loop import fit
 from vapi_jax.training.plan import check
+from vapi_jax.training.run import run
 
 POLICY = {"kind": "text", "cls_token_num": 6, "caption_dim": 16}
 CONDITION = {"name": "tests.helpers.toys:Spelled", "options": {"length": 6, "width": 16}}
@@ -57,3 +60,23 @@ def test_a_plan_shows_captions_and_what_is_left_out(mesh, tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.count("a caption: picture ") == 3
     assert "1 image(s) without a caption" in told
+
+
+def test_what_wants_classes_is_refused(mesh, tmp_path, capsys):
+    root = write("folder", tmp_path / "data", pairs(150))
+    recipe = to_dict(captioned(mesh, root, "folder", images=8).config)
+    recipe["eval"] |= {"sampled_every": 1, "sampled": 16}
+    assert check(recipe) == 1
+    assert "eval.sampled_every=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_samples_of_held_out_captions(mesh, tmp_path):
+    root = write("folder", tmp_path / "data", pairs(150))
+    config = captioned(mesh, root, "folder", images=8, steps=2).config
+    shown = dataclasses.replace(config.eval, grid_classes=3, grid_per_class=2)
+    summary = run(dataclasses.replace(config, eval=shown, cpu_devices=8), tmp_path / "run")
+    names = summary["sample_classes"]
+    assert len(names) == 6 and len(set(names)) == 3
+    assert all(name.startswith("picture ") for name in names)
+    assert (tmp_path / "run" / "samples.png").is_file()

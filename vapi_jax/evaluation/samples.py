@@ -69,11 +69,10 @@ def real_crops(
         yield np.stack([sample["image"] for sample in part])
 
 
-def by_label(
-    method: Method, labels: Int[np.ndarray, " N"]
-) -> Callable[[Int[np.ndarray, " B"]], Tree]:
-    """Conditions of samples of these labels, as `Sampler` takes them."""
-    return lambda ids: method.prepare({"condition": labels[ids].astype(np.int32)})["condition"]
+def by_label(method: Method, labels: np.ndarray) -> Callable[[Int[np.ndarray, " B"]], Tree]:
+    """Conditions of samples of these labels [N], or captions, as `Sampler` takes them."""
+    raw = labels.astype(np.int32) if labels.dtype.kind in "iu" else labels
+    return lambda ids: method.prepare({"condition": raw[ids]})["condition"]
 
 
 def sampler_of(method: Method, frozen: Mapping[str, Any], batch: int) -> Sampler:

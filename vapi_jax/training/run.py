@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vapi_jax.common import locks
@@ -58,6 +58,7 @@ from vapi_jax.training.resume import code_facts
 logger = logging.getLogger(__name__)
 
 SHOWN = 24
+_LETTERS = 40  # of a caption beside a picture
 """Held-out images in the report, at most."""
 
 
@@ -184,8 +185,9 @@ def _pictures(
     if method.sampled() is None:
         return images
     names, per_class = class_names(config.data), config.eval.grid_per_class
-    labels = np.repeat(labels_of(config.data)[: config.eval.grid_classes], per_class)
-    summary["sample_classes"] = [names[label] for label in labels]
+    asked = labels_of(config.data) if names else _held_out_captions(config)
+    labels = np.repeat(asked[: config.eval.grid_classes], per_class)
+    summary["sample_classes"] = [names[x] if names else str(x)[:_LETTERS] for x in labels]
     judged = on_judging_devices(method, done.frozen)
     draw = partial(_samples, *judged, labels)
     samples = draw(done.params)
@@ -197,10 +199,16 @@ def _pictures(
     return images
 
 
+def _held_out_captions(config: TrainConfig) -> np.ndarray:
+    """Conditions of held-out images where the data have no classes."""
+    count = min(config.eval.grid_classes, config.eval.images)
+    return fixed_batch(config.data, config.eval.split, count, config.seed)["condition"]
+
+
 def _samples(
-    method: Method, frozen: Mapping[str, Any], labels: Int[np.ndarray, " N"], params: Any
+    method: Method, frozen: Mapping[str, Any], labels: np.ndarray, params: Any
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """A sample of each label."""
+    """A sample of each label, or caption."""
     found = method.sampled()
     assert found is not None, "asked before"
     config, devices = method.config.eval, method.mesh.size
