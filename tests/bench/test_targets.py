@@ -238,12 +238,14 @@ def test_what_does_not_fit_comes_with_what_to_change():
     setting = fitting.Setting(8, "full", 4, 1.0)
     verdict = targets_report.Verdict("h100:1", broken, (setting, figures(peak=2 * 10**9)))
     assert not verdict.fits
-    step, sampling = targets_report.advice(verdict)
-    assert_mentions(step, str(setting), "2.00 GB")
+    step, sampling, proposal = targets_report.advice(verdict)
+    assert_mentions(step, "step")
     assert_mentions(sampling, "--batch", "64")
+    assert_mentions(proposal, str(setting), "2.00 GB")
     assert_mentions(targets_report.render(verdict), str(setting), "NO", "10.00 GB")
     hopeless = dataclasses.replace(verdict, proposal=None)
-    assert_mentions(targets_report.advice(hopeless)[0], "config.mesh.fsdp=-1")
+    assert_mentions(targets_report.advice(hopeless)[-1], "config.mesh.fsdp=-1")
+    assert not targets_report.advice(targets_report.Verdict("h100:1", [figures()], None))
 
 
 def test_unknown_figures_are_null_in_json():

@@ -25,6 +25,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from vapi_jax.bench import batches, evaluation, measure, report, sampling, sweep, targets_report
+from vapi_jax.bench.targets import PROGRAMS
 from vapi_jax.common import recipe_flags
 from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.paths import FOLDER, PATH
@@ -84,8 +85,19 @@ _TARGETS = flags.DEFINE_list(
     "target", [], "targets: devices to compile for, such as h100:8,v5e:2x4"
 )
 
+_PROGRAMS = flags.DEFINE_list(
+    "programs", list(PROGRAMS), f"targets: what is compiled, of {', '.join(PROGRAMS)}"
+)
+_FASTEST = flags.DEFINE_bool(
+    "fastest",
+    False,
+    "targets: look for the fastest setting of the step where the recipe's fits, too",
+)
+
 _BELONGS = {
     "target": ("targets",),
+    "programs": ("targets",),
+    "fastest": ("targets",),
     "plain": ("step",),
     "sweep": ("step",),
     "vary": ("step",),
@@ -120,6 +132,8 @@ def _check_flags(argv: list[str]) -> None:
         raise app.UsageError(f"--json={_JSON.value}: there is no folder {_JSON.value.parent}")
     if _MODE.value == "targets" and not _TARGETS.value:
         raise app.UsageError("--mode=targets wants --target, such as --target=h100:8")
+    if unknown := set(_PROGRAMS.value) - set(PROGRAMS):
+        raise app.UsageError(f"--programs={','.join(unknown)}: choose of {', '.join(PROGRAMS)}")
     if _DOCS.value is not None and not _SWEEP.value and _MODE.value == "step":
         raise app.UsageError("--docs writes the table of a sweep: add --sweep")
 
@@ -156,7 +170,7 @@ def _compile_for_targets(config: TrainConfig) -> None:
     jax.config.update("jax_platforms", "cpu")
     verdicts = []
     for target in [parse(name) for name in _TARGETS.value]:
-        verdicts.append(targets_report.judge(config, target))
+        verdicts.append(targets_report.judge(config, target, _PROGRAMS.value, _FASTEST.value))
         print(targets_report.render(verdicts[-1]), flush=True)
         if _DOCS.value is not None:
             targets_report.write_docs(verdicts, config, _DOCS.value / "targets.md")

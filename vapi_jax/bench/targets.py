@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -288,7 +288,7 @@ def compile_program(
 
 
 def examine(
-    config: TrainConfig, target: Target, programs: tuple[str, ...] = tuple(PROGRAMS)
+    config: TrainConfig, target: Target, programs: Sequence[str] = tuple(PROGRAMS)
 ) -> list[Figures]:
     """Compiles a recipe's programs for a target, one after the other.
 

@@ -36,7 +36,8 @@ class Verdict:
     Attributes:
       target: its name.
       figures: of the recipe as it is.
-      proposal: where its step does not fit: the fastest setting that does, and the step's figures.
+      proposal: the fastest setting whose step fits, and that step's figures; None where nobody looked for
+        it, or none was found.
     """
 
     target: str
@@ -48,14 +49,25 @@ class Verdict:
         return all(one.fits for one in self.figures)
 
 
-def judge(config: TrainConfig, target: Target) -> Verdict:
-    """Compiles a recipe for a target and, where its step does not fit, looks for a setting that does.
+def judge(
+    config: TrainConfig,
+    target: Target,
+    programs: Sequence[str] = tuple(targets.PROGRAMS),
+    fastest: bool = False,
+) -> Verdict:
+    """Compiles a recipe for a target, and looks for the fastest setting where its step does not fit.
+
+    Args:
+      config: the recipe.
+      target: the devices.
+      programs: those of `targets.PROGRAMS` to compile.
+      fastest: look for it where the step does fit, too.
 
     Raises:
       ConfigError, TargetError: as `targets.examine`.
     """
-    found, proposal = targets.examine(config, target), None
-    if any(one.program == "step" and not one.fits for one in found):
+    found, proposal = targets.examine(config, target, programs), None
+    if any(one.program == "step" and (fastest or not one.fits) for one in found):
         proposal = fitting.fastest(config, target)
     return Verdict(target.name, found, proposal)
 
@@ -145,24 +157,22 @@ def render(verdict: Verdict) -> str:
 
 
 def advice(verdict: Verdict) -> list[str]:
-    """A line for everything that does not fit, with what to change."""
+    """A line for everything that does not fit, with what to change, and for the fastest setting."""
     lines = []
     for found in verdict.figures:
-        if found.fits:
-            continue
-        if found.program in _ADVICE:
-            lines.append(f"the {found.program} does not fit: {_ADVICE[found.program]}")
-        elif verdict.proposal is None:
-            lines.append(
-                "the step does not fit, nor does any setting of microbatch, remat and decode_chunk that "
-                "was tried: take more devices, with config.mesh.fsdp=-1"
-            )
-        else:
-            setting, better = verdict.proposal
-            lines.append(
-                f"the step does not fit; the fastest setting that does, at {_bytes(better.peak)}:\n"
-                f"  {setting}"
-            )
+        if not found.fits:
+            change = _ADVICE.get(found.program)
+            lines.append(f"the {found.program} does not fit{f': {change}' if change else ''}")
+    if verdict.proposal is not None:
+        setting, found = verdict.proposal
+        lines.append(
+            f"the fastest step that fits, by prediction, with {_bytes(found.peak)}:\n  {setting}"
+        )
+    elif any(one.program == "step" and not one.fits for one in verdict.figures):
+        lines.append(
+            "no setting of microbatch_size, remat and decode_chunk that was tried fits: take more devices, "
+            "with config.mesh.fsdp=-1"
+        )
     return lines
 
 
