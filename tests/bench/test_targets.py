@@ -270,4 +270,5 @@ def test_the_document_keeps_the_rows_of_other_targets(tmp_path):
     assert text.startswith("# Targets\n\nWords.\n")
     rows = [line.split(" | ")[0] for line in text.splitlines() if ":" in line.split(" | ")[0]]
     assert rows == ["| h100:8 step", "| h100:8 sampling", "| v5e:2x4 step", "| v5e:2x4 sampling"]
+    assert text.count("\n| --- |") == text.count("peak memory") == 1
     assert text.count("3.00 GB") == 2 and text.count("| v5e:2x4 step") == 1  # peak, parameters

@@ -104,9 +104,7 @@ def on_mesh(config: TrainConfig, mesh: Mesh) -> Method:
     return make_method(with_classes(config, Errors()), mesh)
 
 
-TOLD = (
-    "parameters", "optimizer", "frozen networks", "base generator", "gradients", "gathered", "activations",
-)  # fmt: skip
+TOLD = ("parameters", "optimizer", "frozen networks", "gradients", "gathered", "activations")
 """Parts of a step's memory that shapes tell; what is counted for a chunk of decoding is temporary."""
 
 
@@ -130,6 +128,7 @@ def lower_step(method: Method) -> tuple[Lowered, dict[str, int]]:
     known = {
         part.name: part.bytes for part in memory.estimate(method, state, method.frozen_shapes())
     }
+    known["frozen networks"] += known.get("base generator", 0)
     return step.lower(state, frozen, batch), {n: known[n] for n in TOLD if n in known}
 
 

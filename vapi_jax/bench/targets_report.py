@@ -135,8 +135,7 @@ def _cells(found: Figures) -> dict[str, str]:
 def render(verdict: Verdict) -> str:
     """The verdict for a terminal."""
     cells = {found.program: _cells(found) for found in verdict.figures}
-    names = [name for name in next(iter(cells.values())) if name != "base generator"]
-    rows = [[name, *(one[name] for one in cells.values())] for name in names]
+    rows = [[name, *(one[name] for one in cells.values())] for name in next(iter(cells.values()))]
     lines = [format_table(rows, [f"a device of {verdict.target}", *cells])]
     collectives = [
         [f"{found.program}: {kind} of {', '.join(total.dtypes)}", total.executions,
@@ -207,9 +206,9 @@ def write_docs(verdicts: Sequence[Verdict], config: TrainConfig, page: Path) -> 
     name = f"targets of {config.name}"
     rows: dict[str, list[list[str]]] = {}
     inside = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
-    for line in inside.splitlines()[2:]:
+    for line in inside.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) > 1:
+        if ":" in cells[0]:  # or it is of the header
             rows.setdefault(cells[0].split()[0], []).append(cells)
     headers = ["", "setting", *_cells(verdicts[0].figures[0])]
     for verdict in verdicts:
