@@ -25,6 +25,7 @@ from vapi_jax.weights.store import load_safetensors
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 VARIANTS = [(name, variant) for name in RECIPES for variant in ("", "tiny")]
 VARIANTS.append(("c2i_demo", "full"))
+TARGETS = [(name, v) for name in ("c2i_xl", "c2i_xxl") for v in ("h100x1", "h100x8", "a100x8")]
 
 
 def load(name, variant=""):
@@ -42,6 +43,15 @@ def test_the_recipes_are_these():
 def test_a_recipe_resolves(name, variant):
     config = resolve(load(name, variant))
     assert config.name == name
+
+
+@pytest.mark.parametrize(("name", "variant"), TARGETS)
+def test_a_variant_for_a_target_changes_how_a_step_runs_and_nothing_else(name, variant):
+    config, plain = resolve(load(name, variant)), resolve(load(name))
+    assert config != plain
+    same = {"microbatch_size": plain.microbatch_size, "decode_chunk": plain.decode_chunk}
+    policy = {**config.policy, "remat": plain.policy["remat"]}
+    assert dataclasses.replace(config, **same, policy=policy) == plain
 
 
 def test_every_section_can_be_overridden_whether_or_not_a_recipe_names_it():

@@ -32,7 +32,7 @@ def test_missing_flags_are_named(arguments):
     ("arguments", "message"),
     [
         (("--config=configs/absent.py",), "configs/absent.py"),
-        (("--config=configs/c2i_xxl.py:huge",), "'' and 'tiny'"),
+        (("--config=configs/c2i_xxl.py:huge",), "tiny, h100x1"),
         ((XXL, "--config.steps=many"), "--config.steps=many"),
         ((XXL, "--config.vappi.group_size=4"), "'vappi'"),
         ((XXL, "--worksdir=x"), "workdir"),
