@@ -16,7 +16,7 @@ from tests.helpers.image_text import COUNT, FIELDS, LAYOUTS, members, pairs, png
 from vapi_jax.data import DataConfig, DataError, SkippedImages, fixed_batch, make_dataset
 from vapi_jax.data.image_text import source
 from vapi_jax.data.image_text.captions import CaptionFields, Where, text_of
-from vapi_jax.data.image_text.layouts import TarShards
+from vapi_jax.data.image_text.layouts import JsonLines, TabLines, TarShards
 from vapi_jax.data.pipeline import make_source
 
 
@@ -264,3 +264,27 @@ def test_any_damage_to_a_shard_is_refused_or_stays_inside_it(data, tmp_path_fact
         for entry in layout.scan():
             for _, at, length in (entry.image, entry.text, entry.record):
                 assert 0 <= at <= at + length <= size
+
+
+LINES = st.lists(
+    st.binary(max_size=30)
+    | st.sampled_from(
+        [b'{"image_path": "x.png"}', b'{"image": 3}', b"[1]", b"path\tcaption", b"a\tb"]
+    )
+    | st.text(max_size=20).map(lambda text: json.dumps({"path": text, "text": [text]}).encode()),
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("kind", [JsonLines, TabLines])
+@settings(max_examples=60)
+@given(lines=LINES)
+def test_any_list_is_refused_or_gives_images_that_are_there(kind, lines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("list")
+    (folder / "x.png").write_bytes(png(1))
+    (folder / f"a.{'jsonl' if kind is JsonLines else 'tsv'}").write_bytes(b"\n".join(lines))
+    with contextlib.suppress(DataError):
+        layout = kind(folder, None, Counter())
+        for entry in layout.scan():
+            assert layout.image(entry).exists()
+            assert isinstance(layout.record(entry), dict)

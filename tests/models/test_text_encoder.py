@@ -128,6 +128,18 @@ def test_spiece_alone_gives_ids(settings_file, tmp_path):
     np.testing.assert_array_equal(got.ids, want)
 
 
+def test_spiece_marks_words_after_a_sentinel_as_its_settings_say(tmp_path):
+    found = []
+    for legacy in (True, False):
+        here = folder(tmp_path / str(legacy), "spiece.model")
+        (here / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+        found.append(T5Tokenizer(here, 412)(["two<extra_id_0>two"], 30).ids[0].tolist())
+    old, new = (ids[: ids.index(1)] for ids in found)
+    start = old.index(399)
+    assert old == [*old[:start], 399, *old[:start]]  # a word like the first
+    assert new[: start + 1] == old[: start + 1] and new != old
+
+
 def test_distances_fall_into_the_buckets_of_the_paper():
     near = t5.buckets(200, 32, 128)[0]
     ends = {d: int(near[d]) for d in (0, 1, 7, 8, 11, 12, 16, 23, 31, 32, 46, 63, 64, 90, 91, 199)}

@@ -1,6 +1,7 @@
 """Named tensors in files of every layout, read one at a time; and files written piece by piece."""
 
 import argparse
+import contextlib
 import json
 from collections import OrderedDict
 
@@ -8,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -128,6 +131,28 @@ def test_torch_shards_by_their_index(tmp_path):
         index.write_text(wrong)
         with pytest.raises(WeightsError, match=message):
             read_all(index)
+
+
+NAMES = st.sampled_from(["a", "a.bin", "b.bin", "../a.bin", "a.safetensors", "weight_map", ""])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@settings(max_examples=60)
+@given(value=JSON)
+def test_any_index_is_refused_or_names_files_beside_it(kind, value, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    torch.save({"a": torch.zeros(1)}, folder / "a.bin")
+    save_file({"a": np.zeros(1, np.float32)}, folder / "a.safetensors")
+    index = folder / f"model.{kind}.index.json"
+    for written in (value, {"weight_map": value}):
+        index.write_text(json.dumps(written))
+        with contextlib.suppress(WeightsError):
+            assert set(read_all(index)[0]) <= {"a"}
 
 
 def test_files_without_a_state_dict_say_what_they_have(tmp_path):

@@ -145,6 +145,7 @@ def _from_sentencepiece(data: bytes, path: Path) -> Any:
     settings = path.with_name(SETTINGS)
     said = read_json(settings, WeightsError) if settings.is_file() else {}
     prefix = said.get("add_prefix_space", proto.normalizer_spec.add_dummy_prefix)
-    scheme = "always" if prefix else "never"
+    every = "first" if said.get("legacy") is False else "always"
+    scheme = every if prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     return tokenizer
