@@ -5,9 +5,12 @@
     python -m vapi_jax.convert --gpt my_model.pt --args my_model.json --out weights/mine
 
 then --config.init.gpt=weights/c2i_xxl --config.init.vq=weights/c2i_xxl. Reads PyTorch checkpoints (zip
-format, {"model" | "module" | "state_dict": ...} or a bare state dict), safetensors, and sharded
-safetensors by their index, without PyTorch and without running anything a file contains. Writes
+format, {"model" | "module" | "state_dict": ...} or a bare state dict), safetensors, and shards by their
+index or their folder, without PyTorch and without running anything a file contains. Writes
 model.safetensors (in shards above 4 GB), config.json and manifest.json with the digests of all.
+
+A file that holds several models, such as averaged weights beside the trained ones, is asked with
+--entry=ema. Weights that are not finite are refused.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import sys
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.files import read_json
-from vapi_jax.common.paths import local_folder, local_path
+from vapi_jax.common.paths import local_folder, local_path, local_text
 
 
 def parse() -> argparse.Namespace:
@@ -25,8 +28,10 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--gpt", type=local_path, metavar="FILE", help="the generator's weights")
-    parser.add_argument("--vq", type=local_path, metavar="FILE", help="the tokenizer's weights")
+    parser.add_argument(
+        "--gpt", type=local_path, metavar="FILE|DIR", help="the generator's weights"
+    )
+    parser.add_argument("--vq", type=local_path, metavar="FILE|DIR", help="the tokenizer's weights")
     parser.add_argument(
         "--out", type=local_folder, required=True, metavar="DIR", help="written whole or not at all"
     )
@@ -38,6 +43,22 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--vq-args", type=local_path, metavar="FILE.json", help="the same for the tokenizer"
+    )
+    parser.add_argument(
+        "--entry",
+        default="",
+        metavar="NAME",
+        help="of a file with several models, which is the generator (ema; default: model)",
+    )
+    parser.add_argument(
+        "--vq-entry", default="", metavar="NAME", help="the same for the tokenizer's file"
+    )
+    parser.add_argument(
+        "--classes",
+        type=local_text,
+        metavar="imagenet|FILE",
+        help="names of the generator's classes, one a line in the order of their labels; training data "
+        "are matched to them (default: ImageNet's for a thousand classes, else unknown)",
     )
     parser.add_argument(
         "--image-size",
@@ -76,6 +97,9 @@ def convert_files(args: argparse.Namespace) -> None:
         vq_args=read_json(args.vq_args, WeightsError) if args.vq_args else None,
         image_size=args.image_size,
         t2i=args.t2i,
+        entry=args.entry,
+        vq_entry=args.vq_entry,
+        classes=args.classes or "",
         dtype=args.dtype,
         overwrite=args.overwrite,
     )

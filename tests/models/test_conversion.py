@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers import commands, modes
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import KINDS, nhwc, read_condition
+from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import make_method
 from vapi_jax.models import conversion
 from vapi_jax.models.architecture import from_json
+from vapi_jax.models.classes import read_class_list, write_class_list
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import MANIFEST, WeightsSource, load_weights
@@ -163,6 +165,53 @@ def test_every_tensor_is_accounted_for_by_name(golden, tmp_path):
         "unexpected: lora.weight",
     ):
         assert line in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(golden, tmp_path):
+    state = {k: torch.from_numpy(v) for k, v in golden.tensors("gpt_c2i").items()}
+    name, path, out = "layers.1.feed_forward.w2.weight", tmp_path / "x.pt", tmp_path / "out"
+    args = golden.args("gpt_c2i")
+    for value, dtype, told in (
+        (np.nan, None, "1 of"),
+        (np.inf, None, "1 of"),
+        (1e6, "float16", "1e+06"),
+    ):
+        state[name][3, 2] = value
+        torch.save(state, path)
+        with pytest.raises(WeightsError) as error:
+            convert(out, gpt=path, gpt_args=args, dtype=dtype)
+        assert_mentions(str(error.value), name, path, told)
+        assert list(tmp_path.iterdir()) == [path]
+    convert(out, gpt=path, gpt_args=args, dtype="bfloat16")
+
+
+def test_the_average_of_a_shard_folder_and_the_names_of_classes_can_be_asked_for(golden, tmp_path):
+    args, classes = golden.args("gpt_c2i"), [f"class {i}" for i in range(10)]
+    release = tmp_path / "release"
+    release.mkdir()
+    names = {f"ema.{k}": v for k, v in golden.tensors("gpt_c2i").items()}
+    save_file(names, release / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (release / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_class_list(tmp_path / "mine.txt", classes)
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    out = tmp_path / "out"
+    done = commands.python(
+        CONVERT, "--gpt", release, "--entry", "ema", "--args", tmp_path / "args.json", "--classes",
+        tmp_path / "mine.txt", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_class_list(out / "classes.txt").names == tuple(classes)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert "classes.txt" in manifest["outputs"]
+    (out / "classes.txt").write_text("others\n")
+    with pytest.raises(WeightsError, match=r"classes\.txt"):
+        load_converted(out, "gpt")
+    given = {"gpt": release, "gpt_args": args, "entry": "ema"}
+    with pytest.raises(WeightsError, match=r"imagenet.* 1000 .* 10"):
+        convert(tmp_path / "other", **given, classes="imagenet")
+    with pytest.raises(WeightsError, match="imagenet"):
+        convert(tmp_path / "other", vq=golden.directory / "vq.safetensors", classes="imagenet")
 
 
 def test_half_precision_can_be_asked_for_and_is_kept_by_default(golden, released, tmp_path):
@@ -317,4 +366,4 @@ def test_help_is_quick_and_helps(script):
     done = commands.python(script, "--help")
     assert done.returncode == 0
     assert time.monotonic() - started < 2
-    assert f"python {script}" in done.stdout
+    assert "python -m vapi_jax." in done.stdout

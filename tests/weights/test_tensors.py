@@ -83,14 +83,95 @@ def test_a_part_of_a_tensor_can_be_read(tmp_path):
             np.testing.assert_array_equal(part, [[4, 5], [8, 9]])
 
 
-def test_an_index_gathers_its_shards(tmp_path):
-    save_file({"a.weight": ARRAYS["a.weight"]}, tmp_path / "one.safetensors")
-    rest = {name: ARRAYS[name] for name in ("b.bias", "steps")}
-    save_file(rest, tmp_path / "two.safetensors")
-    where = {"a.weight": "one.safetensors", "b.bias": "two.safetensors", "steps": "two.safetensors"}
-    index = tmp_path / "model.safetensors.index.json"
+def write_shards(folder, prefix=""):
+    """Two shards and their index, which is returned."""
+    arrays = {prefix + name: array for name, array in ARRAYS.items()}
+    first = prefix + "a.weight"
+    save_file({first: arrays[first]}, folder / "model-00001-of-00002.safetensors")
+    rest = {name: array for name, array in arrays.items() if name != first}
+    save_file(rest, folder / "model-00002-of-00002.safetensors")
+    where = {name: f"model-0000{1 + (name != first)}-of-00002.safetensors" for name in arrays}
+    index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    assert_same(read_all(index)[0])
+    return index
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_an_index_gathers_its_shards_and_their_folder_finds_it(tmp_path, prefix):
+    index = write_shards(tmp_path, prefix)
+    (tmp_path / "config.json").write_text("{}")
+    for path in (index, tmp_path):
+        assert_same(read_all(path)[0])
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    index = write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors"):
+        read_all(index)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "c2i_B_256.pt", "pytorch_model.bin"])
+def test_a_folder_of_one_file_is_that_file(tmp_path, name):
+    if name.endswith(".safetensors"):
+        save_file(ARRAYS, tmp_path / name)
+    else:
+        torch.save(state_dict(), tmp_path / name)
+    (tmp_path / "README.md").write_text("x")
+    assert_same(read_all(tmp_path)[0])
+
+
+def test_a_folder_that_leaves_a_choice_names_it(tmp_path):
+    with pytest.raises(WeightsError, match="without weights"):
+        read_all(tmp_path)
+    write_shards(tmp_path).unlink()
+    with pytest.raises(WeightsError, match=r"2 files.*00001-of-00002.*index"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."]
+)
+def test_prefixes_of_wrappers_are_taken_off_whatever_the_file(tmp_path, prefix):
+    save_file({prefix + name: array for name, array in ARRAYS.items()}, tmp_path / "x.safetensors")
+    torch.save(state_dict(prefix), tmp_path / "x.pt")
+    for name in ("x.safetensors", "x.pt"):
+        assert_same(read_all(tmp_path / name)[0])
+
+
+def of_zeros(prefix=""):
+    return {f"{prefix}{name}": torch.zeros_like(value) for name, value in state_dict().items()}
+
+
+def test_one_of_several_models_can_be_chosen(tmp_path):
+    torch.save(
+        {"model": of_zeros("module."), "ema": state_dict("module."), "steps": 3}, tmp_path / "x.pt"
+    )
+    both = {f"ema.{name}": array for name, array in ARRAYS.items()}
+    both |= {f"model.{name}": np.zeros_like(array) for name, array in ARRAYS.items()}
+    save_file(both, tmp_path / "x.safetensors")
+    for name, others in (("x.pt", {"model", "steps"}), ("x.safetensors", {"model"})):
+        with open_tensors(tmp_path / name, "ema") as file:
+            assert_same({key: tensor.read() for key, tensor in file.tensors.items()})
+            assert set(file.ignored) == others
+        found, ignored = read_all(tmp_path / name)
+        assert "ema" in ignored
+        assert not found["a.weight"].any(), "without a choice it is the model, not its average"
+        with (
+            pytest.raises(WeightsError, match="'emma'.*ema"),
+            open_tensors(tmp_path / name, "emma"),
+        ):
+            pass
+
+
+def test_averages_alone_have_to_be_chosen(tmp_path):
+    torch.save({"ema": state_dict(), "steps": 3}, tmp_path / "x.pt")
+    save_file({f"ema.{name}": array for name, array in ARRAYS.items()}, tmp_path / "x.safetensors")
+    for name in ("x.pt", "x.safetensors"):
+        with pytest.raises(WeightsError, match=r"ema.*--entry"):
+            read_all(tmp_path / name)
+        with open_tensors(tmp_path / name, "ema") as file:
+            assert_same({key: tensor.read() for key, tensor in file.tensors.items()})
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ DEMO = "demo"
 SUMMARY = "summary.json"
 
 # Sizes of the shipped models: the files say how they were trained, and shapes do not tell heads.
-_DEMO_SIDE = 32
+DEMO_SIDE = 32
+"""Pixels of the images that the shipped models were trained on."""
+
 _DEMO_TOKENIZER = VQConfig(
     codebook_size=1024,
     ch=32,
@@ -274,7 +276,7 @@ def _demo() -> _Found:
         tokenizer_weights=WeightsSource(
             DEMO, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, _DEMO_TOKENIZER
         ),
-        image_size=_DEMO_SIDE,
+        image_size=DEMO_SIDE,
         class_names=_class_names(DataConfig(), policy),
         facts={"kind": "demo", "path": DEMO, "trained": load_metadata(resolve_shipped("policy"))},
     )

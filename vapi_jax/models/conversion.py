@@ -27,11 +27,13 @@ from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import llama, vq
 from vapi_jax.models.architecture import Architecture, infer_gpt, infer_vq
+from vapi_jax.models.classes import FILE as CLASSES
+from vapi_jax.models.classes import read_class_list, write_class_list
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import BUFFERS, CONFIG, MANIFEST, MODEL, read_origin
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
-from vapi_jax.weights.names import Origin, Rule, WeightsError, check_reference
+from vapi_jax.weights.names import Origin, Rule, WeightsError, check_finite, check_reference
 from vapi_jax.weights.tensors import LazyTensor, Outgoing, TensorFile, open_tensors, write_sharded
 
 SHARD_BYTES = 4 * 10**9
@@ -74,23 +76,33 @@ class _Part:
         return [name for name in self.file.tensors if name not in used]
 
     def outgoing(self, dtype: Any) -> Iterator[Outgoing]:
-        """Our parameters, each made from the source when it is written."""
+        """Our parameters, each made from the source when it is written; finite, or a WeightsError."""
         for path, leaf in flatten(self.target).items():
             origin = self.origins[path]
             kept = self.file.tensors[origin.names[0]].dtype if dtype is None else dtype
-            yield Outgoing(
-                f"{self.name}/{path}", leaf.shape, jnp.dtype(kept), self._pieces(path, origin)
-            )
+            pieces = self._pieces(path, origin, jnp.dtype(kept))
+            yield Outgoing(f"{self.name}/{path}", leaf.shape, jnp.dtype(kept), pieces)
         for name in self.buffers:
             tensor = self.file.tensors[name]
             pieces = partial(whole, tensor)
             yield Outgoing(f"{self.name}{BUFFERS}{name}", tensor.shape, tensor.dtype, pieces)
 
-    def _pieces(self, path: str, origin: Origin) -> Callable[[], Iterator[np.ndarray]]:
+    def _pieces(
+        self, path: str, origin: Origin, dtype: np.dtype
+    ) -> Callable[[], Iterator[np.ndarray]]:
         def pieces() -> Iterator[np.ndarray]:
-            for i in range(len(origin.names)):
+            for i, name in enumerate(origin.names):
                 index = (slice(i, i + 1),) if origin.stacked else ()
-                yield read_origin(self.file.tensors, origin, index)
+                piece = read_origin(self.file.tensors, origin, index)
+                check_finite(piece, f"{name} in {self.file.paths[0]}")
+                with np.errstate(over="ignore"):
+                    written = np.asarray(piece, dtype)
+                if not np.isfinite(written).all():
+                    raise WeightsError(
+                        f"{name} in {self.file.paths[0]} has values up to {np.abs(piece).max():.3g}, too "
+                        f"large for --dtype={dtype.name}: take bfloat16 or float32"
+                    )
+                yield written
 
         return pieces
 
@@ -109,6 +121,9 @@ def convert(
     vq_args: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     t2i: bool = False,
+    entry: str = "",
+    vq_entry: str = "",
+    classes: str = "",
     dtype: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -117,10 +132,12 @@ def convert(
 
     Args:
       out: must not exist, unless `overwrite`.
-      gpt, vq: the generator's and the tokenizer's file; one of them at least.
+      gpt, vq: the generator's and the tokenizer's file, or a folder of shards; one of them at least.
       gpt_args, vq_args: LlamaGen's arguments, where a file is none of the released models.
       image_size: of the images that the generator was trained on, where the file does not tell.
       t2i: a text-conditional generator is expected.
+      entry, vq_entry: of a file that holds several models, which; see `open_tensors`.
+      classes: list of the generator's classes, as `read_class_list` takes it; kept as classes.txt.
       dtype: "float32" | "bfloat16" | "float16"; None keeps what the file has, bit for bit.
       overwrite: replace an existing directory once the new one is complete.
       shard_bytes: see `SHARD_BYTES`.
@@ -129,7 +146,8 @@ def convert(
       The manifest.
 
     Raises:
-      WeightsError: if a file is refused, or does not hold what is asked for.
+      WeightsError: if a file is refused, holds values that are not finite, or not what is asked for.
+      ClassesError: if the list cannot be read.
     """
     if gpt is None and vq is None:
         raise WeightsError("nothing to convert: give --gpt, --vq or both")
@@ -140,18 +158,31 @@ def convert(
     with ExitStack() as stack:
         parts = []
         if gpt is not None:
-            file = stack.enter_context(open_tensors(gpt))
+            file = stack.enter_context(open_tensors(gpt, entry))
             found = infer_gpt(
                 _shapes(file), gpt_args, file_name=gpt.name, image_size=image_size, t2i=t2i
             )
             parts.append(_part("gpt", file, found))
         if vq is not None:
-            file = stack.enter_context(open_tensors(vq))
+            file = stack.enter_context(open_tensors(vq, vq_entry))
             parts.append(_part("vq", file, infer_vq(_shapes(file), vq_args)))
         _check_pair(parts)
+        names = _class_names(parts, classes) if classes else None
         with new_folder(out, replace=overwrite) as folder:
-            manifest = _write(folder, parts, dtype, shard_bytes)
+            manifest = _write(folder, parts, names, dtype, shard_bytes)
     return manifest
+
+
+def _class_names(parts: Sequence[_Part], which: str) -> tuple[str, ...]:
+    names = read_class_list(which).names
+    config = next((part.architecture.config for part in parts if part.name == "gpt"), None)
+    if not isinstance(config, LlamaConfig) or config.model_type != "c2i":
+        raise WeightsError(f"--classes={which}: no generator with classes is converted")
+    if len(names) != config.num_classes:
+        raise WeightsError(
+            f"--classes={which}: it names {len(names)} classes, the generator has {config.num_classes}"
+        )
+    return names
 
 
 def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
@@ -180,7 +211,11 @@ def _check_pair(parts: Sequence[_Part]) -> None:
 
 
 def _write(
-    directory: Path, parts: Sequence[_Part], dtype: str | None, shard_bytes: int
+    directory: Path,
+    parts: Sequence[_Part],
+    class_names: Sequence[str] | None,
+    dtype: str | None,
+    shard_bytes: int,
 ) -> dict[str, Any]:
     outgoing = [tensor for part in parts for tensor in part.outgoing(dtype)]
     sources = [(part.name, path) for part in parts for path in part.file.paths]
@@ -200,6 +235,9 @@ def _write(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
     digests[CONFIG] = sha256_file(directory / CONFIG)
+    if class_names is not None:
+        write_class_list(directory / CLASSES, class_names)
+        digests[CLASSES] = sha256_file(directory / CLASSES)
     manifest = {
         "converter": f"vapi_jax {__version__}",
         "sources": described,

@@ -44,7 +44,7 @@ from vapi_jax.weights.names import (
     origin_of,
 )
 from vapi_jax.weights.store import resolve_shipped
-from vapi_jax.weights.tensors import INDEX_SUFFIX, LazyTensor, TensorFile, open_tensors
+from vapi_jax.weights.tensors import ENDINGS, INDEX_SUFFIX, LazyTensor, TensorFile, open_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _locate(source: WeightsSource) -> tuple[Path, str]:
     trained = path / "weights" / f"{PARTS[source.part]}.safetensors"
     if trained.is_file():
         return trained, ""
-    if any(path.glob("*.safetensors*")):  # of others: shards and their index
+    if any(next(path.glob(f"*{ending}"), None) for ending in ENDINGS):  # of others
         return path, ""
     raise WeightsError(_no_directory(path, trained.name))
 

@@ -29,6 +29,7 @@ from vapi_jax.training.preflight import (
     look_at_data,
     look_at_weights,
     look_at_workdir,
+    notes_on_weights,
     open_mesh,
 )
 
@@ -108,6 +109,7 @@ def check(
     config = with_classes(config, errors)
     data = look_at_data(config, errors, images=LOOKED_AT)
     weights = look_at_weights(config, mesh, errors, thorough=True)
+    data.notes += notes_on_weights(config)
     if workdir is not None and not broken:
         look_at_workdir(config, Path(workdir), errors, resume_with_changes)
     if not broken:

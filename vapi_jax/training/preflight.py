@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 
 from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.files import read_json
 from vapi_jax.common.options import Errors
 from vapi_jax.common.trees import unflatten
 from vapi_jax.data import DataError, classes_of
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import encoder_of, make_source
 from vapi_jax.data.sources import Source
+from vapi_jax.generation.loading import DEMO, DEMO_SIDE
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.classes import where, with_classes
 from vapi_jax.methods.config import TrainConfig
@@ -33,6 +35,7 @@ from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.models.architecture import disagreements
 from vapi_jax.models.loading import (
+    CONFIG,
     MANIFEST,
     PARTS,
     WeightsSource,
@@ -70,7 +73,7 @@ def require(raw: Any) -> TrainConfig:
     data = look_at_data(settled, errors)
     look_at_weights(settled, mesh, errors)
     raise_all(errors)
-    for note in data.notes:
+    for note in (*data.notes, *notes_on_weights(settled)):
         logger.warning("%s", note)
     return config
 
@@ -269,6 +272,28 @@ def look_at_weights(
         for net in ("vgg", "alex"):
             _look_at_bundled(net, errors)
     return found
+
+
+def notes_on_weights(config: TrainConfig) -> list[str]:
+    """What is worth knowing of the weights that a run starts from, and no error."""
+    where = config.init.gpt
+    side = DEMO_SIDE if where == DEMO else _side_of_run(Path(where)) if where else None
+    if side in (None, config.data.image_size):
+        return []
+    return [
+        f"init.gpt={where!r}: this generator was trained on images of {side} px, and "
+        f"data.image_size={config.data.image_size}: it has never seen such a grid"
+    ]
+
+
+def _side_of_run(path: Path) -> int | None:
+    """Pixels of the images that a run was trained on, given its workdir or a file of its weights."""
+    folder = path if path.is_dir() else path.parent.parent
+    try:
+        side = read_json(folder / CONFIG, WeightsError)["data"]["image_size"]
+    except (WeightsError, KeyError, TypeError):
+        return None
+    return side if isinstance(side, int) else None
 
 
 def _trained(method: Method) -> set[str]:

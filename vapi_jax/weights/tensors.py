@@ -37,6 +37,8 @@ _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 _ZIP = b"PK\x03\x04"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
+ENDINGS = (INDEX_SUFFIX, TORCH_INDEX_SUFFIX, ".safetensors", *_TORCH)
+"""Of files of weights, in the order in which a folder is searched for the one that is meant."""
 
 # Names of dtypes in a safetensors header.
 _CODES = {
@@ -126,7 +128,7 @@ def open_tensors(path: str | Path, entry: str = "") -> Iterator[TensorFile]:
 
 def _file_in(folder: Path) -> Path:
     """The one file or index of weights in a folder."""
-    for ending in (INDEX_SUFFIX, TORCH_INDEX_SUFFIX, ".safetensors", *_TORCH):
+    for ending in ENDINGS:
         found = sorted(folder.glob(f"*{ending}"))
         if len(found) == 1:
             return found[0]
