@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.paths import local_path
-from vapi_jax.common.recipes import RECIPES, load_recipe
+from vapi_jax.common.recipes import RecipeError, read_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     from vapi_jax.common.options import Dtype
     from vapi_jax.generation.loading import Generator
     from vapi_jax.methods.config import TrainConfig
-
-
-class RecipeError(ExpectedError, ValueError):
-    """A recipe that is not there, or a change of an option that it cannot take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +59,12 @@ def recipe(name: str | os.PathLike[str], **changes: Any) -> ConfigDict:
       An `ml_collections.ConfigDict`, to look at, to change, and to give to `train`.
 
     Raises:
-      RecipeError: there is no such recipe, or a path of `changes` leads nowhere. Whether its options
-        exist and have possible values is said by `train`, all at once.
+      RecipeError: there is no such recipe, it cannot be used, or a path of `changes` leads nowhere. Whether
+        its options exist and have possible values is said by `train`, all at once.
     """
     from ml_collections import ConfigDict
 
-    text, _, variant = os.fspath(name).partition(":")
-    path = local_path(text if text.endswith(".py") else f"{text}.py")
-    if not path.exists() and path.parent == Path():
-        path = RECIPES / path
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.py"))) or "none"
-        raise RecipeError(f"there is no recipe {text!r}; known by name: {known}")
-    config: ConfigDict = load_recipe(str(path), path.stem).get_config(variant)
+    config = read_recipe(os.fspath(name))
     for option, value in changes.items():
         *sections, last = option.split(".")
         place = config

@@ -1,9 +1,9 @@
 """Train what a recipe describes: `python -m vapi_jax.main --config=RECIPE --workdir=DIR`.
 
-Flags only; the work begins in `vapi_jax.training.command`. Recipes are under configs/; a variant
-follows a colon, and any option can be overridden:
+Flags only; the work begins in `vapi_jax.training.command`. A recipe is a file, or the name of
+one that ships (--config lists them); a variant follows a colon, and any option can be overridden:
 
-  python -m vapi_jax.main --config=configs/c2i_demo.py:tiny --workdir=/tmp/tiny
+  python -m vapi_jax.main --config=c2i_demo:tiny --workdir=/tmp/tiny
   python -m vapi_jax.main --config=configs/c2i_xxl.py --workdir=runs/xxl --config.vapi.ce_weight=0.2
 
 Everything a run makes is in its workdir: report.html (open it), summary.json, metrics.jsonl,

@@ -29,6 +29,7 @@ from vapi_jax.training.preflight import (
     look_at_data,
     look_at_weights,
     look_at_workdir,
+    notes_on_weights,
     open_mesh,
     require,
 )
@@ -337,6 +338,19 @@ def test_a_converted_directory_is_compared_without_reading_its_weights(recipe, t
     assert "model.safetensors is missing or not of its size; convert the weights again" in line
     found = problems(recipe(init={"gpt": converted(tmp_path / "half", same)}))
     assert any("it holds vq and no gpt" in line for line in found)
+
+
+@pytest.mark.parametrize("kind", ["demo", "run", "file of a run"])
+def test_weights_that_have_never_seen_such_a_grid_are_worth_a_note(recipe, tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"image_size": 32}}))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    paths = {"run": str(tmp_path), "file of a run": str(weights / "policy.safetensors")}
+    init = {"gpt": paths.get(kind, "demo")}
+    (note,) = notes_on_weights(resolve(recipe(data={"image_size": 64}, init=init)))
+    assert_mentions(note, f"init.gpt={init['gpt']!r}", "32 px", "data.image_size=64")
+    assert notes_on_weights(resolve(recipe(data={"image_size": 32}, init=init))) == []
+    assert notes_on_weights(resolve(recipe(data={"image_size": 64}))) == []
 
 
 def test_a_thorough_look_reads_what_a_run_will_read(recipe, golden, tokenizer_file, tmp_path):

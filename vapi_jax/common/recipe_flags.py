@@ -1,4 +1,4 @@
-"""The flag --config=RECIPE.py:VARIANT with its overrides, for every command that takes a recipe.
+"""The flag --config=RECIPE:VARIANT with its overrides, for every command that takes a recipe.
 
 Importing this module defines the flag. It imports no JAX, so that --help is quick.
 """
@@ -9,7 +9,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from vapi_jax.common.errors import ExpectedError, forgive_letters, nobody_reads
-from vapi_jax.common.paths import local_text
+from vapi_jax.common.recipes import read_recipe, shipped
 
 SECTIONS = (
     "mesh", "data", "tokenizer", "tokenizer_training", "policy", "condition", "vapi", "base",
@@ -18,15 +18,17 @@ SECTIONS = (
 
 
 class _RecipeParser(flags.ArgumentParser):
-    """Adds the sections that a recipe leaves out, so that their options can be overridden too."""
+    """Reads a recipe, and adds the sections that it leaves out, so that they can be overridden too.
 
-    def __init__(self, loader: flags.ArgumentParser):
-        self._loader = loader
+    ml_collections' own reader swallows why a recipe cannot be read.
+    """
 
-    def parse(self, path: str) -> ConfigDict:
-        recipe = self._loader.parse(local_text(path))
-        if not isinstance(recipe, ConfigDict):  # ml_collections keeps a failure to load for later
-            raise ValueError(f"no recipe can be read from {path.partition(':')[0]}")
+    def parse(self, text: str) -> ConfigDict:
+        try:
+            recipe = read_recipe(text)
+        except ValueError as error:  # of which absl would print all of the help
+            raise ExpectedError(f"--config={text}: {error}") from error
+        recipe.unlock()
         for section in SECTIONS:
             if section not in recipe:
                 recipe[section] = ConfigDict()
@@ -40,11 +42,12 @@ class _RecipeParser(flags.ArgumentParser):
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A recipe and its variant, such as configs/c2i_demo.py:tiny",
+    "A recipe, by its path or by the name of one that ships with the package, and its variant, such as "
+    "c2i_demo:tiny.\n" + "\n".join(f"{name}: {line}" for name, line in shipped().items()),
     lock_config=False,
     accept_new_attributes=True,
 )
-flags.FLAGS["config"].parser = _RecipeParser(flags.FLAGS["config"].parser)
+flags.FLAGS["config"].parser = _RecipeParser()
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -54,7 +57,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         return app.parse_flags_with_usage(argv)
     except BrokenPipeError:  # --help | head
         sys.exit(nobody_reads())
-    except ExpectedError as error:  # a recipe that builds on one that is not there
+    except ExpectedError as error:  # of the recipe
         sys.exit(f"error: {error}")
     except KeyError as error:
         sys.exit(
