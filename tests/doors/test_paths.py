@@ -49,7 +49,7 @@ DOORS = {
     "bench": ([RECIPE], ["--json"]),
     "bench --sweep": ([RECIPE], ["--docs"]),
     "bench --mode": (["--mode=evaluate", RECIPE], ["--inception"]),
-    "convert": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args"]),
+    "convert": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args", "--classes"]),
     "export": (["--ckpt=c", "--out=o.pt"], ["--ckpt", "--out"]),
     "launch/ship_demo.py": ([], ["--tokenizer", "--policy"]),
 }
@@ -81,6 +81,7 @@ _PROCESSES = {"--coordinator", "--cluster_detection_method"}
 TEXTS = {
     "main": {*_PROCESSES, "--target"},
     "encode": _PROCESSES,
+    "convert": {"--entry", "--vq-entry"},
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},
 }
@@ -153,6 +154,7 @@ def test_every_text_in_a_recipe_is_read_as_a_path_or_known_to_be_none():
 
 RECIPES = {
     "data.path": lambda path: {"data": {"path": path}},
+    "data.classes": lambda path: {"data": {"classes": path}},
     "init.gpt": lambda path: {"init": {"gpt": path}},
     "init.vq": lambda path: {"init": {"vq": path}},
     "rewards.lpips.files": lambda path: {
