@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -76,6 +77,15 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(door):
     os.close(writing)
     assert done.returncode != 1
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_a_command_without_standard_streams_does_its_work(tmp_path):
+    """As where cron or a daemon has closed them."""
+    real = f"-m vapi_jax.real_images --config={CONFIGS / 'demo_base.py'}:tiny --num=2 --out=real"
+    shell = f'"{sys.executable}" {real} <&- >&- 2>&-'
+    done = subprocess.run(shell, shell=True, cwd=tmp_path, env=commands.environment(), check=False)
+    assert done.returncode == 0
+    assert len(list((tmp_path / "real").iterdir())) == 2
 
 
 DRAW = ["sample", "--ckpt=demo", "--num=1", "--out=absent"]

@@ -276,6 +276,12 @@ def test_what_was_looked_for_is_said(tmp_path, mesh):
         assert f"{marker} of {what}" in str(caught.value)
 
 
+def test_a_run_that_has_not_finished_is_said_to_be(tmp_path, mesh):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(WeightsError, match="not finished"):
+        load_generator(str(tmp_path), mesh)
+
+
 def test_generator_and_tokenizer_must_fit(monkeypatch, mesh):
     monkeypatch.setitem(module._DEMO_POLICY, "block_size", 49)
     with pytest.raises(WeightsError, match="49.*1024.*8x8.*1024"):

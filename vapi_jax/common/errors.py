@@ -47,10 +47,17 @@ def disk_trouble(error: OSError) -> str | None:
     )
 
 
-def forgive_letters() -> None:
-    """From now on a letter that the terminal's encoding lacks is printed as "?" and ends nothing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+def prepare_streams() -> None:
+    """From now on nothing printed ends a command.
+
+    A letter that the terminal's encoding lacks is printed as "?", and what goes to a stream that a daemon
+    has closed goes nowhere: not into the file that got its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and mode == "w":
             stream.reconfigure(errors="replace")
 
 
@@ -71,7 +78,7 @@ def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> 
       What the command returns (None is 0); 1 after an `ExpectedError` or trouble with the disk; as a
       shell would say, 130 after Ctrl-C and 141 where nobody reads the output any more (`| head`).
     """
-    forgive_letters()
+    prepare_streams()
     try:
         try:
             return command() or 0

@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vapi_jax.common.errors import ExpectedError, forgive_letters, nobody_reads
+from vapi_jax.common.errors import ExpectedError, nobody_reads, prepare_streams
 from vapi_jax.common.recipes import read_recipe, shipped
 
 SECTIONS = (
@@ -52,7 +52,7 @@ flags.FLAGS["config"].parser = _RecipeParser()
 
 def parse_flags(argv: list[str]) -> list[str]:
     """The flags, with a sentence instead of a stack where an override names no section."""
-    forgive_letters()
+    prepare_streams()
     try:
         return app.parse_flags_with_usage(argv)
     except BrokenPipeError:  # --help | head

@@ -198,6 +198,11 @@ def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Genera
         if (path / marker).is_file():
             return _assemble(reader(path), mesh, dtype)
     if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            raise WeightsError(
+                f"{path} holds a run that has not finished: it has checkpoints and no {SUMMARY}. Go on with "
+                "it by the command that began it"
+            )
         looked = "; ".join(f"{marker} of {what}" for marker, (what, _) in DIRECTORIES.items())
         raise WeightsError(f"{path} holds no generator. Looked there for: {looked}")
     what = "is a file, not a directory" if path.exists() else "does not exist"
