@@ -86,8 +86,7 @@ def test_what_a_wheel_installed_checks_recipes_and_converts(installed, golden):
         check=True,
     ).stdout.split()
     assert told == [str(installed.site / "vapi_jax" / "__init__.py"), "c2i_demo"]
-    recipe = installed.site / "vapi_jax" / "configs" / "c2i_demo.py"
-    installed("main", f"--config={recipe}:tiny", "--check")
+    installed("main", "--config=c2i_demo:tiny", "--check")
 
     tensors = golden.tensors("gpt_c2i")
     save_file(tensors, installed.here / "released.safetensors")
