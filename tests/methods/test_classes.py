@@ -218,6 +218,12 @@ def test_any_other_names_are_refused_with_what_they_would_be(tmp_path, generator
     assert_mentions(
         line, path, "thing 00 = 0, thing 01 = 1", "data.classes=sorted", "init.classes=new"
     )
+    _, (line,) = settle(
+        config_of(
+            folders(tmp_path / "b", ["N01440764", "n02102040"]), init={"gpt": generator(1000)}
+        )
+    )
+    assert_mentions(line, "1 of 2", "imagenet", "'N01440764'", "'n01440764'?")
     data = {**folders(tmp_path, names), "classes": "sorted"}
     config, errors = settle(config_of(data, init={"gpt": path}))
     assert (errors, config.policy["num_classes"]) == ([], 12)

@@ -70,7 +70,7 @@ def test_the_papers_recipe_is_planned_without_its_weights_and_data(capsys):
         "images": 12_800,
         "samples": 102_400,
         "samples_per_image": 8,
-        "microbatches": 4,
+        "microbatches": 1,
         "evaluations": 5,
     }
     assert (found["saved"], found["kept"]) == ([50, 100], [50, 100])

@@ -13,7 +13,7 @@ from vapi_jax.data.pipeline import classes_of
 from vapi_jax.data.sources import source_class
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import generator_source, sized_policy
-from vapi_jax.models.classes import IMAGENET_CLASSES, ClassesError, filled, read_class_list
+from vapi_jax.models.classes import IMAGENET_CLASSES, filled
 from vapi_jax.models.loading import WeightsSource, class_count, class_list
 from vapi_jax.models.policy import find_policy, make_policy
 
@@ -117,7 +117,8 @@ def _rule(
     known = class_list(source) if pretrained and source is not None else ""
     if not pretrained and count == IMAGENET_CLASSES:
         known = "imagenet"
-    if known and _all_in(own, known):
+    unlisted = _unlisted(own, known)
+    if not unlisted:
         return known
     if numbers and (count is not None or sorted(map(int, own)) == list(range(len(own)))):
         return NUMBERS
@@ -125,20 +126,23 @@ def _rule(
         return SORTED
     errors.append(
         f"data.classes='': it is not known which labels of the generator in {config.init.gpt} the "
-        f"{len(own)} classes of the data are: their names are neither numbers nor in its list of "
-        f"classes ({known or 'of which it has none'}). In their order they would be: "
-        f"{class_map(SORTED, own).rows()}. Where that is right, say data.classes=sorted; else name "
-        "imagenet or a file of names (data.classes=FILE); or give the generator fresh rows for them, "
-        "with init.classes=new"
+        f"{len(own)} classes of the data are: their names are no numbers, and {unlisted}. In their order "
+        f"they would be: {class_map(SORTED, own).rows()}. Where that is right, say "
+        "data.classes=sorted; else name imagenet or a file of names (data.classes=FILE); or give the "
+        "generator fresh rows for them, with init.classes=new"
     )
     return None
 
 
-def _all_in(own: Sequence[str], which: str) -> bool:
+def _unlisted(own: Sequence[str], known: str) -> str:
+    """Why a generator's own list does not tell the labels of these classes; "" where it does."""
+    if not known:
+        return "no list says what its labels are called"
     try:
-        return all(name in read_class_list(which).labels for name in own)
-    except ClassesError:
-        return False
+        class_map(known, own)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _beyond(config: TrainConfig, found: ClassMap, option: str, count: int) -> str:
