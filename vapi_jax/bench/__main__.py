@@ -64,6 +64,9 @@ _DOCS = flags.DEFINE(
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Compile shapes alone: FLOPs, memory and collectives, nothing is run"
 )
+_KERNELS = flags.DEFINE_integer(
+    "kernels", 0, "Also profile two steps, and list so many of what took longest", lower_bound=0
+)
 _BATCH = flags.DEFINE_integer(
     "batch",
     None,
@@ -102,6 +105,7 @@ _BELONGS = {
     "sweep": ("step",),
     "vary": ("step",),
     "docs": ("step", "targets"),
+    "kernels": ("step",),
     "compile_only": ("step",),
     "batch": ("sample", "evaluate"),
     "cfg": ("sample",),
@@ -204,7 +208,7 @@ def _measure(config: Any, mesh: Any) -> dict[str, Any]:
     if _COMPILE_ONLY.value:
         result = measure.compile_only(config, mesh)
     else:
-        result = measure.measure(config, mesh, _STEPS.value, _PLAIN.value)
+        result = measure.measure(config, mesh, _STEPS.value, _PLAIN.value, _KERNELS.value)
     print(report.text_report(result))
     return result
 

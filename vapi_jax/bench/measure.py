@@ -15,6 +15,7 @@ from vapi_jax.bench import setup as setups
 from vapi_jax.bench.devices import PLANNED, peak, peak_memory, planned_memory
 from vapi_jax.bench.flops import step_flops
 from vapi_jax.bench.hlo_flops import matmul_flops
+from vapi_jax.bench.kernels import top_kernels
 from vapi_jax.bench.phases import PhaseTimer, spreads
 from vapi_jax.bench.scaling import H100, count_parameters, predict
 from vapi_jax.common.progress import ProgressBar
@@ -119,7 +120,15 @@ def compile_only(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[str, Any]:
+def _two_steps(setup: setups.Setup, compiled: Any) -> Any:
+    for _ in range(2):
+        setup.state, metrics = compiled(setup.state, setup.frozen, setup.batch)
+    return metrics
+
+
+def measure(
+    config: TrainConfig, mesh: Mesh, steps: int, plain: bool, kernels: int = 0
+) -> dict[str, Any]:
     """Times the recipe's step, its phases and, in turns with it, the B·G oracle.
 
     Args:
@@ -127,6 +136,7 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
       mesh: devices.
       steps: timed steps of each kind.
       plain: also time the step with `vapi.fused` False.
+      kernels: how many of the longest to list, from a profile of two more steps; 0 for no profile.
 
     Returns:
       What --json writes; see docs/performance.md for the keys.
@@ -176,6 +186,8 @@ def measure(config: TrainConfig, mesh: Mesh, steps: int, plain: bool) -> dict[st
         "phase_quartiles": {name: [value.low, value.high] for name, value in phases.items()},
         "phases_sum": sum(value.median for value in phases.values()) if phases else None,
     }
+    if kernels:
+        result["kernels"] = top_kernels(lambda: _two_steps(setup, compiled), kernels)
     if plain:
         result |= _seconds("plain_seconds", laps["plain"])
         pairs = zip(laps["plain"].wall, laps["ours"].wall, strict=True)
