@@ -28,7 +28,7 @@ esac
 out="${1:-$root/runs/gpu_proof/$(date +%Y%m%d-%H%M%S)}"
 mkdir -p "$out" && out="$(cd "$out" && pwd -P)" || exit 1
 rm -f "$out"/*.json "$out"/missing.txt
-python="${PYTHON:-$root/.venv/bin/python}"
+python="${PYTHON:-${VAPI_VENV:-$root/.venv}/bin/python}"
 patience=1 total=540
 [ -z "$dry" ] || patience=10 total=5400 # a busy CPU is no fault
 end=$((SECONDS + ${SECONDS_LEFT:-$total}))
