@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
@@ -94,18 +95,27 @@ def attention_off() -> Check:
     return Check(f"attention in bfloat16: {kind} against XLA's, gradients", worst, 0.02)
 
 
+def true_tokens(one: setups.Setup) -> Any:
+    """What the recipe's tokenizer makes of its images."""
+    return np.asarray(jax.jit(one.method.true_tokens)(one.frozen, one.batch))
+
+
 def rank_disagreement(exact: setups.Setup, narrow: setups.Setup) -> float:
     """1 - the mean rank correlation, inside groups, of two precisions' rewards of the same samples."""
-    method, batch = exact.method, exact.batch
-    tokens = np.asarray(method.true_tokens(exact.frozen, batch))
+    method = exact.method
+    tokens = true_tokens(exact)
     shape = (tokens.shape[0], method.samples_per_image, tokens.shape[1])
     rng, vocab = np.random.default_rng(0), method.policy.vocab_size
     noise = rng.uniform(size=shape) < 0.3
     samples = jnp.asarray(np.where(noise, rng.integers(0, vocab, shape), tokens[:, None]))
 
     def rewards(one: setups.Setup) -> Any:
-        judge = one.method.parts(one.frozen)["judge"]
-        return np.asarray(total(judge(samples, one.batch), one.method.terms))
+        method = one.method
+
+        def judged(frozen: Any, samples: Any, batch: Any) -> Any:
+            return total(method.parts(frozen)["judge"](samples, batch), method.terms)
+
+        return np.asarray(jax.jit(judged)(one.frozen, samples, one.batch))
 
     pairs = zip(rewards(exact), rewards(narrow), strict=True)
     return 1.0 - float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
@@ -133,18 +143,16 @@ def checks(recipe: ConfigDict) -> Iterator[Check]:
     exact = resolve(in_precision(recipe, "float32"))
     with jax.default_matmul_precision("highest"):
         setup = setups.build(exact, here)
-        tokens = np.asarray(setup.method.true_tokens(setup.frozen, setup.batch))
+        tokens = true_tokens(setup)
         plain = setup.step(False)(jax.tree.map(jnp.copy, setup.state), setup.frozen, setup.batch)[1]
         step = setup.step(True)
         setup.state, metrics = step(setup.state, setup.frozen, setup.batch)
         with jax.default_device(jax.devices("cpu")[0]):
             reference = setups.build(exact, there)
-            wanted = reference.method.true_tokens(reference.frozen, reference.batch)
+            wanted = true_tokens(reference)
             state, frozen, batch = reference.state, reference.frozen, reference.batch
             _, on_cpu = reference.step(True)(state, frozen, batch)
-        yield Check(
-            "tokens that differ from the CPU's", (tokens != np.asarray(wanted)).mean(), 1e-3
-        )
+        yield Check("tokens that differ from the CPU's", float((tokens != wanted).mean()), 1e-3)
         yield Check("step in float32 against the CPU's", off(metrics, on_cpu), 2e-3)
         yield Check("plain step against the fused one, float32", off(plain, metrics), 2e-3)
     narrow = setups.build(resolve(in_precision(recipe, "bfloat16")), here)
@@ -264,6 +272,7 @@ def _check() -> None:
 
 def main(argv: list[str]) -> int:
     """The checks, or the table."""
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax tells of every file
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if (CONFIG.value is None) == (_TABLE.value is None):
