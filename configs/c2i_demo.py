@@ -58,9 +58,8 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant == "tiny":
         config.update({"steps": 4, "batch_size": 8})
         config.vapi.update({"group_size": 4})
-        config.eval.update({"every": 2, "images": 8, "samples": 520, "seeds": 2})
-        config.eval.update({"sampled_every": 2, "sampled": 16})
-        config.eval.update({"temperatures": (0.9,)})
+        config.eval.update({"every": 4, "images": 8, "samples": 32, "seeds": 2})
+        config.eval.update({"sampled_every": 4, "sampled": 32, "allow_singular": True})
     elif variant:
         raise ValueError(f"configs/c2i_demo.py:{variant}: known variants are '', 'full', 'tiny'")
     return config

@@ -14,7 +14,14 @@ from vapi_jax.evaluation.compare import (
     estimate,
 )
 from vapi_jax.evaluation.held_out import HeldOut
-from vapi_jax.evaluation.samples import SEEN, UNSEEN, Judged, even_batch, on_judging_devices
+from vapi_jax.evaluation.samples import (
+    SEEN,
+    UNSEEN,
+    Judged,
+    SampleJudge,
+    even_batch,
+    on_judging_devices,
+)
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
@@ -27,12 +34,14 @@ pytestmark = pytest.mark.slow
 def judge_and_base():
     recipe = load_recipe("configs/c2i_demo.py", "c2i_demo").get_config("tiny")
     recipe.policy.num_classes = 12
+    recipe.eval.update({"samples": 520, "seeds": 2, "allow_singular": False})
     config = resolve(recipe)
     task = make_method(config, make_mesh(2, 4))
     state, _ = init_state(task, make_optimizer(config.optimizer, 1), 0)
     task, frozen = on_judging_devices(task, load_frozen(task))
     assert task.mesh.size == 1  # parameters are on eight devices, judgement is on one
-    return Judge(task, frozen, HeldOut(task, frozen), batch=64), state.params
+    judge = SampleJudge(task, frozen, 64, (SEEN, UNSEEN))
+    return Judge(task, HeldOut(task, frozen), judge), state.params
 
 
 def test_estimate_by_hand():

@@ -11,7 +11,7 @@ from tests.helpers.events import shown
 from tests.helpers.tiny import make_tiny_config, make_tiny_method, with_random_head
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
-from vapi_jax.evaluation import in_training
+from vapi_jax.evaluation import samples as judging
 from vapi_jax.evaluation.features import FEATURES, FeatureExtractor
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.in_training import GRID, SEED, Sampled, sampled_of
@@ -113,7 +113,7 @@ def test_a_count_that_the_batch_does_not_divide_loses_no_sample(parts, monkeypat
     """The rest of the last batch is filled up, and what fills it is not judged."""
     task, frozen, params, sampled = parts
     whole, _ = sampled(params)
-    monkeypatch.setattr(in_training, "even_batch", lambda count, devices: 12)
+    monkeypatch.setattr(judging, "even_batch", lambda count, devices: 12)
     cut, _ = Sampled(task, frozen)(params)
     for name, value in whole.items():
         assert cut[name] == pytest.approx(value, rel=1e-4)

@@ -17,7 +17,7 @@ import numpy as np
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.held_out import HeldOut
-from vapi_jax.evaluation.samples import SEEN, UNSEEN, SampleJudge, even_batch
+from vapi_jax.evaluation.samples import SEEN, UNSEEN, SampleJudge
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
 
@@ -33,6 +33,7 @@ class Entry:
     kind: str  # "base" | "temperature" | "matched" | "vapi" | "control"
     params: Any
     temperature: float = 1.0
+    held_out: Mapping[str, float] | None = None  # its held-out metrics, where they are known
 
 
 @dataclasses.dataclass
@@ -41,20 +42,16 @@ class Judge:
 
     Attributes:
       method: the run's.
-      frozen: its frozen weights on the mesh.
       held_out: teacher-forced metrics on the run's held-out images.
-      batch: samples drawn at once; 0 for about 256, so that `eval.samples` divides with little rest.
+      judge: of samples, in the features `SEEN` and `UNSEEN`.
     """
 
     method: Method
-    frozen: Mapping[str, Any]
     held_out: HeldOut
-    batch: int = 0
+    judge: SampleJudge
 
     def __post_init__(self) -> None:
         self._samples = self.method.config.eval.samples
-        batch = self.batch or even_batch(self._samples, self.method.mesh.size)
-        self.judge = SampleJudge(self.method, self.frozen, batch, (SEEN, UNSEEN))
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
@@ -63,12 +60,16 @@ class Judge:
 
     @cached_property
     def _reference_statistics(self) -> dict[str, Any]:
-        return {name: gaussian_statistics(found) for name, found in self.reference.items()}
+        return {name: self._statistics(found) for name, found in self.reference.items()}
+
+    def _statistics(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        singular = self.method.config.eval.allow_singular
+        return gaussian_statistics(features, allow_singular=singular)
 
     def distances(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Fréchet distance of features to the reference crops', in both networks."""
         return {
-            name: frechet_distance(*gaussian_statistics(found), *self._reference_statistics[name])
+            name: frechet_distance(*self._statistics(found), *self._reference_statistics[name])
             for name, found in features.items()
         }
 
@@ -104,7 +105,7 @@ class Judge:
             for name, distance in self.distances(drawn.features).items():
                 found[name].append(distance)
             tick()
-        forced = self.held_out(entry.params, entry.temperature)
+        forced = entry.held_out or self.held_out(entry.params, entry.temperature)
         row = {
             "name": entry.name,
             "kind": entry.kind,
@@ -137,7 +138,11 @@ def estimate(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def compare(
-    judge: Judge, base: Any, tuned: Any, controls: Mapping[str, Any]
+    judge: Judge,
+    base: Any,
+    tuned: Any,
+    controls: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """The rows of the table, and the features behind three of them.
 
@@ -146,6 +151,7 @@ def compare(
       base: parameters before post-training.
       tuned: and after.
       controls: name -> parameters of other trainings from the same base.
+      known: held-out metrics at temperature 1 of `BASE` and `TUNED`, where the run has them already.
 
     Returns:
       The rows; and for the networks `SEEN` and `UNSEEN` label -> features of the reference crops and
@@ -162,9 +168,12 @@ def compare(
             done += 1
             progress.update(done, config.eval.samples)
 
-        vapi_row, vapi_features = judge.row(Entry("VA-π, T=1", "vapi", tuned), tick)
+        known = known or {}
+        vapi = Entry("VA-π, T=1", "vapi", tuned, held_out=known.get(TUNED))
+        vapi_row, vapi_features = judge.row(vapi, tick)
         matched = judge.match_entropy(base, vapi_row["entropy"], seed=10_000)
-        base_row, base_features = judge.row(Entry("base, T=1", "base", base), tick)
+        at_one = Entry("base, T=1", "base", base, held_out=known.get(BASE))
+        base_row, base_features = judge.row(at_one, tick)
         entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
         rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries), vapi_row]

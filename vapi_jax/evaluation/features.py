@@ -266,6 +266,7 @@ class FeatureStream:
         batch_size: int,
         names: Sequence[str],
     ):
+        self.names = tuple(names)
         self._size, self._mesh = -(-batch_size // mesh.size) * mesh.size, mesh
         self._params = jax.device_put(params, replicated(mesh))
 

@@ -16,7 +16,7 @@ from vapi_jax.common.images import image_grid
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.kernel_distance import kernel_distance
-from vapi_jax.evaluation.samples import SEEN, SampleJudge, even_batch
+from vapi_jax.evaluation.samples import SEEN, judge_of
 from vapi_jax.methods import Method
 
 SAMPLED = "sampled/"
@@ -43,9 +43,8 @@ class Sampled:
     def __init__(self, method: Method, frozen: Mapping[str, Any]):
         config = method.config
         self._every, self._count = config.eval.sampled_every, config.eval.sampled
-        batch = even_batch(self._count, method.mesh.size)
-        self._judge = SampleJudge(method, frozen, batch, (SEEN,))
-        self._real = self._judge.features(self._judge.real(self._count, 0))[SEEN]
+        self.judge = judge_of(method, frozen)
+        self._real = self.judge.features(self.judge.real(self._count, 0))[SEEN]
         # With no more samples than features the covariance would be singular.
         enough = self._count > FEATURES[SEEN].dim
         self._real_statistics = gaussian_statistics(self._real) if enough else None
@@ -63,7 +62,7 @@ class Sampled:
           {"kernel_distance", "kernel_distance_error" (its standard error), "entropy" (nats per token
           of what is drawn from), and "frechet" where there are samples enough}; uint8 [h, w, 3].
         """
-        judged = self._judge.samples(params, self._count, SEED, 1.0, shown=GRID)
+        judged = self.judge.samples(params, self._count, SEED, 1.0, shown=GRID)
         features = judged.features[SEEN]
         kernel = kernel_distance(features, self._real)
         found = {

@@ -121,6 +121,11 @@ class SampleJudge:
         )
         self._labels = labels_of(method.config.data)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features."""
+        return self._stream.names
+
     def features(
         self, batches: Iterable[UInt8[np.ndarray, "B H W 3"]]
     ) -> dict[str, Float[np.ndarray, "N D"]]:
@@ -169,7 +174,25 @@ class SampleJudge:
 
     def reconstructed(self, count: int, number: int) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
         """D(Q(E(I))) of the same crops."""
-        for part in real_crops(self.method.config, count, self.batch, number):
-            padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
-            decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
-            yield to_uint8(host_array(decoded)[: len(part)])
+        crops = real_crops(self.method.config, count, self.batch, number)
+        return map(to_uint8, map(self.reconstruct, crops))
+
+    def reconstruct(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N H W 3"]:
+        """D(Q(E(I))) of at most a batch of images in [-1, 1]; not clamped."""
+        padded = np.pad(images, ((0, self.batch - len(images)), (0, 0), (0, 0), (0, 0)))
+        decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
+        return host_array(decoded)[: len(images)]
+
+
+def judge_of(method: Method, frozen: Mapping[str, Any]) -> SampleJudge:
+    """What judges samples at the end of a run and, of about as many, in training: by the same programs.
+
+    Compiling them again for another batch or fewer features takes longer than the rest of a small run's
+    judgements. Where training judges less than half a batch, it has programs of its own.
+    """
+    judged, devices = method.config.eval, method.mesh.size
+    if judged.compare:
+        batch = even_batch(judged.samples, devices)
+        if not judged.sampled_every or 2 * judged.sampled >= batch:
+            return SampleJudge(method, frozen, batch, (SEEN, UNSEEN))
+    return SampleJudge(method, frozen, even_batch(judged.sampled, devices), (SEEN,))

@@ -95,6 +95,9 @@ class EvalConfig:
     compare: bool = False  # the table of base, sharpened base and post-trained policy at the end
     controls: bool = False  # also train the method's controls for that table
     samples: Count = 2048  # free-running samples for each Fréchet distance
+    allow_singular: bool = (
+        False  # also no more than features: a table that means nothing, for trials
+    )
     seeds: Count = 3  # sampling seeds of each row
     temperatures: tuple[Positive, ...] = (0.95, 0.9, 0.87)  # of the sharpened base
     grid_per_class: Count = 2  # samples of each class in the picture

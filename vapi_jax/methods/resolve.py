@@ -159,10 +159,11 @@ def _check_evaluation(config: TrainConfig, errors: Errors) -> None:
     judged, side, least = config.eval, config.data.image_size, least_side("vgg")
     if judged.controls and not judged.compare:
         errors.append("eval.controls: they are rows of the table; set eval.compare=True as well")
-    if judged.compare and judged.samples <= COMPARED_FEATURES and not errors.concern("eval"):
+    least_samples = 2 if judged.allow_singular else COMPARED_FEATURES + 1
+    if judged.compare and judged.samples < least_samples and not errors.concern("eval"):
         errors.append(
             f"eval.samples={judged.samples}: the table compares {COMPARED_FEATURES} features; wants "
-            f"at least {COMPARED_FEATURES + 1}"
+            f"at least {least_samples}"
         )
     if errors.concern("data.image_size") or side >= least:
         return

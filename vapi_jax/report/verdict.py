@@ -14,6 +14,8 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from vapi_jax.methods.resolve import COMPARED_FEATURES
+
 
 def number(value: Any) -> float | None:
     """A finite float, or None for anything else."""
@@ -143,6 +145,12 @@ def _reward_sentence(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     return way, f"The reward on held-out images {way} from {show(first)} to {show(last)}."
 
 
+def too_few_samples(summary: Mapping[str, Any]) -> bool:
+    """Whether the table is a trial's: of no more samples than features, so that distances mean nothing."""
+    frechet = summary.get("frechet") or {}
+    return number(frechet.get("samples")) is not None and frechet["samples"] <= COMPARED_FEATURES
+
+
 def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Comparison, list[str]]:
     """Before against after, in the features of the reward and in the others."""
     seen, unseen = distances(summary, "frechet"), distances(summary, "frechet_unseen")
@@ -162,6 +170,10 @@ def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Compari
             f"Features that the reward never sees ({feature_name(summary, 'frechet_unseen')}) {agree}:"
             f" {show_distance(unseen['before'])} became {show_distance(unseen['after'])},"
             f" {_noise(other)}."
+        )
+    if too_few_samples(summary):
+        sentences.append(
+            "This was a trial: with no more samples than features, these distances mean nothing."
         )
     return change, other, sentences
 

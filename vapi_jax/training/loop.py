@@ -23,7 +23,7 @@ from vapi_jax.common.progress import ProgressBar, Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
 from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
-from vapi_jax.evaluation.samples import on_judging_devices
+from vapi_jax.evaluation.samples import SampleJudge, on_judging_devices
 from vapi_jax.methods import HealthError, Method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.loading import CONFIG
@@ -68,6 +68,7 @@ class Run:
     first: dict[str, float]  # held-out metrics before the first step
     last: dict[str, float]  # and after the last
     held_out: HeldOut
+    judge: SampleJudge | None  # of samples in training, where there were any
     timer: Timer
     parameters: dict[str, int]  # network -> number of parameters
     weights: dict[str, str]  # file -> SHA-256
@@ -190,6 +191,7 @@ def fit(
         first=progress.first,
         last=progress.last,
         held_out=trainer.held_out,
+        judge=trainer.sampled.judge if trainer.sampled else None,
         timer=timer,
         parameters=parameters,
         weights=weights,

@@ -34,12 +34,13 @@ from vapi_jax.evaluation.held_out import HELD_OUT
 from vapi_jax.evaluation.samples import (
     SEEN,
     UNSEEN,
+    SampleJudge,
     by_label,
     even_batch,
     on_judging_devices,
     sampler_of,
 )
-from vapi_jax.generation.sampler import in_batches
+from vapi_jax.generation.sampler import Sampler, in_batches
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.classes import class_names_of, labels_option, with_classes
 from vapi_jax.methods.config import TrainConfig, to_dict
@@ -49,7 +50,7 @@ from vapi_jax.models.classes import write_class_list
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_whole
-from vapi_jax.report.verdict import show, show_distance
+from vapi_jax.report.verdict import show, show_distance, too_few_samples
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
 from vapi_jax.training.preflight import open_mesh
@@ -124,8 +125,9 @@ def _run(
     done = fit(method, workdir, keep_start=config.eval.compare, profile=profile, **fitting)
     summary = _summary(method, done)
     with done.timer.phase("evaluation"):
-        images = _pictures(method, done, summary)
-        planes = _compare(method, done, workdir, summary, fitting) if config.eval.compare else []
+        judge = _judge(method, done) if config.eval.compare else None
+        images = _pictures(method, done, summary, judge)
+        planes = _compare(done, judge, workdir, summary, fitting) if judge else []
     summary["seconds"] = _seconds(done)
     if jax.process_index() == 0:
         _finish(workdir, summary, images, planes)
@@ -170,8 +172,18 @@ def _seconds(done: Run) -> dict[str, float]:
 # --- what is shown and compared at the end --------------------------------------------------------
 
 
+def _judge(method: Method, done: Run) -> Judge:
+    """Of the table; with the programs that judged samples in training, where they were the same."""
+    method, frozen = on_judging_devices(method, done.frozen)
+    batch, names = even_batch(method.config.eval.samples, method.mesh.size), (SEEN, UNSEEN)
+    judge = done.judge
+    if judge is None or (judge.batch, judge.names) != (batch, names):
+        judge = SampleJudge(method, frozen, batch, names)
+    return Judge(method, done.held_out, judge)
+
+
 def _pictures(
-    method: Method, done: Run, summary: dict[str, Any]
+    method: Method, done: Run, summary: dict[str, Any], judge: Judge | None
 ) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
     """Held-out images, what the tokenizer makes of them, and samples, before and after where kept."""
     config, images = method.config, {}
@@ -179,7 +191,7 @@ def _pictures(
         count = min(SHOWN, config.eval.images)
         real = fixed_batch(config.data, config.eval.split, count, config.seed)["image"]
         images["real"] = to_uint8(real)
-        again = _reconstruct(method, done, real)
+        again = judge.judge.reconstruct(real) if judge else _reconstruct(method, done, real)
         if again is not None:
             images["reconstructions"] = to_uint8(again)
     if method.sampled() is None:
@@ -188,11 +200,13 @@ def _pictures(
     asked = labels_of(config.data) if names else _held_out_captions(config)
     labels = np.repeat(asked[: config.eval.grid_classes], per_class)
     summary["sample_classes"] = [names[x] if names else str(x)[:_LETTERS] for x in labels]
-    judged = on_judging_devices(method, done.frozen)
-    draw = partial(_samples, *judged, labels)
+    if judge is None:
+        # Thousands are drawn in large batches; a picture alone needs no more than it shows.
+        judged = on_judging_devices(method, done.frozen)
+        sampler = sampler_of(*judged, even_batch(len(labels), judged[0].mesh.size))
+        return {"samples": _samples(method, sampler, labels, done.params), **images}
+    draw = partial(_samples, method, judge.judge.sampler, labels)
     samples = draw(done.params)
-    if not config.eval.compare:
-        return {"samples": samples, **images}
     images["samples_after"] = samples
     images |= _real_of_classes(config, labels)
     images["samples_before"] = draw(done.start_params)
@@ -206,17 +220,12 @@ def _held_out_captions(config: TrainConfig) -> np.ndarray:
 
 
 def _samples(
-    method: Method, frozen: Mapping[str, Any], labels: np.ndarray, params: Any
+    method: Method, sampler: Sampler, labels: np.ndarray, params: Any
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """A sample of each label, or caption."""
     found = method.sampled()
     assert found is not None, "asked before"
-    config, devices = method.config.eval, method.mesh.size
-    # A comparison draws thousands in large batches, with a program that does here too; a picture
-    # alone needs no more than it shows.
-    batch = even_batch(config.samples if config.compare else len(labels), devices)
-    sampler = sampler_of(method, frozen, batch)
-    batches = in_batches(len(labels), batch)
+    batches = in_batches(len(labels), sampler.rows)
     drawn = sampler(found.params(params), by_label(method, labels), batches, 7, temperature=1.0)
     return np.concatenate([part.images for part in drawn])
 
@@ -241,20 +250,21 @@ def _real_of_classes(config: TrainConfig, labels: np.ndarray) -> dict[str, np.nd
 
 
 def _compare(
-    method: Method,
     done: Run,
+    judge: Judge,
     workdir: Path,
     summary: dict[str, Any],
     fitting: Mapping[str, Any],
 ) -> list[Plane]:
     """The table of base and post-trained policy into the summary; planes of their features."""
-    controls = {}
+    method, controls = done.method, {}
     if method.config.eval.controls:
         for name, config in method.controls().items():
             place = workdir / "controls" / name.replace(" ", "_").lower()
             controls[name] = fit(make_method(config, method.mesh), place, **fitting).params
-    judge = Judge(*on_judging_devices(method, done.frozen), done.held_out)
-    rows, features = compare(judge, done.start_params, done.params, controls)
+    # The run has judged its first and last parameters already, at the temperature that it trains with.
+    known = {BASE: done.first, TUNED: done.last} if method.temperature == 1.0 else {}
+    rows, features = compare(judge, done.start_params, done.params, controls, known)
     summary["table"] = rows
     by_kind = {row["kind"]: row for row in rows}
     for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
@@ -332,6 +342,8 @@ def print_results(summary: dict[str, Any]) -> None:
             for row in summary["table"]
         ]
         print("\n" + format_table(rows, headers))
+        if too_few_samples(summary):
+            print("\nA trial: with no more samples than features, these distances mean nothing.")
         print(
             f"\nFréchet distance of {summary['frechet']['samples']} free-running samples to real "
             "crops in the named LPIPS features, mean ± sd over sampling seeds; not FID. Reward and "
