@@ -89,6 +89,8 @@ def test_a_row_names_its_features_and_its_terms(judge_and_base):
     assert row["frechet"]["n"] == row["frechet_unseen"]["n"] == 2
     assert row["ce"] < np.log(1024)
     assert row["reward"] < 0.0
+    known, _ = judge.row(Entry("base", "base", base, held_out={"reward": 7.0, "ce": 8.0}))
+    assert known == {**row, "reward": 7.0, "ce": 8.0}
     sharp = judge.held_out(base, 0.5)
     assert sharp["reward"] > row["reward"]  # fewer unlikely tokens, images nearer to the target
     assert sharp["ce"] == pytest.approx(row["ce"], rel=1e-5)  # the model is the same

@@ -481,6 +481,10 @@ def test_every_number_has_limits_and_a_row_above():
             {"eval": {"compare": True, "samples": 512}},
             "eval.samples=512: the table compares 512 features; wants at least 513",
         ),
+        (
+            {"eval": {"compare": True, "samples": 1, "allow_singular": True}},
+            "eval.samples=1: the table compares 512 features; wants at least 2",
+        ),
     ],
 )
 def test_impossible_values_come_with_their_fix(changes, line):

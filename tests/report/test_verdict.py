@@ -35,6 +35,14 @@ def test_verdict(changes, tone, headline, sentence):
     assert sentence in " ".join(said.sentences).replace("\u00a0", " "), said.sentences
 
 
+def test_a_trial_of_too_few_samples_says_that_it_means_nothing():
+    summary = make_summary()
+    for samples, trial in ((512, True), (513, False)):
+        summary["frechet"]["samples"] = samples
+        said = " ".join(verdict.verdict(summary).sentences)
+        assert ("mean nothing" in said) == trial
+
+
 def test_verdict_with_one_seed_claims_nothing():
     summary = make_summary(after=440.0)
     for row in summary["table"]:

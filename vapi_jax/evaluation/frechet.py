@@ -81,6 +81,18 @@ def frechet(
     Raises:
       ValueError: shapes that do not fit each other, or values that are not finite.
     """
+    distance, values, eigenvalues = _distance(mu1, cov1, mu2, cov2)
+    return FrechetResult(
+        distance=distance,
+        singular=not (_full_rank(values) and _full_rank(np.linalg.eigvalsh(cov2))),
+        clipped=float(np.minimum(values, 0).sum() + np.minimum(eigenvalues, 0).sum()),
+    )
+
+
+def _distance(
+    mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The distance, and the eigenvalues of the first covariance and of the product."""
     mu1, cov1, mu2, cov2 = (np.asarray(x, np.float64) for x in (mu1, cov1, mu2, cov2))
     dim = mu1.size
     if not (dim and mu1.shape == mu2.shape == (dim,) and cov1.shape == cov2.shape == (dim, dim)):
@@ -98,11 +110,7 @@ def frechet(
     cross = np.sqrt(np.maximum(eigenvalues, 0)).sum()
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * cross
-    return FrechetResult(
-        distance=max(float(distance), 0.0),
-        singular=not (_full_rank(values) and _full_rank(np.linalg.eigvalsh(cov2))),
-        clipped=float(np.minimum(values, 0).sum() + np.minimum(eigenvalues, 0).sum()),
-    )
+    return max(float(distance), 0.0), values, eigenvalues
 
 
 def frechet_distance(
@@ -111,5 +119,5 @@ def frechet_distance(
     mu2: Float[np.ndarray, " D"],
     cov2: Float[np.ndarray, "D D"],
 ) -> float:
-    """The distance of `frechet` alone, >= 0. Raises ValueError as `frechet` does."""
-    return frechet(mu1, cov1, mu2, cov2).distance
+    """The distance of `frechet` alone, >= 0, in less time. Raises ValueError as `frechet` does."""
+    return _distance(mu1, cov1, mu2, cov2)[0]
