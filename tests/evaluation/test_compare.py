@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vapi_jax.common.images import to_uint8
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.evaluation.compare import (
     BASE,
@@ -21,6 +22,7 @@ from vapi_jax.evaluation.samples import (
     SampleJudge,
     even_batch,
     on_judging_devices,
+    real_crops,
 )
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
@@ -107,6 +109,9 @@ def test_real_crops_are_nearer_than_reconstructions_and_all_are_rounded_alike(ju
         assert [len(batch) for batch in batches] == [64] * 8 + [8]
         assert {batch.dtype for batch in batches} == {np.dtype(np.uint8)}
     assert not np.array_equal(made[0][0], next(judge.judge.real(520, 0)))
+    crops = np.concatenate(list(real_crops(judge.method.config, 520, 64, 1)))
+    more_than_a_batch = to_uint8(judge.judge.reconstruct(crops[:100]))
+    np.testing.assert_array_equal(more_than_a_batch, np.concatenate(made[1])[:100])
     straight, through = (judge.distances(judge.judge.features(batches)) for batches in made)
     for feature in (SEEN, UNSEEN):
         assert 0.0 < straight[feature] < through[feature]

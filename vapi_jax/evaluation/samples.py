@@ -178,10 +178,14 @@ class SampleJudge:
         return map(to_uint8, map(self.reconstruct, crops))
 
     def reconstruct(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N H W 3"]:
-        """D(Q(E(I))) of at most a batch of images in [-1, 1]; not clamped."""
-        padded = np.pad(images, ((0, self.batch - len(images)), (0, 0), (0, 0), (0, 0)))
-        decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
-        return host_array(decoded)[: len(images)]
+        """D(Q(E(I))) of images in [-1, 1]; not clamped."""
+        parts = []
+        for start in range(0, len(images), self.batch):
+            part = images[start : start + self.batch]
+            padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
+            decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
+            parts.append(host_array(decoded)[: len(part)])
+        return np.concatenate(parts)
 
 
 def judge_of(method: Method, frozen: Mapping[str, Any]) -> SampleJudge:
