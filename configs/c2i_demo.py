@@ -8,7 +8,7 @@ mesh of eight virtual CPU devices, then compares it with its base, with its base
 the tokenizer's floor. ":full" adds controls (CE only, shuffled advantages), more temperatures and
 more samples; ":tiny" runs the same path with so few samples that its distances mean nothing.
 
-On 2 CPU cores: 5 minutes, ":full" 35 minutes while other work took half of them. Measured with
+On 2 CPU cores that were shared: 8 minutes, ":tiny" 50 seconds, ":full" 35 minutes. Measured with
 ":full": held-out reward -0.4704 -> -0.4664; Fréchet distance in LPIPS-VGG features 324.3 +- 1.7 ->
 311.9 +- 9.2, the base sampled at the same entropy 321.6 +- 1.2.
 
