@@ -15,7 +15,7 @@ def test_help_comes_without_importing_jax():
     text, imported = commands.show_help("main")
     assert "--workdir" in text
     assert "--config" in text
-    assert "configs/c2i_demo.py:tiny" in text
+    assert "c2i_demo:tiny" in text
     assert "ml_collections" in imported
     assert not {"jax", "flax", "vapi_jax.training.run"} & imported
 
