@@ -74,7 +74,7 @@ def test_what_is_something_else_is_told_by_its_bytes(tmp_path, kind, name):
             read(path)
 
 
-@pytest.mark.parametrize("kind", OTHERS.keys() - {"PyTorch before 1.6"})
+@pytest.mark.parametrize("kind", sorted(OTHERS.keys() - {"PyTorch before 1.6"}))
 def test_other_readers_of_weights_tell_it_too(tmp_path, kind):
     content, advice = OTHERS[kind]
     for name in ("x.safetensors", "x.pth"):
