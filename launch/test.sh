@@ -46,6 +46,7 @@ if [ "${1:-}" = --targets ]; then
   shift
   prepare_compilers
   export PYTHONPATH="$compilers${PYTHONPATH:+:$PYTHONPATH}" VAPI_COMPILERS=1
+  export ALLOW_MULTIPLE_LIBTPU_LOAD=1  # both workers compile
   set -- -m targets "$@"
 fi
 cd "$root"
