@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.errors import WeightsError
 
 _HEAD = 512
 _LEGACY_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8"  # its low bytes

@@ -13,12 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.trees import Params, flatten, unflatten
-
-
-class WeightsError(ExpectedError, ValueError):
-    """Weights that do not fit the model, with every misfit listed by name."""
+from vapi_jax.weights.errors import WeightsError as WeightsError
 
 
 @dataclasses.dataclass(frozen=True)
