@@ -44,7 +44,9 @@ part() {
     printf '%s (no time left)\n' "$name" >>"$out/missing.txt"
     return
   fi
-  timeout -k 5 "$((left < limit ? left : limit))" "$python" -m "$@" "--json=$out/$name.json" \
+  local flag=json
+  [ "$1" != vapi_jax.bench.proof ] || flag=checks
+  timeout -k 5 "$((left < limit ? left : limit))" "$python" -m "$@" "--$flag=$out/$name.json" \
     >"$out/$name.log" 2>&1 || status=$?
   printf '%-12s %4d s, status %d\n' "$name" "$((SECONDS - started))" "$status"
   if [ "$status" -ne 0 ]; then

@@ -1,6 +1,6 @@
 """Whether a device computes what it should, and the table of `launch/gpu_proof.sh`.
 
-  python -m vapi_jax.bench.proof --config=configs/c2i_xxl.py:tiny --json=OUT/checks.json
+  python -m vapi_jax.bench.proof --config=configs/c2i_xxl.py:tiny --checks=OUT/checks.json
   python -m vapi_jax.bench.proof --table=OUT
 
 The first compares the recipe's step on the first device with the CPU's, bfloat16 with float32, the fused
@@ -41,7 +41,7 @@ from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer
 
 flags.adopt_module_key_flags(recipe_flags)
-_JSON = flags.DEFINE(PATH, "json", None, "File that receives the checks")
+_JSON = flags.DEFINE(PATH, "checks", None, "File that receives the checks")
 _TABLE = flags.DEFINE(FOLDER, "table", None, "Folder of JSON files: write proof.json and proof.md")
 
 STEP = ("reward", "ce", "entropy", "grad_norm")
