@@ -551,8 +551,7 @@ def test_compiling_alone_tells_what_eight_devices_would_send(tmp_path):
     assert found["compiled_flops_exact"] is True
     assert found["compiled_flops"] > found["model_flops"]  # layers are computed again
     sent = scaling.traffic(scaling.Parameters(**found["parameters"]), "bfloat16", 1, 4, 2)
-    # Over the layers' matrices XLA for CPU sends float32 where the program says bfloat16.
-    layers = 3 / 4 * 2 * 2 * found["parameters"]["layers"]
+    # XLA for CPU sends float32 where the program says bfloat16.
     gathered = found["collectives_per_device"]["all-gather"]["sent_bytes"]
-    assert min(abs(gathered / (sent.gathers + k * layers) - 1) for k in (0, 1)) < 0.01
+    assert gathered in (sent.gathers, 2 * sent.gathers)
     assert math.isfinite(found["peak_memory_bytes"])

@@ -86,7 +86,7 @@ def test_the_command_finds_it_beside_the_recipe_that_names_it(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vapi_jax.main", f"--config={ROOT}/configs/c2i_demo.py:tiny",
          "--check", "--json", "--config.data.name=my_data:Noise", "--config.data.options.count=77",
-         "--config.policy.num_classes=12"],
+         "--config.policy.num_classes=12", "--config.data.classes=sorted"],
         cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -9,7 +9,7 @@ first wait for the others in a barrier.
 Who notices what, and when (the bounds are constants):
   an error in a process       told to all within `PAUSE`; all have ended within `UNWINDING` after that
   a process killed            at once, by its closed connection
-  a machine or network gone   by TCP keepalive, within `links.SILENCE`
+  a machine or network gone   by TCP keepalive, within `BEAT + links.SILENCE`
   a process frozen            said after `STILL`; ended by JAX's heartbeats, within `HEARTBEAT`
 """
 
