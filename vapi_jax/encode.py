@@ -26,6 +26,7 @@ from absl import app, flags
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_path
+from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.progress import announce
 
 LISTED = 3
@@ -55,6 +56,7 @@ def parse_captions(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add("--batch", type=int, default=32, help="captions at once (default %(default)s)")
     add("--fsdp", type=int, default=1, help="devices that share one copy of the encoder")
+    add_process_flags(parser)
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch {args.batch}: wants at least 1")
@@ -67,15 +69,20 @@ def captions(argv: list[str]) -> int:
     """`captions`: from a text file to features."""
     args = parse_captions(argv)
     # After the command line, so that --help needs no JAX.
+    from vapi_jax.parallel import compiler, distributed
+
+    compiler.reserve_memory()
+    return distributed.as_one(lambda: _encode_captions(args), **process_flags(args))
+
+
+def _encode_captions(args: argparse.Namespace) -> None:
     from vapi_jax.common.digests import sha256_file
     from vapi_jax.data.caption_files import read_captions
     from vapi_jax.data.config import DataError
     from vapi_jax.generation.captions import FLAGS, encode_captions
     from vapi_jax.models.text_encoder import TextEncoder
-    from vapi_jax.parallel import compiler
     from vapi_jax.parallel.sharding import make_mesh
 
-    compiler.reserve_memory()
     texts = read_captions(args.captions)
     try:
         mesh = make_mesh(fsdp=args.fsdp)
@@ -86,6 +93,8 @@ def captions(argv: list[str]) -> int:
     )
     facts = {"source": {"file": args.captions.name, "sha256": sha256_file(args.captions)}}
     record = encode_captions(encoder, texts, args.out, batch=args.batch, facts=facts)
+    if not record:  # another process has it
+        return
     print(f"{args.out}: {len(texts)} captions, features {encoder.length} x {encoder.width} each")
     for name in FLAGS:
         rows = record[name]
@@ -93,7 +102,6 @@ def captions(argv: list[str]) -> int:
         more = f"\n  and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
         print(f"{name.replace('_', ' ')}: {len(rows)}{shown}{more}")
     print(f"all of them are listed in {args.out.with_suffix('.json')}")
-    return 0
 
 
 # --- a recipe's images ----------------------------------------------------------------------------
@@ -101,17 +109,17 @@ def captions(argv: list[str]) -> int:
 
 def dataset(argv: list[str]) -> int:
     """`dataset`: from a recipe to tokens. Recipes need absl's flags, which are defined on import."""
-    from vapi_jax.common import output_flags, process_flags, recipe_flags
+    from vapi_jax.common import output_flags, recipe_flags
+    from vapi_jax.common import process_flags as several
 
     flags.adopt_module_key_flags(recipe_flags)
     flags.adopt_module_key_flags(output_flags)
-    flags.adopt_module_key_flags(process_flags)
+    flags.adopt_module_key_flags(several)
     app.run(_dataset, [sys.argv[0], *argv], flags_parser=recipe_flags.parse_flags)
 
 
 def _dataset(argv: list[str]) -> int:
     from vapi_jax.common.output_flags import NUM, OUT
-    from vapi_jax.common.process_flags import process_flags
     from vapi_jax.common.recipe_flags import CONFIG
     from vapi_jax.parallel import compiler, distributed
 

@@ -30,6 +30,7 @@ from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.files import write_atomically
 from vapi_jax.common.paths import local_path
+from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.tables import format_table
 from vapi_jax.evaluation.geneval import Prompt, Rules
 from vapi_jax.evaluation.geneval_files import PUBLISHED, Image, judge_file, read_prompts
@@ -70,6 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for field in dataclasses.fields(Rules):
         kind = int if field.name == "max_objects" else float
         add(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")
+    add_process_flags(geneval)
     args = parser.parse_args(argv)
     if args.out.suffix != ".jsonl":
         parser.error(f"--out {args.out}: wants a name that ends in .jsonl")
@@ -141,7 +143,17 @@ def _table(scores: Scores, gaps: dict[str, Estimate] | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(lambda: geneval(parse(argv)))
+
+    def command() -> int:
+        args = parse(argv)
+        # After the command line, so that --help needs no JAX.
+        from vapi_jax.parallel import distributed
+
+        return distributed.as_one(
+            lambda: distributed.by_one(lambda: geneval(args)), **process_flags(args)
+        )
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

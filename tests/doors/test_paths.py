@@ -81,6 +81,7 @@ _PROCESSES = {"--coordinator", "--cluster_detection_method"}
 TEXTS = {
     "main": {*_PROCESSES, "--target"},
     "encode": _PROCESSES,
+    "real_images": _PROCESSES,
     "convert": {"--entry", "--vq-entry"},
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},

@@ -1,13 +1,14 @@
-"""Sampling, evaluation and encoding in two processes: what one process makes, and one end for both."""
+"""Commands in two processes: what one process makes, and one end for both."""
 
 import json
 import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, GOLDEN
 from tests.parallel.test_distributed import ends, free_port, one_run, started
 from tests.parallel.test_distributed import environment as distributed_environment
 from vapi_jax.common.locks import LOCK
@@ -74,6 +75,38 @@ def test_two_processes_encode_what_one_does(tmp_path, lean):
     assert "12 train" in both([*encode, f"--out={tmp_path / 'two'}"], lean)
     one_run(command(*encode, f"--out={tmp_path / 'one'}"), lean)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_two_processes_encode_captions_as_one_does(tmp_path, lean):
+    (tmp_path / "c.txt").write_text("a red circle\na cat\n\n")
+    encode = ["encode", "captions", f"--text_encoder={GOLDEN / 't5'}", "--batch=2"]
+    encode.append(f"--captions={tmp_path / 'c.txt'}")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    assert "3 captions" in both([*encode, f"--out={tmp_path / 'two' / 'c.npz'}"], lean)
+    one_run(command(*encode, f"--out={tmp_path / 'one' / 'c.npz'}"), lean)
+    with np.load(tmp_path / "two" / "c.npz") as two_, np.load(tmp_path / "one" / "c.npz") as one:
+        assert set(two_.files) == set(one.files)
+        for name in set(one.files) - {"left_features"}:
+            np.testing.assert_array_equal(two_[name], one[name])
+        # A device computes a caption here and two there, and XLA sums in another order.
+        np.testing.assert_allclose(two_["left_features"], one["left_features"], atol=1e-5)
+    assert (tmp_path / "two" / "c.json").read_bytes() == (tmp_path / "one" / "c.json").read_bytes()
+
+
+def test_what_needs_no_devices_is_done_by_one_of_two(tmp_path, lean):
+    real = ["real_images", f"--config={CONFIGS / 'c2i_demo.py'}:tiny", "--num=2"]
+    assert "2 images" in both([*real, f"--out={tmp_path / 'real'}"], lean)
+    assert len(list((tmp_path / "real").iterdir())) == 2
+
+    row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    row = {"filename": "00000/samples/0000.png", "detections": {"dog": [[0, 0, 9, 9, 0.8]]}}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    score = ["score", "geneval", "--allow_incomplete", f"--metadata={tmp_path / 'm.jsonl'}"]
+    score += [f"--detections={tmp_path / 'd.jsonl'}", f"--out={tmp_path / 's.jsonl'}"]
+    assert "1 images of 1 prompts" in both(score, lean)
+    assert json.loads((tmp_path / "s.jsonl").read_text())["correct"] is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

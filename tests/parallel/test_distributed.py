@@ -360,7 +360,9 @@ def work():
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices("all are here")
     print("at work", flush=True)
-    if ending == "well":
+    if ending == "late" and number == 0:
+        time.sleep(6)
+    if ending in ("well", "late"):
         return 0
     if number == count - 1 and ending == "error":
         with distributed.telling():
@@ -370,6 +372,8 @@ def work():
     time.sleep(100)  # as in a collective that nobody else enters
     return 0
 
+if ending == "late":
+    distributed.TIMEOUT = 2.0  # of JAX's barrier at the end
 sys.exit(distributed.together(Process(address, count, number), work, 60.0))
 """
 
@@ -396,8 +400,9 @@ def ends(process, within=distributed.PAUSE + distributed.UNWINDING + 5.0):
     return process.returncode, output
 
 
-def test_processes_that_are_done_end_with_0():
-    with at_work(2, "well") as processes:
+@pytest.mark.parametrize("ending", ["well", "late"])
+def test_processes_that_are_done_end_with_0_also_where_one_has_much_more_to_do(ending):
+    with at_work(2, ending) as processes:
         assert [ends(process)[0] for process in processes] == [0, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ def encode_captions(
 
     The file holds ids int32 [N, P] and mask bool [N, P], padded on the right; left_features float32
     [N, P, W] and left_mask bool [N, P], padded on the left; and cleaned, the texts [N]. Features are written
-    as they come, so memory holds a batch of them.
+    as they come, so memory holds a batch of them. Every process computes, and process 0 writes.
 
     Args:
       encoder: of the captions.
@@ -54,14 +55,19 @@ def encode_captions(
 
     Returns:
       The record: what the features depend on, and which captions are empty, cut or in another script.
+      In processes that do not write it, nothing.
     """
     count, done = len(captions), 0
     kept: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "mask", "left_mask", *FLAGS)}
     cleaned: list[str] = []
+    batches = encode_batches(encoder, captions, batch)
+    if jax.process_index() > 0:  # its devices are wanted all the same
+        collections.deque(batches, maxlen=0)
+        return {}
     with new_file(out) as partial, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
         with archive.open(npy_member("left_features"), "w", force_zip64=True) as file:
             file.write(npy_header(np.float32, (count, encoder.length, encoder.width)))
-            for part in encode_batches(encoder, captions, batch):
+            for part in batches:
                 file.write(np.asarray(part.features, "<f4", order="C").data)
                 cleaned += part.cleaned
                 done += len(part.cleaned)
@@ -80,8 +86,7 @@ def encode_captions(
         **encoder.describe(),
         **{name: np.flatnonzero(np.concatenate(kept[name])).tolist() for name in FLAGS},
     }
-    if jax.process_index() == 0:
-        write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -68,7 +68,9 @@ class _Group:
                 now - before > 2 * BEAT
             ):  # this process was the frozen one, and has not read its mail
                 continue
-            for link in [link for link in still if now - link.heard > STILL and not link.finished]:
+            for link in list(still):
+                if now - link.heard <= STILL or link.finished.is_set():
+                    continue
                 still.discard(link)
                 _say(
                     f"process {link.process_id} on {link.host} has given no sign of life for {STILL:g} s: "
@@ -80,12 +82,12 @@ class _Group:
             link.heard = time.monotonic()
             if "alive" in message:
                 continue
-            link.finished = True
+            link.finished.set()
             if "died" in message or ("failed" in message and not self._failing):
                 # In a thread of its own: this one goes on to see the connection close.
                 threading.Thread(target=self._end, args=(message,), daemon=True).start()
         link.closed.set()
-        if not link.finished:
+        if not link.finished.is_set():
             reason = (
                 f"process {link.process_id} on {link.host} has ended without saying why: killed, out of "
                 "memory, or its machine or network is gone"
@@ -140,8 +142,13 @@ class _Group:
         os._exit(1)
 
     def leave(self) -> None:
-        """The work is done here; waits for the others."""
+        """The work is done here; waits for the others, however long theirs takes.
+
+        JAX's own barrier at the end gives up after `TIMEOUT`, and process 0 may have much to put together.
+        """
         self._send(done=True)
+        for link in self._links:
+            link.finished.wait()
         jax.distributed.shutdown()
         for link in self._links:
             link.close()
@@ -197,6 +204,12 @@ def as_one(
         return together(me, lambda: exit_status(told, stopped), timeout)
 
     return exit_status(join, stopped)
+
+
+def by_one(work: Callable[[], None]) -> None:
+    """Work that needs no devices: process 0 does it, and the others wait at the end of the command."""
+    if jax.process_index() == 0:
+        work()
 
 
 def deal(wanted: Int[np.ndarray, " N"], count: int) -> list[int]:

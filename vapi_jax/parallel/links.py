@@ -43,13 +43,14 @@ class Link:
     Attributes:
       process_id, host: of the other one.
       heard: when something has come last, by `time.monotonic`.
-      finished: it has said why it ends, or that it is done.
+      finished: set when it has said why it ends, or that it is done.
       closed: set when the connection has ended.
     """
 
     def __init__(self, connection: socket.socket, process_id: int = 0, host: str = ""):
         self.process_id, self.host = process_id, host
-        self.heard, self.finished, self.closed = time.monotonic(), False, threading.Event()
+        self.heard = time.monotonic()
+        self.finished, self.closed = threading.Event(), threading.Event()
         self._socket = connection
         self._lines: BinaryIO = connection.makefile("rb")
         # The kernel asks whether the other machine is there, also while Python is busy.
