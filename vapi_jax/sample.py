@@ -9,12 +9,12 @@ The published protocol (50,000 images of random classes at 384 px, judged at 256
 
   python -m vapi_jax.sample --ckpt runs/xxl --protocol adm50k --dtype bfloat16 --out samples/xxl
 
-Images for prompts, from a text-conditional checkpoint, and GenEval's folders of 4 images of each prompt:
+Images for prompts, from a text-conditional checkpoint, and GenEval's 4 of each by the published protocol:
 
   python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --prompts "a red cat" \\
       --cfg 7.5 --top_k 1000 --out samples/cat
-  python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --layout geneval \\
-      --prompts evaluation_metadata.jsonl --cfg 7.5 --top_k 1000 --out samples/geneval
+  python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --protocol geneval \\
+      --prompts evaluation_metadata.jsonl --out samples/geneval
 
 The same command after an interruption goes on where it was, with another --batch or a larger --num too:
 sample i depends on --seed, i and its label alone, whatever the batch and the number of devices.
@@ -203,6 +203,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, checked against each other; exits with status 2 and a sentence where they clash."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    for_prompts = args.protocol is not None and "per_prompt" in PROTOCOLS[args.protocol]
+    if for_prompts and args.prompts is None:
+        parser.error(f"--protocol {args.protocol} wants --prompts evaluation_metadata.jsonl")
+    if args.protocol is not None and args.prompts is not None and not for_prompts:
+        parser.error(f"--protocol {args.protocol} is of class labels: leave --prompts out")
     for name, value in PROTOCOLS.get(args.protocol, {}).items():
         if getattr(args, name) not in (parser.get_default(name), value):
             parser.error(f"--protocol {args.protocol} is --{name} {value}: leave --{name} out")

@@ -14,7 +14,8 @@ with every box of the detector, whatever its score, and a colour for each where 
 results.jsonl of GenEval's own evaluator, whose boxes are judged again. --out gets a line an image: whether
 it is right, and what is wrong; beside it a .json has the six tasks, their mean, and 95 % intervals by
 bootstrap over prompts. --against takes a second set, scored or to be scored, and adds the paired
-differences. docs/text.md says how to make detections.
+differences. docs/text.md says how to make detections. --samples is the folder that `vapi_jax.sample` has
+made: where its images are not of `--protocol geneval`, whose figures are published, that is said.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from vapi_jax.evaluation.geneval_scores import (
     difference,
     score,
 )
+from vapi_jax.generation.protocols import departures_from_geneval
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--against", type=local_path, metavar="FILE.jsonl", help="a set to compare with, by prompt")
     add(
+        "--samples", type=local_path, metavar="DIR",
+        help="the folder of the images, with the recipe of their making (default: that of --detections)",
+    )  # fmt: skip
+    add(
         "--allow_incomplete", action="store_true", help="fewer than 553 prompts or 4 images of each"
     )
     for field in dataclasses.fields(Rules):
@@ -80,6 +86,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def geneval(args: argparse.Namespace) -> None:
     """Judges, writes verdicts and scores, and shows the table."""
+    # With JAX, which --help does without.
+    from vapi_jax.evaluation.receipt import ReceiptError, find_recipe
+
     rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
     prompts = read_prompts(args.metadata)
     digest = sha256_file(args.metadata)
@@ -88,6 +97,9 @@ def geneval(args: argparse.Namespace) -> None:
     for found in (images, others):
         if found is not None and not args.allow_incomplete:
             check_complete(found, prompts)
+    recipe = find_recipe(args.samples or args.detections.parent)
+    if args.samples and recipe is None:
+        raise ReceiptError(f"--samples {args.samples} has no recipe.json of vapi_jax.sample")
     scores = score(images, prompts)
     gaps = difference(images, others, prompts) if others else None
     changed = [image.file for image in images if image.given not in (None, image.verdict.correct)]
@@ -99,6 +111,7 @@ def geneval(args: argparse.Namespace) -> None:
             "published": digest == PUBLISHED,
         },
         "detections": {"file": args.detections.name, "sha256": sha256_file(args.detections)},
+        "sampling": recipe,
         "rules": dataclasses.asdict(rules),
         "scores": dataclasses.asdict(scores),
         "intervals": f"95 %, bootstrap over prompts, {RESAMPLES} resamples",
@@ -115,6 +128,10 @@ def geneval(args: argparse.Namespace) -> None:
     print(_table(scores, gaps))
     if digest != PUBLISHED:
         print(f"{args.metadata} is not the published evaluation_metadata.jsonl")
+    if recipe is None:
+        print("how the images were made is not known: --samples DIR names their folder")
+    elif other := departures_from_geneval(recipe):
+        print(f"warning: {other}")
     if changed:
         print(f"{len(changed)} verdicts differ from the file's own, the first of {changed[0]}")
     print(f"verdicts and reasons are in {args.out}, all numbers in {path}")

@@ -36,7 +36,7 @@ DOORS = {
     "evaluate --verify": ([], ["--verify"]),
     "score geneval": (
         ["--detections=d", "--metadata=m", "--out=o.jsonl"],
-        ["--detections", "--metadata", "--out", "--against"],
+        ["--detections", "--metadata", "--out", "--against", "--samples"],
     ),
     "encode captions": (
         ["--text_encoder=t", "--captions=c", "--out=o.npz"],

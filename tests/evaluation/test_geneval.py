@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.generation.test_protocols import OF_PROMPTS
 from vapi_jax import score as door
 from vapi_jax.evaluation.geneval import (
     TASKS,
@@ -214,6 +215,23 @@ def test_the_command_writes_verdicts_and_the_table(folder, capsys):
     assert run(folder, "--allow_incomplete", "--threshold=0.1") == 0
     record = json.loads((folder / "out.json").read_text())
     assert record["scores"]["tasks"]["single_object"]["value"] == 1
+
+
+def test_how_the_images_were_drawn_is_compared_with_the_published_protocol(folder, capsys):
+    def told(*more):
+        assert run(folder, "--allow_incomplete", *more) == 0
+        return capsys.readouterr().out, json.loads((folder / "out.json").read_text())["sampling"]
+
+    assert "--samples DIR" in told()[0]
+    recipe = {"sampling": {"top_k": 1000}}
+    (folder / "recipe.json").write_text(json.dumps(recipe))  # beside the detections
+    assert "top_k 1000 in place of 2000" in told()[0]
+    (folder / "drawn").mkdir()
+    assert run(folder, "--allow_incomplete", f"--samples={folder / 'drawn'}") == 1
+    assert "drawn has no recipe.json" in capsys.readouterr().err
+    (folder / "drawn" / "recipe.json").write_text(json.dumps(OF_PROMPTS))
+    assert told(f"--samples={folder / 'drawn'}")[1] == OF_PROMPTS
+    assert "warning" not in told(f"--samples={folder / 'drawn'}")[0]
 
 
 def test_two_sets_are_compared(folder, capsys):

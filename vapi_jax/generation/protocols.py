@@ -10,9 +10,25 @@ from typing import Any
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "adm50k": {"num": 50_000, "labels": "random", "resize": 256, "format": "npz"},
-}
+    "geneval": {
+        "layout": "geneval", "per_prompt": 4, "cfg": 7.5, "cfg_schedule": "constant",
+        "temperature": 1.0, "top_k": 2000, "top_p": 1.0,
+    },
+}  # fmt: skip
 """Name -> flags of `vapi_jax.sample`. "adm50k" is LlamaGen's and ADM's: FID of 50,000 images of random
-classes at 256 px, in the evaluator's own layout. Guidance is free, and told with the number."""
+classes at 256 px, in the evaluator's own layout. Guidance is free, and told with the number. "geneval" is
+what VA-π's figures of LlamaGen's text-to-image generators are of: four images of each prompt."""
+
+_PLACES = {
+    "layout": "captions.layout",
+    "per_prompt": "captions.per_prompt",
+    "cfg": "sampling.cfg_scale",
+    "cfg_schedule": "sampling.cfg_schedule",
+    "temperature": "sampling.temperature",
+    "top_k": "sampling.top_k",
+    "top_p": "sampling.top_p",
+}
+"""Flags of "geneval" and where a recipe tells them."""
 
 _SAME = (
     "count",
@@ -21,7 +37,10 @@ _SAME = (
     "resize",
     "labels.rule",
     "labels.classes",
-    "captions",
+    "captions.rule",
+    "captions.sha256",
+    "captions.per_prompt",
+    "captions.layout",
 )
 """What of a recipe is protocol, beside all that is under "sampling"."""
 
@@ -56,22 +75,41 @@ def differences(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 
 
 def departures(recipe: Mapping[str, Any] | None, count: int, side: int) -> str | None:
-    """A sentence where samples are not those of "adm50k", which published FIDs are of.
+    """A sentence where samples are not those of the protocol that published numbers are of.
+
+    For samples in GenEval's layout that is "geneval", for all others "adm50k".
 
     Args:
       recipe: the sampler's, where there is one.
       count: images there are.
       side: of them, in pixels.
     """
-    protocol = PROTOCOLS["adm50k"]
+    recipe = recipe or {}
+    if facts(recipe).get("captions.layout") == "geneval":
+        return departures_from_geneval(recipe)
     found: dict[str, Any] = {"num": count, "resize": side}
-    if isinstance(labels := (recipe or {}).get("labels"), Mapping):
+    if isinstance(labels := recipe.get("labels"), Mapping):
         found["labels"] = labels.get("rule")
+    elif "captions" in recipe:
+        found["labels"] = "captions"
+    return _departures("adm50k", found)
+
+
+def departures_from_geneval(recipe: Mapping[str, Any]) -> str | None:
+    """A sentence where a recipe tells of other samples than "geneval" draws."""
+    told = facts(recipe)
+    return _departures(
+        "geneval", {flag: told.get(place, "nothing") for flag, place in _PLACES.items()}
+    )
+
+
+def _departures(name: str, found: Mapping[str, Any]) -> str | None:
+    protocol = PROTOCOLS[name]
     lines = [
-        f"{name} {value!s:.60} in place of {protocol[name]}"
-        for name, value in found.items()
-        if value != protocol[name]
+        f"{flag} {value!s:.60} in place of {protocol[flag]}"
+        for flag, value in found.items()
+        if value != protocol[flag]
     ]
     if not lines:
         return None
-    return f"not by the protocol adm50k, which published numbers are of: {', '.join(lines)}"
+    return f"not by the protocol {name}, which published numbers are of: {', '.join(lines)}"
