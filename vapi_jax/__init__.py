@@ -5,16 +5,22 @@
 offers `load`, `recipe`, `train`, `sample`, `evaluate` and `reward`; docs/library.md has an example.
 """
 
-import importlib
-from typing import Any
+import sys
 
 __version__ = "0.1.0"
 
 __all__ = ["evaluate", "load", "recipe", "reward", "sample", "train"]
 
+if sys.argv[:1] == ["-m"]:  # so it is called while `python -m vapi_jax.COMMAND` imports this
+    from vapi_jax.common.errors import stop_without_a_stack
 
-def __getattr__(name: str) -> Any:
+    stop_without_a_stack()
+
+
+def __getattr__(name: str) -> object:
     """The library's functions, imported when they are asked for."""
+    import importlib
+
     if name in ("sample", "evaluate"):  # modules of commands, which can be called
         return importlib.import_module(f"vapi_jax.{name}")
     if name in __all__:

@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from vapi_jax.common.errors import stop_without_a_stack
+
 COMMANDS = {
     "main": "train what a recipe describes",
     "sample": "draw images from a checkpoint",
@@ -19,6 +21,7 @@ COMMANDS = {
 
 def main() -> int:
     """Hands over to the command that is named first; 2 where none is."""
+    stop_without_a_stack()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
         asked = name in ("-h", "--help")

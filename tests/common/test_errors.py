@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -62,6 +63,46 @@ def test_a_fault_of_the_program_keeps_its_stack(fault):
 def test_an_interruption_is_said_without_a_stack(capsys):
     assert exit_status(failing(KeyboardInterrupt()), "stopped at the seventh house") == 130
     assert capsys.readouterr() == ("", "\nstopped at the seventh house\n")
+
+
+@pytest.mark.parametrize("door", [*COMMANDS, "launch/convert_llamagen.py"])
+def test_ctrl_c_while_a_command_imports_what_it_needs_is_one_line(door):
+    """`-v` tells of every import, and as nobody reads on, the command waits at one of them."""
+    words, last = ["-m", f"vapi_jax.{door}"], "import 'vapi_jax' "
+    if door not in COMMANDS:
+        words, last = [ROOT / door], "import 'vapi_jax.common.files' "
+    with subprocess.Popen(
+        [sys.executable, "-v", *words],
+        env=commands.environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, pipesize=4096,
+    ) as process:  # fmt: skip
+        next(line for line in process.stderr if line.startswith(last))
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.readlines()
+    assert told[-2:] == ["\n", "stopped\n"]
+    assert not any("Traceback" in line for line in told)
+    assert process.returncode == 130
+
+
+LOST = """
+import gc, signal, sys, time
+from vapi_jax.common.errors import exit_status, stop_without_a_stack
+
+def collected(phase, info):
+    if phase == "start" and not struck:
+        struck.append(signal.raise_signal(signal.SIGINT))
+
+struck = []
+stop_without_a_stack()
+gc.callbacks.append(collected)
+gc.collect()
+sys.exit(exit_status(lambda: time.sleep(60)))
+"""
+
+
+def test_ctrl_c_where_python_cannot_raise_is_not_lost():
+    """JAX has such a callback, and Ctrl-C strikes in it once in a few times."""
+    done = commands.python("-c", LOST, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
 
 
 CHECK = ["main", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--check"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 _REASONS = {
@@ -67,6 +69,33 @@ def nobody_reads() -> int:
     return 128 + signal.SIGPIPE
 
 
+def stop_without_a_stack() -> None:
+    """From now on Ctrl-C ends this program with one line and 130, wherever it strikes.
+
+    Outside of `exit_status` it ends there and then: what would be raised while modules are imported can end
+    in a stack of C++. To be called from the main thread.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # whoever started it wants it to be ignored
+    signal.signal(signal.SIGINT, _stop)
+    others = sys.unraisablehook
+
+    def strike_again(lost: sys.UnraisableHookArgs) -> None:
+        # It struck in a callback, such as JAX's at garbage collections, from which nothing is raised.
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+        else:
+            others(lost)
+
+    sys.unraisablehook = strike_again
+
+
+def _stop(*_: object) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopped\n")
+    os._exit(128 + signal.SIGINT)
+
+
 def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> int:
     """Calls a command; prints what is expected to go wrong as one sentence on standard error.
 
@@ -78,6 +107,18 @@ def exit_status(command: Callable[[], int | None], stopped: str = "stopped") -> 
       What the command returns (None is 0); 1 after an `ExpectedError` or trouble with the disk; as a
       shell would say, 130 after Ctrl-C and 141 where nobody reads the output any more (`| head`).
     """
+    ends_here = signal.getsignal(signal.SIGINT) is _stop  # this is a program's, and the outermost
+    if ends_here:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = _status_of(command, stopped)
+    if ends_here:
+        signal.signal(signal.SIGINT, _stop)
+        if status == 128 + signal.SIGINT:
+            os._exit(status)  # to tear down a backend that is at work can crash
+    return status
+
+
+def _status_of(command: Callable[[], int | None], stopped: str) -> int:
     prepare_streams()
     try:
         try:

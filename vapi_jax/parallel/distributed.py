@@ -15,6 +15,7 @@ Who notices what, and when (the bounds are constants):
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -257,6 +258,10 @@ def together(me: Process | None, work: Callable[[], int], timeout: float = TIMEO
                 _group.leave()
                 return 0
             _group.tell(status)
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
+            _group.tell(status)
+            _say("stopped")
         except BaseException as error:
             _group.tell(error)
             traceback.print_exc()
