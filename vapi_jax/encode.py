@@ -1,4 +1,4 @@
-"""Encodes captions or the images of a recipe once: `python -m vapi_jax.encode captions|dataset ...`.
+"""Encodes captions, or the data of a recipe, once: `python -m vapi_jax.encode captions|dataset ...`.
 
   python -m vapi_jax.encode captions --text_encoder=flan-t5-xl --captions=captions.txt --out=captions.npz
   python -m vapi_jax.encode dataset --config=configs/c2i_xxl.py --out=encoded/imagenet
@@ -15,6 +15,9 @@ and beside them a .json that counts and lists the captions that are empty, too l
 
 takes the very steps that it would take without, less the encoder and the decoding of image files.
 --num fixes how many (default: as many as the recipe's steps see). Its held-out images are encoded too.
+Captions become features at their own length in bfloat16, which configs/t2i_xl.py:precomputed reads;
+--notokens leaves the images to the run. The same command goes on after an interruption, and several
+processes share the work.
 """
 
 import argparse
@@ -79,7 +82,8 @@ def _encode_captions(args: argparse.Namespace) -> None:
     from vapi_jax.common.digests import sha256_file
     from vapi_jax.data.caption_files import read_captions
     from vapi_jax.data.config import DataError
-    from vapi_jax.generation.captions import FLAGS, encode_captions
+    from vapi_jax.generation.captions import encode_captions
+    from vapi_jax.models.conditions import CAPTION_FLAGS
     from vapi_jax.models.text_encoder import TextEncoder
     from vapi_jax.parallel.sharding import make_mesh
 
@@ -96,7 +100,7 @@ def _encode_captions(args: argparse.Namespace) -> None:
     if not record:  # another process has it
         return
     print(f"{args.out}: {len(texts)} captions, features {encoder.length} x {encoder.width} each")
-    for name in FLAGS:
+    for name in CAPTION_FLAGS:
         rows = record[name]
         shown = "".join(f"\n  line {row + 1}: {texts[row]:.70}" for row in rows[:LISTED])
         more = f"\n  and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
@@ -115,6 +119,7 @@ def dataset(argv: list[str]) -> int:
     flags.adopt_module_key_flags(recipe_flags)
     flags.adopt_module_key_flags(output_flags)
     flags.adopt_module_key_flags(several)
+    flags.DEFINE_boolean("tokens", True, "also encode the images with the recipe's tokenizer")
     app.run(_dataset, [sys.argv[0], *argv], flags_parser=recipe_flags.parse_flags)
 
 
@@ -129,17 +134,20 @@ def _dataset(argv: list[str]) -> int:
     if recipe is None or out is None:
         raise app.UsageError("--config and --out are needed; see --help")
     compiler.reserve_memory()
-    return distributed.as_one(lambda: _encode(recipe, out, NUM.value), **process_flags())
+    return distributed.as_one(
+        lambda: _encode(recipe, out, NUM.value, flags.FLAGS.tokens), **process_flags()
+    )
 
 
-def _encode(recipe: Any, out: Path, num: int) -> None:
+def _encode(recipe: Any, out: Path, num: int, tokens: bool) -> None:
     from vapi_jax.generation.encoding import encode_dataset
     from vapi_jax.methods import make_method
     from vapi_jax.methods.resolve import resolve
     from vapi_jax.training.run import prepare_devices
 
     config = resolve(recipe)
-    counts = encode_dataset(make_method(config, prepare_devices(config)), out, num)
+    method = make_method(config, prepare_devices(config))
+    counts = encode_dataset(method, out, num, tokens=tokens)
     told = ", ".join(f"{count} {split}" for split, count in counts.items())
     announce(
         f"{out}: {told} images. Use them with --config.data.name=encoded --config.data.path={out} "

@@ -28,6 +28,14 @@ VARIANTS.append(("c2i_demo", "full"))
 TARGETS = [(name, v) for name in ("c2i_xl", "c2i_xxl") for v in ("h100x1", "h100x8", "a100x8")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where recipes keep what they make."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def load(name, variant=""):
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +44,8 @@ def load(name, variant=""):
 
 
 def test_the_recipes_are_these():
-    assert {"c2i_demo", "c2i_xl", "c2i_xxl", "demo_base", "demo_tokenizer"} <= set(RECIPES)
+    known = {"c2i_demo", "c2i_xl", "c2i_xxl", "demo_base", "demo_tokenizer", "t2i_xl"}
+    assert known <= set(RECIPES)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
@@ -125,6 +134,20 @@ def test_the_paper_recipes_are_table_7(name, size):
     assert config.init.gpt
 
 
+def test_the_text_recipe_is_the_paper_s():
+    config = resolve(load("t2i_xl"))
+    assert (config.method, config.steps, config.batch_size) == ("vapi", 200, 128)
+    assert (config.options.noise_rate, config.options.group_size) == (0.5, 8)
+    assert (config.options.ce_weight, config.options.clip_epsilon) == (0.1, 0.2)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-6, 1e-4)
+    assert (config.policy["kind"], config.policy["size"]) == ("text", "GPT-XL")
+    assert config.data.image_size == 256 and not config.data.flip
+    assert config.condition.options["dtype"] == "bfloat16"  # LlamaGen's features
+    stored = resolve(load("t2i_xl", "precomputed"))
+    assert stored.data.name == "encoded" and not stored.condition.options
+    assert stored.options == config.options
+
+
 def test_the_reference_preset_is_one_flag_away():
     recipe = load("c2i_xxl")
     recipe.preset = "reference"
@@ -193,7 +216,7 @@ def test_the_tiny_form_runs_from_end_to_end(name, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo"])
+@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo", "t2i_xl"])
 def test_a_post_training_run_tells_what_changed(name, finished):
     summary, _ = finished(name)
     for metric in ("reward", "ce", "entropy"):

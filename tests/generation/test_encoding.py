@@ -8,18 +8,22 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers import image_text
 from tests.helpers.compare import assert_close
+from tests.helpers.paths import GOLDEN
 from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, with_random_head
 from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.generation import encoding
 from vapi_jax.generation.encoding import encode_dataset
 from vapi_jax.methods import METHODS, make_method
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.parallel.sharding import make_mesh, replicate, shard_batch
 from vapi_jax.training import train
+from vapi_jax.training.loop import fit
 from vapi_jax.weights.names import WeightsError
 
 
@@ -27,7 +31,8 @@ from vapi_jax.weights.names import WeightsError
 def made(tmp_path_factory):
     config = make_tiny_config("vapi")
     out = tmp_path_factory.mktemp("data") / "encoded"
-    assert encode_dataset(make_method(config, make_mesh()), out, 40) == {"train": 40, "val": 8}
+    method = make_method(config, make_mesh())
+    assert encode_dataset(method, out, 40, part=32) == {"train": 40, "val": 8}
     return config, out
 
 
@@ -139,12 +144,12 @@ def test_what_is_missing_or_does_not_fit_is_named(made, tmp_path):
         make_dataset(encoded(config, out, image_size=2 * SIDE).data, "train", 4, 0)
     broken = tmp_path / "broken" / "train"
     broken.mkdir(parents=True)
-    for path in (out / "train").iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    np.save(broken / "labels.npy", np.zeros(3, np.int32))
-    with pytest.raises(DataError, match=r"labels\.npy.*int32 \(3,\).*40"):
+    broken.rmdir()
+    shutil.copytree(out / "train", broken)
+    np.save(broken / "00000" / "labels.npy", np.zeros(3, np.int32))
+    with pytest.raises(DataError, match=r"labels\.npy.*int32 \(3,\).*32"):
         make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
-    (broken / "labels.npy").write_bytes(b"\x80\x04N.")  # a pickle
+    (broken / "00000" / "labels.npy").write_bytes(b"\x80\x04N.")  # a pickle
     with pytest.raises(DataError, match=r"labels\.npy"):
         make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)
 
@@ -162,3 +167,117 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(made, tmp_pat
         with pytest.raises(ConfigError, match=message):
             encode_dataset(make_method(wrong, make_mesh()), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_call_is_gone_on_with_and_another_one_is_refused(
+    made, tmp_path, monkeypatch
+):
+    config, out = made
+    method, again = make_method(config, make_mesh()), tmp_path / "again"
+    write, written = encoding.write_part, []
+
+    def write_one(folder, batches):
+        if written:
+            raise KeyboardInterrupt
+        written.append(folder)
+        write(folder, batches)
+
+    monkeypatch.setattr(encoding, "write_part", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(method, again, 40, part=32)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="encode dataset"):
+        make_dataset(encoded(config, again).data, "train", 4, 0)
+    with pytest.raises(FolderExistsError, match="asked.json"):
+        encode_dataset(method, again, 41, part=32)
+    first = written[0] / "images.npy"
+    made_at = first.stat().st_mtime_ns
+    encode_dataset(method, again, 40, part=32)
+    assert first.stat().st_mtime_ns == made_at
+    files = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()]
+    assert files == [p.relative_to(again) for p in sorted(again.rglob("*")) if p.is_file()]
+    assert all((out / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    found = image_text.pairs(60)
+    found[0] = (*found[0][:2], "日本")  # of which nothing is left
+    found[1] = (*found[1][:2], "word " * 40)
+    data = {
+        "name": "image_text", "path": str(image_text.write("folder", folder / "data", found)),
+        "flip": False, "folder_holdout": 0.5,
+    }  # fmt: skip
+    options = {"encoder": str(GOLDEN / "t5"), "dtype": "bfloat16"}
+    policy = {"kind": "text", "cls_token_num": 24, "caption_dim": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        config = make_tiny_config(
+            "base", data=data, policy=policy, condition={"name": "caption", "options": options},
+            batch_size=8,
+        )  # fmt: skip
+        out = folder / "encoded"
+        encode_dataset(make_method(config, make_mesh()), out, 44, tokens=False, part=16)
+        yield config, out
+
+
+def without_encoder(config, out):
+    condition = dataclasses.replace(config.condition, options={})
+    return dataclasses.replace(encoded(config, out), condition=condition)
+
+
+def test_stored_features_are_what_a_t5_in_front_makes_of_the_captions(captioned):
+    config, out = captioned
+    again = without_encoder(config, out)
+    front, stored = (make_method(one, make_mesh()) for one in (config, again))
+    batches = [iter(make_dataset(one.data, "train", 8, one.seed)) for one in (config, again)]
+    for _ in range(5):
+        want, got = (m.prepare(next(b)) for m, b in zip((front, stored), batches, strict=True))
+        assert got.keys() == want.keys() == {"image", "condition"}
+        for name, value in want["condition"].items():
+            assert got["condition"][name].dtype == value.dtype
+            np.testing.assert_array_equal(got["condition"][name], value)
+        np.testing.assert_array_equal(got["image"], want["image"])
+    rows = fixed_batch(again.data, "val", 8, 0)["condition"]
+    texts = fixed_batch(config.data, "val", 8, 0)["condition"]
+    assert [stored.raw_name(row) for row in rows] == texts.tolist()
+    facts = json.loads((out / "train" / "encoded.json").read_text())
+    assert facts["captions"]["empty"] == facts["captions"]["other_script"] > 0
+    assert facts["captions"]["cut"] > 0
+    assert facts["condition"]["text_encoder"].keys() >= {"config.json", "model.safetensors"}
+    sizes = [np.load(p, mmap_mode="r").shape for p in sorted(out.rglob("features.npy"))]
+    lengths = [np.load(p).sum() for p in sorted(out.rglob("lengths.npy"))]
+    assert sizes == [(n, 32) for n in lengths]  # no padding is kept
+
+
+@pytest.mark.slow
+def test_training_on_stored_features_is_training_with_a_t5_in_front(captioned, tmp_path):
+    config, out = captioned
+    done = [
+        fit(make_method(one, make_mesh()), tmp_path / str(i)).params
+        for i, one in enumerate((config, without_encoder(config, out)))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, done), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_stored_features_of_another_size_are_refused(captioned):
+    config, out = captioned
+    other = without_encoder(config, out)
+    other = dataclasses.replace(other, policy={**other.policy, "caption_dim": 48})
+    batch = next(iter(make_dataset(other.data, "train", 8, 0)))
+    with pytest.raises(WeightsError, match="24 features of width 32.*24 of width 48"):
+        make_method(other, make_mesh()).prepare(batch)
+
+
+@pytest.mark.parametrize("name", ["features", "lengths", "captions"])
+def test_damaged_captions_are_named(captioned, name, tmp_path):
+    config, out = captioned
+    path = copy(out, tmp_path / "broken") / "train" / "00000" / f"{name}.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(DataError, match=rf"{name}\.npy"):
+        make_dataset(encoded(config, tmp_path / "broken").data, "train", 4, 0)

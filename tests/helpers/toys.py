@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from vapi_jax.common.options import Count, Positive
 from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import Method, mean_of
-from vapi_jax.models.conditions import Caption, Condition, Label
+from vapi_jax.models.conditions import Condition, Label
 from vapi_jax.models.policy import ClassPolicy
 from vapi_jax.models.sampling import generate
 from vapi_jax.rewards import Reward
@@ -66,20 +66,6 @@ class Superclass(Label):
 
     def prepare(self, raw):
         return super().prepare(np.asarray(raw) // self.fold)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spelled(Caption):
-    """Captions by their letters: the last ones of each, as features that need no encoder."""
-
-    def prepare(self, raw):
-        features = np.zeros((len(raw), self.length, self.width), np.float32)
-        mask = np.zeros(features.shape[:2], bool)
-        for row, seen, text in zip(features, mask, raw, strict=True):
-            letters = [ord(letter) % self.width for letter in text[-self.length :]]
-            row[range(-len(letters), 0), letters] = 1.0
-            seen[-len(letters) :] = True
-        return {"features": features, "mask": mask, "dropped": np.zeros(len(raw), bool)}
 
 
 @dataclasses.dataclass(frozen=True)

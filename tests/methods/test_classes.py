@@ -13,7 +13,7 @@ from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.options import Errors
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.data import DataError, Source, class_names, classes_of, labels_of, make_dataset
-from vapi_jax.data.encoded import write_encoded
+from vapi_jax.data.encoded import finish_split, write_part
 from vapi_jax.data.photos import PhotoSource
 from vapi_jax.data.sources import Encoder
 from vapi_jax.methods import make_method
@@ -171,10 +171,9 @@ def test_images_that_were_encoded_keep_their_names_until_a_run_reads_them(tmp_pa
         "condition": np.arange(rows),
         "tokens": np.zeros((rows, 16), np.int32),
     }
-    write_encoded(
-        tmp_path / "train", [batch], rows, encoder=Encoder("0", "float32"), more={},
-        class_names=tuple(IMAGENETTE),
-    )  # fmt: skip
+    write_part(tmp_path / "train" / "00000", [batch])
+    facts = {"encoder": Encoder("0", "float32"), "class_names": tuple(IMAGENETTE), "more": {}}
+    finish_split(tmp_path / "train", 1, count=rows, **facts)
     data = {"name": "encoded", "path": str(tmp_path), "image_size": 8}
     config, errors = settle(config_of(data, init={"gpt": generator(1000)}))
     assert (errors, config.data.classes) == ([], "imagenet")

@@ -47,6 +47,18 @@ def test_a_text_model_is_recognised():
     assert "120 text tokens of width 2048" in found.describe()
 
 
+def test_the_second_stage_of_a_text_model_is_refused_at_the_size_of_the_first():
+    """Its crops are why samples look like zooms; nothing but the name of the file tells it."""
+    config = LlamaConfig(**LLAMA_SIZES["GPT-XL"], model_type="t2i", cls_token_num=120)
+    shapes, name = reference_shapes(config), "t2i_XL_stage2_512.pt"
+    with pytest.raises(WeightsError, match="256.*stage 2.*512"):
+        infer_gpt(shapes, file_name=name, image_size=256, t2i=True)
+    assert "512 px, you asked for 256" in gpt_differences(gpt_facts(shapes, name), config)[0]
+    stored = infer_gpt(shapes, file_name=name).to_json()
+    [difference] = disagreements(stored, config)
+    assert "512 px" in difference and "256 px" in difference
+
+
 @pytest.mark.parametrize("name", VQ_PRESETS)
 def test_both_released_tokenizers_are_recognised(name):
     assert infer_vq(reference_shapes(VQ_PRESETS[name])) == Architecture(name, VQ_PRESETS[name])

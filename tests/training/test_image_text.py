@@ -1,21 +1,25 @@
-"""Images with captions train, from every layout, and a run of them is taken up bit for bit."""
+"""Images with captions train, from every layout, with a T5 in front; a run is taken up bit for bit."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers.image_text import FIELDS, LAYOUTS, pairs, png, write
+from tests.helpers.paths import GOLDEN
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.methods.config import to_dict
+from vapi_jax.models.text_encoder import TextEncoder
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.loop import fit
 from vapi_jax.training.plan import check
 from vapi_jax.training.run import run
 
-POLICY = {"kind": "text", "cls_token_num": 6, "caption_dim": 16}
-CONDITION = {"name": "tests.helpers.toys:Spelled", "options": {"length": 6, "width": 16}}
+POLICY = {"kind": "text", "cls_token_num": 24, "caption_dim": 32}
+T5 = GOLDEN / "t5"
+CONDITION = {"name": "caption", "options": {"encoder": str(T5), "dtype": "float32"}}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +38,8 @@ def captioned(mesh, root, layout, images=4, **changes):
         "options": {"caption_field": FIELDS[layout]}, "num_threads": 1,
     }  # fmt: skip
     return make_tiny_method(
-        "base", mesh, data=data, policy=POLICY, condition=CONDITION, batch_size=8,
-        eval={"every": 1, "images": images}, **changes,
+        "base", mesh, data=data, policy=POLICY, batch_size=8,
+        **{"eval": {"every": 1, "images": images}, "condition": CONDITION, **changes},
     )  # fmt: skip
 
 
@@ -45,8 +49,11 @@ def test_every_layout_trains(layout, mesh, tmp_path):
     root = write(layout, tmp_path / "data")
     steps = 4 if layout == "tar" else 2
     whole = captioned(mesh, root, layout, steps=steps, checkpoint={"every": 0})
-    done = fit(whole, tmp_path / "whole")
+    done = fit(whole, tmp_path / "whole", keep_start=True)
     assert 0.0 < done.last["ce"] < 2 * np.log(16)
+    embedding, start = (p["cls_embedding"] for p in (done.params, done.start_params))
+    assert not np.array_equal(embedding["fc1"]["kernel"], start["fc1"]["kernel"])
+    np.testing.assert_array_equal(embedding["uncond_embedding"], start["uncond_embedding"])
     if layout == "tar":  # killed and taken up
         fit(captioned(mesh, root, layout, steps=2), tmp_path / "parts")
         parts = fit(captioned(mesh, root, layout, steps=4), tmp_path / "parts")
@@ -58,8 +65,53 @@ def test_a_plan_shows_captions_and_what_is_left_out(mesh, tmp_path, capsys):
     root = write("folder", tmp_path / "data", [*pairs(150), ("none", png(1), "")])
     assert check(to_dict(captioned(mesh, root, "folder", images=8).config)) == 0
     told = capsys.readouterr().out
+    assert f"encoder, frozen, from {T5} (float32" in told
     assert told.count("a caption: picture ") == 3
     assert "1 image(s) without a caption" in told
+
+
+def test_the_condition_is_what_the_encoder_makes_of_a_caption(mesh, tmp_path):
+    method = captioned(mesh, write("folder", tmp_path / "data", pairs(2)), "folder")
+    texts = np.array(["a red circle", "two dogs"])
+    found = method.prepare({"condition": texts})["condition"]
+    want = TextEncoder(T5, make_mesh(1, 1, jax.devices()[:1]), length=24)(texts.tolist())
+    np.testing.assert_array_equal(found["features"], want.features)
+    np.testing.assert_array_equal(found["mask"], want.left_mask)
+    assert not found["dropped"].any() and found["mask"].any() and not found["mask"].all()
+    assert found["features"].dtype == np.float32
+    assert method.condition.load() is dataclasses.replace(method, local=True).condition.load()
+
+
+def narrow(recipe):
+    recipe["policy"] |= {"caption_dim": 48}
+
+
+def no_encoder(recipe):
+    recipe["condition"]["options"].clear()
+
+
+def absent(recipe):
+    recipe["condition"]["options"]["encoder"] = "/no/such/folder"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (narrow, "width 32.*takes 48"),
+        (no_encoder, "condition.options.encoder"),
+        (absent, "condition.options.encoder: .*no/such/folder"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_refused_before_the_run(
+    spoil, message, mesh, tmp_path, capsys
+):
+    root = write("folder", tmp_path / "data", pairs(150))
+    recipe = to_dict(captioned(mesh, root, "folder", images=8).config)
+    for size in ("length", "width"):
+        recipe["condition"]["options"].pop(size, None)
+    spoil(recipe)
+    assert check(recipe) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_wants_classes_is_refused(mesh, tmp_path, capsys):

@@ -128,6 +128,15 @@ def test_replaced_weights_are_noticed():
     resume.check_origin(began, other, True)
 
 
+def test_a_replaced_encoder_of_captions_is_noticed_and_another_version_of_a_library_is_not():
+    said = {"text_encoder": {"model.safetensors": "ab"}, "libraries": {"tokenizers": "0.21"}}
+    began = resume.origin_facts({}, None, said)
+    resume.check_origin(began, resume.origin_facts({}, None, said | {"libraries": {}}), False)
+    other = resume.origin_facts({}, None, said | {"text_encoder": {"model.safetensors": "cd"}})
+    with pytest.raises(CheckpointError, match="captions"):
+        resume.check_origin(began, other, False)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_data_go_on_where_they_were(processes):
     """A count of images consumed by all means the same place under any number of processes."""

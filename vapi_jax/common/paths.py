@@ -68,6 +68,11 @@ def local_folder(text: str | Path) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ~/.cache/vapi_jax, or in $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vapi_jax"
+
+
 PathText = Annotated[str, Convert(lambda text: local_text(text) if text else text)]
 """A recipe's option that names a file or folder; "" names none."""
 

@@ -1,110 +1,172 @@
-"""Images that are cropped and encoded to tokens once, and read back as often as a run likes.
+"""Images that are cropped and encoded once, and read back as often as a run likes.
 
-`python -m vapi_jax.encode dataset` writes them. One folder a split: images.npy (uint8 [N, H, W, 3]),
-tokens.npy (int32 [N, T]), labels.npy (int32 [N]), and encoded.json, written last. What a recipe says
-of crops and flips was applied when the images were encoded, and is not applied again.
+`python -m vapi_jax.encode dataset` writes them. One folder a split, in it numbered folders of as many images
+each, and encoded.json, written last. A part holds images.npy (uint8 [N, H, W, 3]) and tokens.npy (int32
+[N, T]) where tokens are wanted; labels.npy (int32 [N]), or of captioned images features.npy (bfloat16 by
+their bits, uint16 [R, W]) of all captions one after the other, lengths.npy (int32 [N]) and captions.npy
+(UTF-8, NUL between two). What a recipe says of crops and flips was applied when the images were encoded,
+and is not applied again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from vapi_jax.common.progress import ProgressBar
+from vapi_jax.common.files import new_folder, write_atomically
 from vapi_jax.data.config import DataConfig, DataError
 from vapi_jax.data.sources import Encoder, Source
+from vapi_jax.models.conditions import CAPTION_FLAGS, stored_caption
 
-ARRAYS = {"images": np.uint8, "tokens": np.int32, "labels": np.int32}
 FACTS = "encoded.json"
 COMMAND = "python -m vapi_jax.encode dataset"
 
+_TYPES = {
+    "images": np.uint8, "tokens": np.int32, "labels": np.int32, "features": np.uint16,
+    "lengths": np.int32, "captions": np.uint8,
+}  # fmt: skip
+_LARGEST = {"length": 1 << 12, "width": 1 << 14, "letters": 1 << 20}  # of a caption's record
+_OPEN = 64  # parts whose files are open at once
 
-def write_encoded(
-    folder: pathlib.Path,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    count: int,
-    *,
-    encoder: Encoder,
-    class_names: tuple[str, ...],
-    more: Mapping[str, Any],
-) -> None:
-    """Writes a split.
+
+def part_folder(split: pathlib.Path, number: int) -> pathlib.Path:
+    """Of part `number` of a split."""
+    return split / f"{number:05d}"
+
+
+def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Writes a part; it appears when it is complete.
 
     Args:
-        folder: to make; its name is the split's.
-        batches: of {"image" float32 [B, H, W, 3] in [-1, 1], "condition" int32 [B], "tokens" int32
-            [B, T]}, at least `count` images together.
-        count: images to take.
-        encoder: what made the tokens.
+        folder: to make.
+        batches: of {"image" float32 [B, H, W, 3] in [-1, 1], "condition" int32 [B] or records of
+            `vapi_jax.models.conditions.stored_caption`, perhaps "tokens" int32 [B, T]}.
+    """
+    rows: dict[str, list[np.ndarray]] = {}
+    found: Counter[str] = Counter()
+    sizes = {"length": 0, "letters": 1}
+    for batch in batches:
+        # Pixels were 8 bit before they were floats: this brings them back exactly.
+        new = {"images": np.rint((batch["image"] + 1.0) * 127.5).astype(np.uint8)}
+        if "tokens" in batch:
+            new["tokens"] = batch["tokens"]
+        condition = batch["condition"]
+        if condition.dtype.names is None:
+            new["labels"] = condition
+        else:
+            sizes["length"] = length = condition["features"].shape[1]
+            seen = np.arange(length) >= length - condition["length"][:, None]
+            new |= {"features": condition["features"][seen], "lengths": condition["length"]}
+            texts = [text.replace("\0", " ") for text in condition["caption"].tolist()]
+            new["captions"] = np.frombuffer("".join(f"{t}\0" for t in texts).encode(), np.uint8)
+            sizes["letters"] = max(sizes["letters"], *map(len, texts))
+            found.update({flag: int(condition[flag].sum()) for flag in CAPTION_FLAGS})
+        for name, values in new.items():
+            rows.setdefault(name, []).append(values)
+    with new_folder(folder) as partial:
+        for name, parts in rows.items():
+            np.save(partial / f"{name}.npy", np.concatenate(parts).astype(_TYPES[name], copy=False))
+        if "lengths" in rows:
+            text = json.dumps({**sizes, **found}, indent=2, sort_keys=True)
+            (partial / FACTS).write_text(f"{text}\n", encoding="utf-8")
+
+
+def finish_split(
+    folder: pathlib.Path,
+    parts: int,
+    *,
+    count: int,
+    encoder: Encoder | None,
+    class_names: tuple[str, ...],
+    more: Mapping[str, Any],
+) -> dict[str, int]:
+    """Writes encoded.json of a split whose parts are there.
+
+    Args:
+        folder: the split's.
+        parts: how many.
+        count: of images.
+        encoder: what made the tokens; None without them.
         class_names: by label.
         more: what else to note of where the images come from.
+
+    Returns:
+        How many captions are empty, were cut, and so on; nothing of images with labels.
     """
-    folder.mkdir(parents=True)
-    arrays: dict[str, np.ndarray] = {}
-    done = 0
-    with ProgressBar(count, f"encode {folder.name}") as progress:
-        for batch in batches:
-            rows = {
-                # Pixels were 8 bit before they were floats: this brings them back exactly.
-                "images": np.rint((batch["image"] + 1.0) * 127.5),
-                "tokens": batch["tokens"],
-                "labels": batch["condition"],
-            }
-            taken = min(len(rows["labels"]), count - done)
-            for name, values in rows.items():
-                if name not in arrays:
-                    arrays[name] = np.lib.format.open_memmap(
-                        folder / f"{name}.npy", "w+", ARRAYS[name], (count, *values.shape[1:])
-                    )
-                arrays[name][done : done + taken] = values[:taken]
-            done += taken
-            progress.update(done, taken)
-            if done == count:
-                break
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
-    facts = {
+    first = part_folder(folder, 0)
+    images = _map(first / "images.npy", "images")
+    facts: dict[str, Any] = {
         **more,
         "split": folder.name,
         "count": count,
-        "image_size": arrays["images"].shape[1],
+        "images_of_a_part": len(images),
+        "image_size": images.shape[1],
         "class_names": class_names,
-        "tokenizer": encoder.digest,
-        "encoder_dtype": encoder.dtype,
     }
+    if encoder is not None:
+        facts |= {"tokenizer": encoder.digest, "encoder_dtype": encoder.dtype}
+    found: Counter[str] = Counter()
+    if (first / "features.npy").exists():
+        each = [_read_json(part_folder(folder, number) / FACTS) for number in range(parts)]
+        for one in each:
+            found.update({flag: one[flag] for flag in CAPTION_FLAGS})
+        width = int(_map(first / "features.npy", "features").shape[1])
+        letters = max(one["letters"] for one in each)
+        sizes = {"length": each[0]["length"], "width": width, "letters": letters}
+        facts["captions"] = {**sizes, **found}
     text = json.dumps(facts, indent=2, sort_keys=True)
-    (folder / FACTS).write_text(f"{text}\n", encoding="utf-8")
+    write_atomically(folder / FACTS, f"{text}\n")
+    return dict(found)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
 
 
 def read_facts(folder: pathlib.Path) -> dict[str, Any]:
     """What encoded.json of a split's folder says.
 
     Raises:
-        DataError: there is none, or it says too little.
+      DataError: there is none, or it says too little.
     """
     try:
-        facts = json.loads((folder / FACTS).read_bytes())
-        return {
+        facts = _read_json(folder / FACTS)
+        captions, encoder = facts.get("captions"), None
+        if "tokenizer" in facts:
+            encoder = Encoder(str(facts["tokenizer"]), str(facts["encoder_dtype"]))
+        found: dict[str, Any] = {
             "class_names": tuple(map(str, facts["class_names"])),
             "count": int(facts["count"]),
+            "images_of_a_part": int(facts["images_of_a_part"]),
             "image_size": int(facts["image_size"]),
-            "encoder": Encoder(str(facts["tokenizer"]), str(facts["encoder_dtype"])),
+            "encoder": encoder,
+            "captions": captions and tuple(int(captions[name]) for name in _LARGEST),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if found["count"] < 1 or found["images_of_a_part"] < 1:
+            raise ValueError("no images")
+        for size, (name, most) in zip(found["captions"] or (), _LARGEST.items(), strict=False):
+            if not 1 <= size <= most:
+                raise ValueError(f"captions of {name} {size}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"data.path: {folder} holds no encoded images ({error!r}). {COMMAND} --config=RECIPE "
             "--out=DIR makes them"
         ) from error
+    return found
 
 
 class EncodedSource(Source):
     """One split of an encoded data set, mapped into memory and read image by image.
 
-    Held-out images lie in the order in which the recipe that they were encoded for draws its own.
+    Held-out images lie in the order in which the recipe that they were encoded for draws its own. The
+    condition of a captioned image is a record of `vapi_jax.models.conditions.stored_caption`.
 
     Raises:
         DataError: files are missing, of another size than encoded.json says, or for images of another
@@ -118,13 +180,13 @@ class EncodedSource(Source):
         return read_facts(pathlib.Path(config.path) / "train")["class_names"]
 
     @classmethod
-    def read_encoder(cls, config: DataConfig) -> Encoder:
+    def read_encoder(cls, config: DataConfig) -> Encoder | None:
         return read_facts(pathlib.Path(config.path) / "train")["encoder"]
 
     def __init__(self, config: DataConfig, split: str) -> None:
         super().__init__(config, split)
-        folder = pathlib.Path(config.path) / split
-        facts = read_facts(folder)
+        self._folder = folder = pathlib.Path(config.path) / split
+        self._facts = facts = read_facts(folder)
         self.class_names = facts["class_names"]
         self.mixed = split != "train"
         if facts["encoder"] != (other := self.read_encoder(config)):
@@ -132,46 +194,89 @@ class EncodedSource(Source):
                 f"{folder} was encoded with {facts['encoder']}, the training images with {other}. "
                 f"Make them again together, with {COMMAND}"
             )
-        side, count = facts["image_size"], facts["count"]
-        if side != config.image_size:
+        if facts["image_size"] != config.image_size:
             raise DataError(
-                f"data.image_size={config.image_size}, but the images in {folder} have {side} pixels"
+                f"data.image_size={config.image_size}, but the images in {folder} have "
+                f"{facts['image_size']} pixels"
             )
-        self._arrays = {name: _map(folder / f"{name}.npy", name, count) for name in ARRAYS}
-        if self._arrays["images"].shape[1:] != (side, side, 3):
-            raise DataError(f"{folder / 'images.npy'} has shape {self._arrays['images'].shape}")
-        labels = self._arrays["labels"]
-        if not count:
-            raise DataError(f"{folder} holds no images. Make it again with {COMMAND}")
-        if labels.ndim != 1 or labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise DataError(
-                f"{folder / 'labels.npy'} has labels that are none of the {len(self.class_names)} "
-                f"classes of {FACTS}. Make it again with {COMMAND}"
-            )
+        self._record = None
+        if facts["captions"] is not None:
+            self._record = stored_caption(*facts["captions"])
+        self._part = functools.lru_cache(_OPEN)(self._open)
+        for number in {0, (facts["count"] - 1) // facts["images_of_a_part"]}:
+            self._part(number)
 
     def __len__(self) -> int:
-        return len(self._arrays["labels"])
+        return self._facts["count"]
 
     def name(self, index: int) -> str:
         return f"encoded image {index}"
 
+    def _open(self, number: int) -> dict[str, Any]:
+        """The arrays of a part, and of captions where each one's features and text begin."""
+        facts, folder = self._facts, part_folder(self._folder, number)
+        size, side = facts["images_of_a_part"], facts["image_size"]
+        count = min(size, facts["count"] - number * size)
+        names = ["images", *["tokens"] * (facts["encoder"] is not None)]
+        names += ["labels"] if self._record is None else ["features", "lengths", "captions"]
+        arrays: dict[str, Any] = {name: _map(folder / f"{name}.npy", name) for name in names}
+        for name in set(names) - {"features", "captions"}:
+            if len(arrays[name]) != count:
+                raise _damaged(folder / f"{name}.npy", arrays[name], f"{count} rows")
+        if arrays["images"].shape[1:] != (side, side, 3):
+            raise _damaged(folder / "images.npy", arrays["images"], f"{side} pixels a side")
+        if self._record is None:
+            labels, classes = arrays["labels"], len(self.class_names)
+            if labels.ndim != 1 or labels.min() < 0 or labels.max() >= classes:
+                raise _damaged(folder / "labels.npy", labels, f"labels of {classes} classes")
+            return arrays
+        length, width = self._record["features"].shape
+        ends = np.cumsum(arrays["lengths"], dtype=np.int64)
+        texts = np.flatnonzero(arrays["captions"] == 0)
+        lengths = arrays["lengths"]
+        if arrays["features"].shape != (ends[-1], width) or not (
+            lengths.min() >= 0 and lengths.max() <= length
+        ):
+            raise _damaged(
+                folder / "features.npy", arrays["features"], f"those of {count} captions"
+            )
+        if len(texts) != count:
+            raise _damaged(folder / "captions.npy", arrays["captions"], f"{count} texts")
+        return {**arrays, "ends": ends, "texts": texts}
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         del rng
-        image = self._arrays["images"][index].astype(np.float32)
-        return {
-            "image": image / np.float32(127.5) - np.float32(1.0),
-            "condition": np.int32(self._arrays["labels"][index]),
-            "tokens": np.array(self._arrays["tokens"][index]),
-        }
+        number, row = divmod(index, self._facts["images_of_a_part"])
+        part = self._part(number)
+        image = part["images"][row].astype(np.float32)
+        found = {"image": image / np.float32(127.5) - np.float32(1.0)}
+        if "tokens" in part:
+            found["tokens"] = np.array(part["tokens"][row])
+        if self._record is None:
+            found["condition"] = np.int32(part["labels"][row])
+            return found
+        record, length = np.zeros((), self._record), int(part["lengths"][row])
+        end, text = int(part["ends"][row]), int(part["texts"][row])
+        if length:
+            record["features"][-length:] = part["features"][end - length : end]
+        start = int(part["texts"][row - 1]) + 1 if row else 0
+        record["caption"] = part["captions"][start:text].tobytes().decode(errors="replace")
+        record["length"] = length
+        return {**found, "condition": record[()]}
 
 
-def _map(path: pathlib.Path, name: str, count: int) -> np.ndarray:
+def _map(path: pathlib.Path, name: str) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}. Make it again with {COMMAND}") from error
-    if array.dtype != ARRAYS[name] or len(array) != count:
-        raise DataError(
-            f"{path} holds {array.dtype} {array.shape}, {FACTS} says {count} of {ARRAYS[name].__name__}"
-        )
+    if array.dtype != _TYPES[name] or not array.ndim or not array.size:
+        raise _damaged(path, array, f"numbers of {_TYPES[name].__name__}")
     return array
+
+
+def _damaged(path: pathlib.Path, array: np.ndarray, wanted: str) -> DataError:
+    return DataError(
+        f"{path} holds {array.dtype} {array.shape}, and {FACTS} promises {wanted}. Make it again with "
+        f"{COMMAND}"
+    )

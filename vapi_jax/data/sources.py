@@ -40,7 +40,8 @@ class Source(abc.ABC):
         options: `data.options` of the recipe.
         class_names: the position of a name is its number in "condition"; which label of the generator
             that is, `data.classes` decides.
-        brings_tokens: whether samples have "tokens" int32 [T], and the tokenizer has nothing to do.
+        brings_tokens: whether samples have "tokens" int32 [T], and the tokenizer has nothing to do, unless
+            they were made without.
         mixed: whether the first n images show as many classes as any n do. Where files or records
             are sorted by class, they do not, and an evaluation draws its images from all of them.
         left_out: what lies among the images and is not read, counted by kind, in words.

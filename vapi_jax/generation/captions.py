@@ -15,10 +15,8 @@ import numpy as np
 from vapi_jax.common.files import new_file, write_atomically
 from vapi_jax.common.npz import npy_header, npy_member
 from vapi_jax.common.progress import ProgressBar
+from vapi_jax.models.conditions import CAPTION_FLAGS
 from vapi_jax.models.text_encoder import EncodedCaptions, TextEncoder
-
-FLAGS = ("empty", "cut", "other_script")
-"""What a record counts and lists; see `EncodedCaptions`."""
 
 
 def encode_batches(
@@ -58,7 +56,9 @@ def encode_captions(
       In processes that do not write it, nothing.
     """
     count, done = len(captions), 0
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in ("ids", "mask", "left_mask", *FLAGS)}
+    kept: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("ids", "mask", "left_mask", *CAPTION_FLAGS)
+    }
     cleaned: list[str] = []
     batches = encode_batches(encoder, captions, batch)
     if jax.process_index() > 0:  # its devices are wanted all the same
@@ -84,7 +84,7 @@ def encode_captions(
         "captions": count,
         **(facts or {}),
         **encoder.describe(),
-        **{name: np.flatnonzero(np.concatenate(kept[name])).tolist() for name in FLAGS},
+        **{name: np.flatnonzero(np.concatenate(kept[name])).tolist() for name in CAPTION_FLAGS},
     }
     write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     return record

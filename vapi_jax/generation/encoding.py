@@ -1,42 +1,61 @@
-"""Encodes the images of a recipe to tokens once, for runs that read them back (`data.encoded`)."""
+"""Encodes the images and captions of a recipe once, for runs that read them back (`data.encoded`).
 
-import contextlib
+The stream of training images is cut into parts. A part is there whole or not at all, so an interrupted call
+goes on where it was, and processes take parts in turn, each with its own devices.
+"""
+
+from __future__ import annotations
+
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from functools import partial
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from vapi_jax.common.digests import params_digest
-from vapi_jax.common.files import new_folder
-from vapi_jax.data import class_names, fixed_batch, make_dataset
+from vapi_jax.common.files import FolderExistsError, make_folder, read_json, write_atomically
+from vapi_jax.common.progress import ProgressBar, announce
+from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
-from vapi_jax.data.encoded import write_encoded
+from vapi_jax.data.encoded import finish_split, part_folder, write_part
 from vapi_jax.data.sources import Encoder, source_class
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.generator import GeneratorMethod
-from vapi_jax.parallel import compiler
-from vapi_jax.parallel.sharding import host_array, replicate, shard_whole
+from vapi_jax.parallel import compiler, distributed
+from vapi_jax.parallel.sharding import host_array, make_mesh, replicate, shard_whole
+
+ASKED = "asked.json"
+"""What a folder is being made of, so that another call of the same goes on with it."""
+
+_PART = 1024
+"""Images of a part, about: what an interruption costs, and what is held at once."""
 
 
-def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
+def encode_dataset(
+    method: Method, out: Path, num: int = 0, *, tokens: bool = True, part: int = _PART
+) -> dict[str, int]:
     """Writes `out`/train and the recipe's held-out split; returns how many images each has.
 
+    Every process has to call it. A call that was interrupted is gone on with by the same call.
+
     Args:
-      method: of the recipe; its mesh does the encoding.
-      out: must not exist; appears when complete.
+      method: of the recipe.
+      out: must not exist, but for what an interrupted call has left.
       num: training images, 0 for as many as the run sees.
+      tokens: also what the tokenizer makes of the images; labels and features of captions always are.
+      part: images of a part, about.
 
     Raises:
-      ConfigError: if the recipe has no generator to train, or its data bring tokens already.
-      FolderExistsError: if `out` exists.
-      DataError, WeightsError: if its data or its tokenizer cannot be had.
+      ConfigError: if the recipe has no generator to train, or its data are encoded already.
+      FolderExistsError: if `out` is complete, or of something else.
+      DataError, WeightsError: if its data, its tokenizer or its encoder of captions cannot be had.
     """
     config = method.config
     if not isinstance(method, GeneratorMethod):
@@ -46,41 +65,86 @@ def encode_dataset(method: Method, out: Path, num: int = 0) -> dict[str, int]:
     # Written under the names and numbers of the source; the run that reads them maps them.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=SORTED))
     num = num or config.steps * config.batch_size
-    first = jax.process_index() == 0
-    with new_folder(out) if first else contextlib.nullcontext(out) as folder:
-        held_out = fixed_batch(config.data, config.eval.split, config.eval.images, config.seed)
-        train = make_dataset(config.data, "train", config.batch_size, config.seed)
-        splits: dict[str, tuple[int, Iterable[Any]]] = {
-            "train": (num, train),
-            config.eval.split: (config.eval.images, [held_out]),
-        }
+    method = dataclasses.replace(method, mesh=make_mesh(devices=jax.local_devices()))
+    params = encoder = None
+    if tokens:
         params = method.load_tokenizer()
-        write = partial(
-            write_encoded,
-            encoder=Encoder(params_digest(params), config.tokenizer.encoder_dtype),
-            class_names=class_names(config.data),
-            more={"data": dataclasses.asdict(config.data), "seed": config.seed},
+        encoder = Encoder(params_digest(params), config.tokenizer.encoder_dtype)
+    more = {
+        "data": dataclasses.asdict(config.data),
+        "seed": config.seed,
+        "condition": method.describe(),
+    }
+    split, size, first = config.eval.split, config.batch_size, jax.process_index() == 0
+    stride = max(part // size, 1) * size
+    parts = -(-num // stride)
+    held_out = fixed_batch(config.data, split, config.eval.images, config.seed)
+    if first:
+        asked = {**more, "num": num, "part": stride, "held_out": [split, config.eval.images]}
+        _settle(out, {**asked, "tokens": encoder and dataclasses.asdict(encoder)})
+    missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
+    encode = _encoding(method, params)
+
+    def of_part(number: int) -> Iterator[dict[str, np.ndarray]]:
+        batches.set_state({"next_index": number * stride // size})
+        left = min(stride, num - number * stride)
+        for batch in itertools.islice(batches, -(-left // size)):
+            yield encode({name: rows[:left] for name, rows in batch.items()})
+            left -= size
+
+    mine = distributed.deal(np.array(missing, int), parts)
+    if mine:
+        skipped = SkippedImages.of_process(out, jax.process_index())
+        batches = iter(make_dataset(config.data, "train", size, config.seed, skipped=skipped))
+        with ProgressBar(len(mine) * stride, "encode train") as progress:
+            for done, number in enumerate(mine, 1):
+                write_part(part_folder(out / "train", number), of_part(number))
+                progress.update(done * stride, stride)
+    if first and not part_folder(out / split, 0).exists():
+        write_part(part_folder(out / split, 0), [encode(held_out)])
+    multihost_utils.sync_global_devices("all parts are encoded")
+    counts: dict[str, int] = {"train": num, split: config.eval.images}
+    if first:
+        names = class_names(config.data)
+        for name, many in (("train", parts), (split, 1)):
+            facts: dict[str, Any] = {"encoder": encoder, "class_names": names, "more": more}
+            if found := finish_split(out / name, many, count=counts[name], **facts):
+                listed = ", ".join(f"{n} {flag.replace('_', ' ')}" for flag, n in found.items())
+                announce(f"captions of {name}: {listed}")
+        (out / ASKED).unlink()
+    return counts
+
+
+def _settle(out: Path, asked: Mapping[str, Any]) -> None:
+    """Begins a folder, or goes on with one of the same."""
+    text = json.dumps(asked, indent=2, sort_keys=True)
+    if not out.exists():
+        make_folder(out)
+        write_atomically(out / ASKED, f"{text}\n")
+    elif not (out / ASKED).exists():
+        raise FolderExistsError(f"{out} exists; choose another place")
+    elif read_json(out / ASKED, FolderExistsError) != json.loads(text):
+        raise FolderExistsError(
+            f"{out} holds a part of other data, or of the same encoded otherwise ({ASKED} says what). Go on "
+            "with the command that began it, choose another place, or remove it"
         )
-        encode = _encoding(method, params)
-        for split, (count, batches) in splits.items():
-            with_tokens = ({**batch, "tokens": encode(batch["image"])} for batch in batches)
-            if first:
-                write(folder / split, with_tokens, count)
-            else:  # its devices are wanted all the same
-                encoded = itertools.accumulate(len(batch["tokens"]) for batch in with_tokens)
-                next(filter(lambda done: done >= count, encoded))
-    return {split: count for split, (count, _) in splits.items()}
 
 
 def _encoding(
     method: GeneratorMethod, params: Any
-) -> Callable[[Float[np.ndarray, "B H W 3"]], Int[np.ndarray, "B T"]]:
-    """The frozen tokenizer on the task's mesh; the last rows are padded to the devices."""
-    frozen, mesh = {"tokenizer": replicate(params, method.mesh)}, method.mesh
-    encode = jax.jit(method.pixels.encode, compiler_options=compiler.options(mesh))
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What makes a batch of the data into one to be written."""
+    mesh, frozen = method.mesh, None
+    if params is not None:
+        frozen = {"tokenizer": replicate(params, mesh)}
+    program = jax.jit(method.pixels.encode, compiler_options=compiler.options(mesh))
 
-    def tokens(images: np.ndarray) -> np.ndarray:
+    def tokens(images: Float[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
         padded = np.pad(images, ((0, -len(images) % mesh.size), (0, 0), (0, 0), (0, 0)))
-        return host_array(encode(frozen, shard_whole(padded, mesh)))[: len(images)]
+        return host_array(program(frozen, shard_whole(padded, mesh)))[: len(images)]
 
-    return tokens
+    def encode(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {"image": batch["image"], "condition": method.condition.store(batch["condition"])}
+        return found if frozen is None else {**found, "tokens": tokens(batch["image"])}
+
+    return encode

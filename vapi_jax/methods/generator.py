@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.digests import params_digest
-from vapi_jax.common.options import Errors, build
+from vapi_jax.common.options import Errors, build, hints_of
 from vapi_jax.common.plugins import UnknownNameError, find
 from vapi_jax.data.pipeline import encoder_of
 from vapi_jax.data.sources import Encoder
@@ -111,10 +111,28 @@ class GeneratorMethod(Method):
     def networks(self) -> list[Network]:
         policy = partial(jax.eval_shape, self.policy.init, jax.random.key(0))
         tokenizer = partial(model_shapes, self.config.tokenizer)
-        return [
+        found = [
             Network("policy", "init.gpt", policy, self.init_from),
             Network("tokenizer", "init.vq", tokenizer, tokenizer_source(self.config)),
         ]
+        kind, option = self.condition, self.condition.network_option
+        if option and getattr(kind, option):
+            name = f"condition.options.{option}"
+            found.append(Network(option, name, kind.shapes, origin=kind.origin, load=kind.load))
+        return found
+
+    def memory(self, rows: int) -> Sequence[tuple[str, int, str]]:
+        del rows
+        leaves = jax.tree.leaves(self.condition.shapes())
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // jax.local_device_count()
+        name = self.condition.network_option
+        return [(name, held, "split over the devices of a process")] if held else []
+
+    def raw_name(self, condition: Any) -> str:
+        return self.condition.name(condition)
+
+    def describe(self) -> dict[str, Any]:
+        return self.condition.describe()
 
     def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
         del extra
@@ -148,17 +166,14 @@ def make_condition(config: TrainConfig, policy: Policy) -> Condition:
     Raises:
       ValueError: there is none of that name, or its options are wrong.
     """
-    asked = config.condition
+    asked, own = config.condition, policy.condition
     if not asked.name:
-        return policy.condition
-    errors = Errors()
-    made = build(
-        find(asked.name, CONDITIONS, "condition"),
-        asked.options,
-        "condition.options.",
-        errors,
-        droppable=policy.condition.droppable,
-    )
+        return own
+    found, errors = find(asked.name, CONDITIONS, "condition"), Errors()
+    # Sizes that the generator decides need no saying again.
+    sizes = {name: getattr(own, name) for name in hints_of(found) if hasattr(own, name)}
+    options = {**sizes, **asked.options}
+    made = build(found, options, "condition.options.", errors, droppable=own.droppable)
     if errors:
         raise ValueError("\n".join(errors))
     return made
@@ -227,8 +242,13 @@ def check_policy(config: TrainConfig, errors: Errors) -> None:
         return
     if given.num_classes is None and not config.condition.name:
         errors.append(
-            f"policy.kind={kind!r}: the data sources give class labels, and this generator takes none; "
-            "choose 'class', or name a condition that makes what it takes (config.condition.name)"
+            f"policy.kind={kind!r}: this generator takes no class labels; choose 'class', or name the "
+            "condition that makes what it takes of the data's (condition.name='caption' for captions)"
+        )
+    makes, takes = (jax.eval_shape(lambda x=x: x.example(1)) for x in (given, policy.condition))
+    if makes != takes:
+        errors.append(
+            f"condition.name: {config.condition.name!r} makes {makes}, the generator takes {takes}"
         )
 
 

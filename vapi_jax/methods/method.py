@@ -208,6 +208,14 @@ class Method(abc.ABC):
         """Shapes of what `load_frozen` gives, without reading it."""
         return {}
 
+    def raw_name(self, condition: Any) -> str:
+        """What a picture calls a raw condition of the data."""
+        return str(condition)
+
+    def describe(self) -> dict[str, Any]:
+        """What batches depend on that no weights of the run tell, such as digests of an encoder's files."""
+        return {}
+
     @abc.abstractmethod
     def weights_of(self, params: Params, extra: Any) -> dict[str, Params]:
         """What is saved at the end: file name (without suffix) -> tree."""

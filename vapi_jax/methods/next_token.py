@@ -90,4 +90,5 @@ class NextToken(GeneratorMethod):
         policy = self.policy
         at_once = block_length(rows, policy.num_tokens, policy.vocab_size)
         logits = logits_bytes(rows, at_once, policy.vocab_size)
-        return [("logits", logits, f"float32, of {at_once} position(s) at a time")]
+        own = ("logits", logits, f"float32, of {at_once} position(s) at a time")
+        return [*super().memory(rows), own]

@@ -518,6 +518,7 @@ class VAPi(GeneratorMethod):
         logits = logits_bytes(rows if options.fused else rows * group, at_once, vocab)
         images, maps = self.judged_pixels.at_once(rows, group, side)
         return [
+            *super().memory(rows),
             ("logits", logits, f"float32, of {at_once} position(s) at a time"),
             ("decoding", maps, f"{images} sample(s) at a time, and their reward"),
         ]

@@ -34,6 +34,8 @@ _TYPE_CAUSES = {
     "c2i": "this is a c2i file: leave --t2i out, or policy.kind='class' in a configuration",
 }
 _LAYER = re.compile(r"layers\.(\d+)\.")
+# Released text-conditional files; nothing but their names tells the first stage from the second.
+_STAGE = re.compile(r"t2i_XL_stage([12])_(256|512)")
 _SIDE_IN_NAME = re.compile(r"(?<!\d)(256|384|512)(?!\d)")
 # Arguments that describe a run and not the model. Keys that begin with "_" are comments.
 _NOT_THE_MODEL = ("max_batch_size", "max_seq_len", "codebook_show_usage")
@@ -100,10 +102,16 @@ def disagreements(stored: Mapping[str, Any], config: LlamaConfig | VQConfig) -> 
         for name in ("multiple_of", "ffn_dim_multiplier"):  # several give the same width
             del asked[name]
     return [
-        f"{name}: it has {have.get(name)}, the configuration asks for {value}"
+        f"{name}: it has {have.get(name)}{_pixels(name, have.get(name))}, the configuration asks for "
+        f"{value}{_pixels(name, value)}"
         for name, value in json.loads(json.dumps(asked)).items()
         if have.get(name) != value
     ]
+
+
+def _pixels(name: str, value: Any) -> str:
+    known = name == "block_size" and isinstance(value, int)
+    return f" ({math.isqrt(value) * PATCH} px)" if known else ""
 
 
 def from_json(stored: Mapping[str, Any], kind: type) -> Any:
@@ -193,6 +201,12 @@ def infer_gpt(
     given = _known_args(args or {}, LlamaConfig)
     if t2i and "model_type" not in given:
         given["model_type"] = "t2i"
+    stage = _STAGE.search(file_name)
+    if stage and image_size not in (None, int(stage[2])):
+        raise WeightsError(
+            f"--image-size {image_size}: {file_name} is of stage {stage[1]}, trained on {stage[2]} px, and "
+            f"draws crops at any other size; leave --image-size out, or take the other stage's file"
+        )
     if image_size is not None and "block_size" not in given:
         given["block_size"] = (image_size // PATCH) ** 2
     if given.get("model_type", facts["model_type"]) != facts["model_type"]:

@@ -138,7 +138,10 @@ class ClassEmbedding(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    """Two linear maps with GELU (tanh) between over text features, or over learned ones."""
+    """Two linear maps with GELU (tanh) between over text features, or over fixed ones for no caption.
+
+    Those are drawn once and never trained: the released files hold them as a buffer.
+    """
 
     config: LlamaConfig
 
@@ -148,6 +151,7 @@ class CaptionEmbedding(nn.Module):
         shape = (c.cls_token_num, c.caption_dim)
         uncond = self.param("uncond_embedding", nn.initializers.normal(c.caption_dim**-0.5), shape)
         dropped = condition["dropped"][:, None, None]
+        uncond = jax.lax.stop_gradient(uncond)
         x = jnp.where(dropped, uncond, condition["features"]).astype(c.dtype)
         x = nn.gelu(dense(c.dim, c.initializer_range, c.dtype, "fc1")(x), approximate=True)
         return dense(c.dim, c.initializer_range, c.dtype, "fc2")(x)

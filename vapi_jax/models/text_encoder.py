@@ -104,16 +104,9 @@ class TextEncoder:
         width: int | None = None,
     ):
         self.folder, self.length, self.dtype = folder, length, dtype
-        self.config = read_config(folder)
+        self.config, self._tokenizer = _open(folder, width)
         self.width = self.config.d_model
-        if width not in (None, self.width):
-            raise WeightsError(
-                f"{folder} makes features of width {self.width}, the generator takes {width}: Flan-T5 "
-                "XL has 2048, XXL 4096, large 1024, base 768. Give the encoder that it was trained with"
-            )
-        self._clean = {"clean": clean, "lower": lower}
-        c, self._mesh = self.config, mesh
-        self._tokenizer = T5Tokenizer(folder, c.vocab_size, c.pad_token_id, c.eos_token_id)
+        self._clean, self._mesh = {"clean": clean, "lower": lower}, mesh
         self._weights, self._params = _load(folder, self.config, mesh, dtype)
         self._features = jax.jit(
             partial(_features, config=self.config, mesh=mesh),
@@ -193,14 +186,40 @@ def read_config(folder: Path) -> t5.T5Config:
     return config
 
 
+def look(folder: Path, width: int | None = None) -> None:
+    """Opens all files of a folder and compares them with one another; no weights are read.
+
+    Raises:
+      WeightsError: as `TextEncoder`, as far as can be told without them.
+    """
+    config, _ = _open(folder, width)
+    with open_tensors(_weights_in(folder)) as file:
+        target = t5.shapes(config)
+        reference_weights(_one_table(file.tensors), target, t5.NAME_RULES, (t5.DECODER,))
+
+
+def _open(folder: Path, width: int | None) -> tuple[t5.T5Config, T5Tokenizer]:
+    c = read_config(folder)
+    if width not in (None, c.d_model):
+        raise WeightsError(
+            f"{folder} makes features of width {c.d_model}, the generator takes {width}: Flan-T5 "
+            "XL has 2048, XXL 4096, large 1024, base 768. Give the encoder that it was trained with"
+        )
+    return c, T5Tokenizer(folder, c.vocab_size, c.pad_token_id, c.eos_token_id)
+
+
+def _weights_in(folder: Path) -> Path:
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder} has no weights: one of {', '.join(WEIGHTS)} is wanted")
+    return path
+
+
 def _load(
     folder: Path, config: t5.T5Config, mesh: Mesh, dtype: str
 ) -> tuple[tuple[Path, ...], t5.Params]:
     """The files of weights, and the parameters on the mesh."""
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise WeightsError(f"{folder} has no weights: one of {', '.join(WEIGHTS)} is wanted")
-    target = t5.shapes(config, dtype)
+    path, target = _weights_in(folder), t5.shapes(config, dtype)
     with open_tensors(path) as file:
         tensors = _one_table(file.tensors)
         weights = reference_weights(tensors, target, t5.NAME_RULES, (t5.DECODER,))

@@ -26,6 +26,7 @@ from vapi_jax.training.preflight import (
     SCRATCH,
     DataFound,
     WeightsFound,
+    look_at_conditions,
     look_at_data,
     look_at_weights,
     look_at_workdir,
@@ -109,6 +110,7 @@ def check(
     config = with_classes(config, errors)
     data = look_at_data(config, errors, images=LOOKED_AT)
     weights = look_at_weights(config, mesh, errors, thorough=True)
+    look_at_conditions(config, mesh, errors)
     data.notes += notes_on_weights(config)
     if workdir is not None and not broken:
         look_at_workdir(config, Path(workdir), errors, resume_with_changes)
@@ -287,10 +289,11 @@ def _data(plan: Plan) -> str:
     data, found = plan.config.data, plan.data
     text = " ".join(filter(None, (data.name, data.dataset, data.path)))
     text += f" at {data.image_size} px"
+    what = f"{found.classes:,} classes" if found.classes else "captions"
     if found.classes is None:
         return f"{text}; not found"
     images = ", ".join(f"{split} {count:,}" for split, count in found.images.items())
-    return f"{text}; {found.classes:,} classes; images: {images or 'not found'}"
+    return f"{text}; {what}; images: {images or 'not found'}"
 
 
 def _classes(plan: Plan) -> str:

@@ -24,7 +24,7 @@ from vapi_jax.common.options import Errors
 from vapi_jax.common.trees import unflatten
 from vapi_jax.data import DataError, classes_of
 from vapi_jax.data.images import UnreadableImage
-from vapi_jax.data.pipeline import encoder_of, make_source
+from vapi_jax.data.pipeline import encoder_of, fixed_samples, make_source
 from vapi_jax.data.sources import Source
 from vapi_jax.generation.loading import DEMO, DEMO_SIDE
 from vapi_jax.methods import Method, make_method
@@ -211,6 +211,19 @@ def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None
                 f"{name}={count}: split {split!r} has {there} images, and at least "
                 f"{max(count, _REPORTED)} are looked at"
             )
+
+
+def look_at_conditions(config: TrainConfig, mesh: Mesh | None, errors: Errors) -> None:
+    """Adds why what the data say of an image is not what the generator takes; tried with one image."""
+    if errors or mesh is None:
+        return
+    try:
+        sample = next(iter(fixed_samples(config.data, config.eval.split, 1, config.seed)))
+        if "condition" in sample:
+            raw = np.stack([sample["condition"]])
+            make_method(config, mesh).prepare({"condition": raw})
+    except ExpectedError as error:
+        errors.append(f"condition: {error}")
 
 
 # --- weights --------------------------------------------------------------------------------------

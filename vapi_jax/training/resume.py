@@ -104,9 +104,22 @@ def code_facts() -> dict[str, str]:
     }
 
 
-def origin_facts(frozen: Any, start: Any) -> dict[str, str | None]:
-    """Digests of the weights that a run takes from files and does not train."""
-    return {"frozen": _tree_digest(frozen), "start": _tree_digest(start)}
+def origin_facts(
+    frozen: Any, start: Any, condition: Mapping[str, Any] | None = None
+) -> dict[str, str | None]:
+    """Digests of the weights that a run takes from files and does not train.
+
+    Args:
+      frozen, start: trees of them.
+      condition: what the method says that its batches depend on; versions of libraries may change.
+    """
+    kept = {name: value for name, value in (condition or {}).items() if name != "libraries"}
+    text = json.dumps(kept, sort_keys=True).encode()
+    return {
+        "frozen": _tree_digest(frozen),
+        "start": _tree_digest(start),
+        "condition": hashlib.sha256(text).hexdigest() if kept else None,
+    }
 
 
 def _tree_digest(tree: Any) -> str | None:
@@ -179,11 +192,15 @@ def read_facts(
 
 def check_origin(saved: Mapping[str, Any], here: Mapping[str, Any], with_changes: bool) -> None:
     """Raises CheckpointError where frozen weights are not those that the run began with."""
-    parts = {"frozen": "tokenizer and reward networks", "start": "the policy of step 0"}
+    parts = {
+        "frozen": "tokenizer and reward networks",
+        "start": "the policy of step 0",
+        "condition": "the encoder of captions",
+    }
     wrong = [what for key, what in parts.items() if _differ(saved.get(key), here.get(key))]
     if not wrong:
         return
-    message = f"the weights in config.init have changed since this run began: {', '.join(wrong)}"
+    message = f"weights that this run began with have changed since: {', '.join(wrong)}"
     if not with_changes:
         raise CheckpointError(
             f"{message}. Bring the old files back, give another --workdir, or --resume_with_changes"

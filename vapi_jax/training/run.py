@@ -156,6 +156,8 @@ def _summary(method: Method, done: Run) -> dict[str, Any]:
         "held_out": {"split": config.eval.split, "images": config.eval.images},
         "precision": method.precision,
     }
+    if condition := method.describe():
+        summary["condition"] = condition
     if config.eval.sampled_every:
         feature = FEATURES[SEEN].description
         summary["sampled"] = {"feature": feature, "samples": config.eval.sampled}
@@ -199,7 +201,8 @@ def _pictures(
     names, per_class = class_names(config.data), config.eval.grid_per_class
     asked = labels_of(config.data) if names else _held_out_captions(config)
     labels = np.repeat(asked[: config.eval.grid_classes], per_class)
-    summary["sample_classes"] = [names[x] if names else str(x)[:_LETTERS] for x in labels]
+    shown = [names[x] if names else method.raw_name(x)[:_LETTERS] for x in labels]
+    summary["sample_classes"] = shown
     if judge is None:
         # Thousands are drawn in large batches; a picture alone needs no more than it shows.
         judged = on_judging_devices(method, done.frozen)

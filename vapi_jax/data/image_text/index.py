@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from vapi_jax.common.files import new_file
+from vapi_jax.common.paths import cache_folder
 from vapi_jax.data.config import DataError
 from vapi_jax.data.image_text.captions import CaptionFields, Record, Where, texts_in
 from vapi_jax.data.image_text.layouts import Entry, Layout, SideBySide
@@ -76,7 +76,7 @@ def open_index(
     Raises:
       DataError: a file is damaged, or nothing has a caption.
     """
-    path = _folder() / f"{_digest(layout, fields, where, min_side)}.npz"
+    path = cache_folder() / "image_text" / f"{_digest(layout, fields, where, min_side)}.npz"
     found = _load(path)
     if found is None:
         logger.info("indexing %d file(s) of %s", len(layout.files), layout.root)
@@ -86,14 +86,6 @@ def open_index(
         except OSError as error:  # a home that cannot be written costs time only
             logger.warning("the index is not kept: %s", error)
     return found
-
-
-def _folder() -> Path:
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        / "vapi_jax"
-        / "image_text"
-    )
 
 
 def _digest(layout: Layout, *asked: Any) -> str:
