@@ -71,8 +71,8 @@ def test_two_processes_draw_and_judge_what_one_does(tmp_path, lean):
 
 
 def test_two_processes_encode_what_one_does(tmp_path, lean):
-    encode = ["encode", "dataset", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--num=12"]
-    assert "12 train" in both([*encode, f"--out={tmp_path / 'two'}"], lean)
+    encode = ["encode", "dataset", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--num=40"]
+    assert "40 train" in both([*encode, f"--out={tmp_path / 'two'}"], lean)
     one_run(command(*encode, f"--out={tmp_path / 'one'}"), lean)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 

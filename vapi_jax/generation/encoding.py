@@ -34,12 +34,12 @@ from vapi_jax.parallel.sharding import host_array, make_mesh, replicate, shard_w
 ASKED = "asked.json"
 """What a folder is being made of, so that another call of the same goes on with it."""
 
-_PART = 1024
-"""Images of a part, about: what an interruption costs, and what is held at once."""
+_PART, _PARTS = 1024, 8
+"""Images of a part at most, about, which are held at once; and parts at least, for processes to share."""
 
 
 def encode_dataset(
-    method: Method, out: Path, num: int = 0, *, tokens: bool = True, part: int = _PART
+    method: Method, out: Path, num: int = 0, *, tokens: bool = True, part: int = 0
 ) -> dict[str, int]:
     """Writes `out`/train and the recipe's held-out split; returns how many images each has.
 
@@ -50,7 +50,7 @@ def encode_dataset(
       out: must not exist, but for what an interrupted call has left.
       num: training images, 0 for as many as the run sees.
       tokens: also what the tokenizer makes of the images; labels and features of captions always are.
-      part: images of a part, about.
+      part: images of a part, about; 0 for what several processes can share.
 
     Raises:
       ConfigError: if the recipe has no generator to train, or its data are encoded already.
@@ -76,7 +76,7 @@ def encode_dataset(
         "condition": method.describe(),
     }
     split, size, first = config.eval.split, config.batch_size, jax.process_index() == 0
-    stride = max(part // size, 1) * size
+    stride = max((part or min(_PART, num // _PARTS)) // size, 1) * size
     parts = -(-num // stride)
     held_out = fixed_batch(config.data, split, config.eval.images, config.seed)
     if first:
