@@ -30,7 +30,10 @@ def pytest_configure(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.TemporaryDirectory(prefix="vapi_jax_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache.name
+    # Programs of tests are small and many.
+    least = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
 
 
 def pytest_unconfigure(config):

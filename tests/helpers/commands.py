@@ -17,7 +17,9 @@ def environment(**more):
     names = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     flags = {"XLA_FLAGS": " ".join(flags)} if flags else {}
-    return {**names, **flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **more}
+    found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # compilers for targets
+    path = {"PYTHONPATH": os.pathsep.join(found)}
+    return {**names, **flags, **path, "JAX_PLATFORMS": "cpu", **more}
 
 
 def python(*arguments, options=(), env=None, check=False, **more):

@@ -30,18 +30,23 @@ def judge(frozen, pixels, batch):
     return jnp.abs(pixels - batch["image"][:, None]).mean((2, 3, 4))
 
 
+def rewards_of(pixels, frozen, images, samples):
+    return jax.jit(lambda *args: pixels.judge(*args, {"l1": judge})["l1"])(
+        frozen, samples, {"image": images}
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 3, G, 2 * G, 100])
 def test_chunks_change_nothing(setup, chunk):
-    whole, frozen, images, samples = setup
+    whole, *given = setup
+    frozen, images, samples = given
     cut = dataclasses.replace(whole, chunk=chunk)
-    np.testing.assert_array_equal(cut.encode(frozen, images), whole.encode(frozen, images))
-    np.testing.assert_allclose(
-        cut.decode(frozen, samples[:, 0]), whole.decode(frozen, samples[:, 0]), atol=1e-5
+    np.testing.assert_array_equal(
+        jax.jit(cut.encode)(frozen, images), jax.jit(whole.encode)(frozen, images)
     )
-    found, want = (
-        pixels.judge(frozen, samples, {"image": images}, {"l1": judge})["l1"]
-        for pixels in (cut, whole)
-    )
+    decoded, want = (jax.jit(pixels.decode)(frozen, samples[:, 0]) for pixels in (cut, whole))
+    np.testing.assert_allclose(decoded, want, atol=1e-5)
+    found, want = (rewards_of(pixels, *given) for pixels in (cut, whole))
     np.testing.assert_allclose(found, want, rtol=1e-5)
     assert found.shape == (B, G)
 
@@ -83,13 +88,10 @@ def test_the_default_chunk_follows_from_the_size_of_an_image():
 
 
 def test_on_devices_as_on_one(setup):
-    alone, frozen, images, samples = setup
+    alone, *given = setup
+    frozen, images, _ = given
     split = dataclasses.replace(alone, mesh=make_mesh(2, 4))
     np.testing.assert_array_equal(
-        jax.jit(split.encode)(frozen, images), alone.encode(frozen, images)
+        jax.jit(split.encode)(frozen, images), jax.jit(alone.encode)(frozen, images)
     )
-    one, all_ = (
-        pixels.judge(frozen, samples, {"image": images}, {"l1": judge})["l1"]
-        for pixels in (alone, split)
-    )
-    np.testing.assert_allclose(all_, one, rtol=1e-5)
+    np.testing.assert_allclose(rewards_of(split, *given), rewards_of(alone, *given), rtol=1e-5)
