@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -197,6 +198,7 @@ def test_the_tiny_form_runs_from_end_to_end(name, finished):
     assert written == json.loads(json.dumps(summary))
     assert written.keys() >= SUMMARY
     assert written["name"] == name
+    assert written["directory"] == str(Path.cwd())
     assert written["config"]["steps"] == written["steps"] == resolve(load(name, "tiny")).steps
     assert written["devices"]["count"] == 8
     assert written["devices"]["mesh"]["data"] * written["devices"]["mesh"]["fsdp"] == 8

@@ -96,6 +96,29 @@ def test_the_weights_lie_split_over_the_mesh():
     assert equal_trees(split.params, load_safetensors(ASSETS["policy"], "float32"))
 
 
+def test_a_run_is_read_from_another_folder_than_it_was_started_in(
+    tmp_path, demo, mesh, monkeypatch
+):
+    """Its recipe named the tokenizer by a relative path."""
+    started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
+    for folder in (started, elsewhere):
+        folder.mkdir()
+    (started / "vq.safetensors").write_bytes(ASSETS["tokenizer"].read_bytes())
+    run = write_run(started / "run", init={"vq": "vq.safetensors"})
+    path = run / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "directory": str(started)}))
+    monkeypatch.chdir(elsewhere)
+    assert equal_trees(load_generator(str(run), mesh).frozen, demo.frozen)
+    (started / "vq.safetensors").rename(elsewhere / "vq.safetensors")  # both may have been moved
+    assert equal_trees(load_generator(str(run), mesh).frozen, demo.frozen)
+    (elsewhere / "vq.safetensors").unlink()
+    with pytest.raises(WeightsError, match="init.vq='vq.safetensors'") as error:
+        load_generator(str(run), mesh)
+    assert str(elsewhere / "vq.safetensors") in str(error.value) and str(started) in str(
+        error.value
+    )
+
+
 def test_a_run_is_read_by_its_summary(tmp_path, demo, mesh):
     run = load_generator(str(write_run(tmp_path / "run", seed=5)), mesh)
     assert equal_trees(run.params, demo.params)

@@ -307,6 +307,11 @@ def _trained(directory: Path) -> _Found:
     tokenizer = tokenizer_source(config)
     if tokenizer is None:
         raise WeightsError(f"{directory / SUMMARY} names no weights of a tokenizer in init.vq")
+    if tokenizer.path != DEMO and not (place := Path(tokenizer.path)).exists():
+        raise WeightsError(
+            f"{directory / SUMMARY} names the tokenizer init.vq={tokenizer.path!r}, and there is nothing at "
+            f"{place.absolute()}; the run was started in {summary.get('directory', 'another folder')}"
+        )
     told = summary["config"]
     trained = {name: told.get(name) for name in ("name", "method", "preset", "steps", "seed")}
     return _Found(
@@ -384,6 +389,12 @@ def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
     told = summary["config"]
     kept = ("name", "policy", "condition", "tokenizer", "data", "init")
     raw = {**{name: told[name] for name in kept if name in told}, "method": "base"}
+    for section, option in (("init", "gpt"), ("init", "vq"), ("data", "path")):
+        value = raw[section].get(option) if isinstance(raw.get(section), dict) else None
+        if value and value != DEMO:
+            place = Path(str(summary.get("directory", "")), str(value))
+            if place.exists():  # else it may be in the same place here
+                raw[section] = {**raw[section], option: str(place)}
     named = (
         (raw.get("policy") or {}).get("kind"),
         *((raw.get(part) or {}).get("name") for part in ("condition", "data")),

@@ -141,6 +141,7 @@ def _summary(method: Method, done: Run) -> dict[str, Any]:
         "method": {"name": config.method, "title": method.title, "curves": curves},
         "name": config.name,
         "config": to_dict(config),
+        "directory": str(Path.cwd()),  # what relative paths in it mean
         "devices": {
             "kind": jax.devices()[0].device_kind,
             "count": jax.device_count(),
