@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from tests.helpers.compare import assert_close, assert_close_in_norm
 from tests.helpers.jaxprs import largest_intermediate
 from vapi_jax.models import categorical
-from vapi_jax.models.categorical import sample_group, uniforms_24
+from vapi_jax.models.categorical import num_choices, sample_group, uniforms_24
 from vapi_jax.models.head import (
     Head,
     block_length,
@@ -101,7 +101,7 @@ def test_cross_entropy_and_entropy_are_those_of_all_logits(case, limit, temperat
 def test_draws_are_those_of_the_whole_logits(case, limit):
     hidden, head, _, _ = case
     key, temperature = jax.random.key(3), 0.7
-    uniforms = uniforms_24(key, (B, T, 40))
+    uniforms = uniforms_24(key, (B, T, 40, num_choices(V)))
     samples, entropy = jax.jit(lambda *a: draw(*a, temperature, limit))(hidden, head, uniforms)
     logits = project(hidden, head)
     np.testing.assert_array_equal(samples, sample_group(key, logits, 40, temperature))
@@ -111,7 +111,7 @@ def test_draws_are_those_of_the_whole_logits(case, limit):
 
 def test_nothing_flows_back_through_a_draw(case):
     hidden, head, _, _ = case
-    uniforms = uniforms_24(jax.random.key(0), (B, T, 2))
+    uniforms = uniforms_24(jax.random.key(0), (B, T, 2, num_choices(V)))
     gradient = jax.grad(lambda h: draw(h, head, uniforms)[1].sum())(hidden)
     np.testing.assert_array_equal(gradient, 0.0)
 
@@ -139,7 +139,7 @@ def test_matmuls_run_in_the_compute_dtype_and_accumulate_in_float32(case):
     hidden, head, _, weights = case
 
     def loss(hidden, kernel):
-        samples, _ = draw(hidden, Head(kernel), jnp.full((B, T, K), 0.5))
+        samples, _ = draw(hidden, Head(kernel), jnp.full((B, T, K, num_choices(V)), 0.5))
         return jnp.sum(token_log_probs(hidden, Head(kernel), samples) * weights)
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(

@@ -46,7 +46,7 @@ def _parts(setup: Setup) -> _Parts:
         return jax.vjp(lambda p: policy.hidden(p, condition, context), params)
 
     def sampling(hidden: Any, head: Head, keys: Any, tokens: Any) -> Any:
-        uniforms = vapi.group_uniforms(keys, tokens, method)
+        uniforms = vapi.group_uniforms(keys, tokens, policy.vocab_size, method)
         return draw(hidden, head, uniforms, method.temperature)
 
     def backward(

@@ -39,7 +39,7 @@ from vapi_jax.methods.method import (
     mean_of,
 )
 from vapi_jax.models import categorical
-from vapi_jax.models.categorical import sample_group, uniforms_24
+from vapi_jax.models.categorical import num_choices, sample_group, uniforms_24
 from vapi_jax.models.conditions import drop
 from vapi_jax.models.head import Head, block_length, draw, token_log_probs
 from vapi_jax.models.pixels import PixelSpace
@@ -189,7 +189,7 @@ def vapi_loss(
     fed = context[:, : policy.context_length]  # the last token predicts nothing
     hidden, head = policy.hidden(params, batch["condition"], fed), policy.head(params)
     samples, entropy = draw(
-        hidden, head, group_uniforms(keys[1], tokens, config), config.temperature
+        hidden, head, group_uniforms(keys[1], tokens, policy.vocab_size, config), config.temperature
     )
     judged = judge_samples(samples, tokens, context, batch, keys, config, terms, judge)
     logps, true_logps = score(hidden, head, samples, tokens, config)  # of π_θ(. | x̃_<t), Eq. 7
@@ -201,10 +201,10 @@ def vapi_loss(
 
 
 def group_uniforms(
-    keys: PRNGKeyArray, tokens: Int[Array, "B T"], config: VAPiOptions
-) -> Float[Array, "B T G"]:
+    keys: PRNGKeyArray, tokens: Int[Array, "B T"], vocab_size: int, config: VAPiOptions
+) -> Float[Array, "B T G C"]:
     """What the draws of each image are made from; its own, whatever the batch around it."""
-    shape = (tokens.shape[1], config.group_size)
+    shape = tokens.shape[1], config.group_size, num_choices(vocab_size)
     return jax.vmap(lambda key: uniforms_24(key, shape))(keys)
 
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.models import categorical
-from vapi_jax.models.categorical import draw_from_uniforms
 from vapi_jax.models.transformer import head_matmul
 
 BLOCK_LOGITS = 2**26
@@ -67,20 +66,20 @@ def _over_blocks(function: Callable[..., Any], size: int, carry: Any, *arrays: A
 def draw(
     hidden: Float[Array, "B T D"],
     head: Head,
-    uniforms: Float[Array, "B T G"],
+    uniforms: Float[Array, "B T G C"],
     temperature: float | Float[Array, ""] = 1.0,
     limit: int = BLOCK_LOGITS,
 ) -> tuple[Int[Array, "B G T"], Float[Array, "B T"]]:
     """G draws of every position from softmax(logits / temperature), and its entropy in nats.
 
-    Inverse CDF as in `categorical.sample_group`; no gradient flows.
+    As `categorical.draw` draws from all logits; no gradient flows.
     """
     hidden = jax.lax.stop_gradient(hidden)
     head = jax.tree.map(jax.lax.stop_gradient, head)
 
     def block(carry: None, hidden: Array, uniforms: Array) -> tuple[None, tuple[Array, Array]]:
         logits = project(hidden, head)
-        samples = draw_from_uniforms(uniforms, logits / temperature)
+        samples = categorical.draw(uniforms, logits / temperature)
         return carry, (samples, categorical.entropy(logits, temperature))
 
     size = block_length(hidden.shape[0], hidden.shape[1], head.kernel.shape[1], limit)

@@ -3,7 +3,7 @@
 Only evaluation does this; training with VA-π never does. The loop has static shapes and runs
 under one jit; sample i depends on (rng, its id, its condition) and not on the batch around it. That
 is exact for batches of one size on the same devices; other shapes may round otherwise, which a draw
-in float32 hardly ever notices (see `draw`) and one in bfloat16 sometimes does.
+in float32 hardly ever notices (see `categorical.draw`) and one in bfloat16 sometimes does.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from vapi_jax.models.categorical import entropy, scaled_heights, uniforms_24
+from vapi_jax.models.categorical import draw, entropy, num_choices, uniforms_24
 from vapi_jax.models.conditions import Tree
 from vapi_jax.models.policy import Params, Policy
 from vapi_jax.parallel import compiler
 
 SCHEDULES = ("constant", "interval", "cosine")
 """How the guidance scale runs over the tokens of an image: see `guidance_scales`."""
-
-_PARTS = 8  # more parts are fewer choices, and more steps that rounding can move
 
 
 def guidance_scales(
@@ -98,46 +96,6 @@ def filter_logits(
         drop = jnp.take_along_axis(drop, jnp.argsort(order, axis=-1), axis=-1)
         logits = jnp.where(drop, -jnp.inf, logits)
     return logits
-
-
-def draw_levels(vocab: int) -> tuple[int, int]:
-    """How many choices `draw` makes for a token, and among how many parts each: 16384 -> (5, 7)."""
-    levels = 1
-    while _PARTS**levels < vocab:
-        levels += 1
-    parts = 1
-    while parts**levels < vocab:
-        parts += 1
-    return levels, parts
-
-
-def draw(uniforms: Float[Array, "B L"], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """One token a row from softmax(logits): which part of the vocabulary, which part of that, ...
-
-    Every choice is an inverse CDF in float32 over a few sums of probabilities. One CDF over all V
-    tokens would cost as much and have V steps, each of which rounding can move across the uniform:
-    of 480 samples of 64 tokens, V = 1024, it made 8 others on eight devices than on one, and this
-    none. Gumbel noise is as steady and takes V random numbers where this takes L.
-
-    Args:
-      uniforms: [0, 1), one a choice; L is `draw_levels(V)[0]`.
-      logits: any float dtype; a token at -inf is never drawn.
-    """
-    batch, vocab = logits.shape
-    levels, parts = draw_levels(vocab)
-    weights = jnp.exp(logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, parts**levels - vocab)))
-    token = jnp.zeros((batch,), jnp.int32)
-    for level in range(levels):
-        weights = weights.reshape(batch, parts, -1)
-        # Never falling, whatever order the sum runs in: see `categorical.cumulative`.
-        cdf = jax.lax.cummax(jnp.cumsum(weights.sum(axis=-1), axis=-1), axis=1)
-        heights = scaled_heights(uniforms[:, level, None], cdf)
-        choice = jnp.sum(cdf <= heights, axis=-1, dtype=jnp.int32)
-        choice = jnp.minimum(choice, parts - 1)  # weights so small that their sum is 0
-        weights = jnp.take_along_axis(weights, choice[:, None, None], axis=1)
-        token = parts * token + choice
-    return token
 
 
 def generate(
@@ -234,8 +192,8 @@ def _generate(
     """
     batch, length = sample_ids.shape[0], policy.num_tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(sample_ids)
-    shape = length, draw_levels(policy.vocab_size)[0]
-    uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys).swapaxes(0, 1)  # [T, B, L]
+    shape = length, num_choices(policy.vocab_size)
+    uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys).swapaxes(0, 1)  # [T, B, C]
 
     def pick(logits: Array, uniform: Array, scale: Array) -> tuple[Array, Array]:
         if logits.shape[0] == 2 * batch:
@@ -245,7 +203,7 @@ def _generate(
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros((batch,))
         logits = filter_logits(logits / temperature, top_k, top_p)
         spread = entropy(logits) if with_entropy else jnp.zeros((batch,))
-        return draw(uniform, logits), spread
+        return draw(uniform[:, None], logits)[:, 0], spread
 
     def step(carry: tuple[Array, Any], inputs: tuple[Array, ...]) -> tuple[Any, Any]:
         token, cache = carry
