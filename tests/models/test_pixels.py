@@ -76,13 +76,35 @@ def test_a_chunk_counts_decoded_images_in_all_three(setup, chunk):
     assert judged == max(chunk // G, 1) * G  # a group is judged together
 
 
+@pytest.mark.parametrize(
+    ("rows", "chunk", "want"),
+    [
+        (8, 3, 2),
+        (9, 3, 3),
+        (17, 7, 6),
+        (13, 12, 7),
+        (128, 17, 16),
+        (64, 7, 4),
+        (7, 2, 2),
+        (5, 1, 1),
+    ],
+)
+def test_no_number_of_images_is_taken_one_by_one_where_more_fit(setup, rows, chunk, want):
+    pixels, frozen, _, samples = setup
+    pixels = dataclasses.replace(pixels, chunk=chunk)
+    assert pixels.at_once(rows, 1, SIDE)[0] == want
+    tokens = jnp.resize(samples, (rows, T))
+    whole = dataclasses.replace(pixels, chunk=rows).decode(frozen, tokens)
+    np.testing.assert_allclose(pixels.decode(frozen, tokens), whole, atol=1e-5)
+
+
 def test_the_default_chunk_follows_from_the_size_of_an_image():
     config = VQ_PRESETS["VQ-16"]
     for side in (256, 384):
         count = fitting_chunk(config, side)
         assert count * MAPS * 4 * side**2 * config.ch <= CHUNK_BYTES
         assert (count + 1) * MAPS * 4 * side**2 * config.ch > CHUNK_BYTES
-    assert fitting_chunk(config, 384) > 1
+    assert fitting_chunk(config, 384) >= 16
     assert fitting_chunk(config, 1 << 14) == 1
     assert fitting_chunk(config, 384, width=4 * config.ch) < fitting_chunk(config, 384)
 

@@ -25,8 +25,10 @@ Frozen = Mapping[str, Any]
 MAPS = 4
 """Full-size maps that are alive at once while an image is decoded or judged (measured)."""
 
-CHUNK_BYTES = 2 << 30
-"""Most memory that the maps of a chunk may take on a device, where nobody has chosen."""
+CHUNK_BYTES = 5 << 30
+"""Most memory that the maps of a chunk may take on a device, where nobody has chosen; half of it in
+bfloat16. 16 images of 384 pixels: a GPU's multiprocessors all have a tile of the smallest maps.
+"""
 
 
 def map_width(config: VQConfig) -> int:
@@ -83,7 +85,13 @@ class PixelSpace:
         width = self.judge_width if group else 0
         chunk = self.chunk or fitting_chunk(self.tokenizer.config, side, width)
         most = max(chunk // max(group, 1), 1)
-        return rows if rows <= most else max(n for n in range(1, most + 1) if rows % n == 0)
+        if rows <= most:
+            return rows
+        # Whatever the rows, even a prime number of them, at least half of what fits; the last chunk is
+        # filled up with rows whose results go.
+        return min(
+            range(most // 2 + 1, most + 1), key=lambda size: (-(-rows // size) * size, -size)
+        )
 
     def at_once(self, rows: int, group: int, side: int) -> tuple[int, int]:
         """(samples decoded and judged at once on a device, bytes of their maps) of `rows` images."""
@@ -97,9 +105,15 @@ class PixelSpace:
         size = self._rows_at_once(rows, group, side)
         if size == rows:
             return function(*arrays)
-        split = jax.tree.map(lambda x: x.reshape(rows // size, size, *x.shape[1:]), arrays)
-        out = jax.lax.map(lambda args: function(*args), split)
-        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), out)
+        count = -(-rows // size)
+
+        def split(x: Array) -> Array:
+            if count * size > rows:
+                x = x[jnp.minimum(jnp.arange(count * size), rows - 1)]
+            return x.reshape(count, size, *x.shape[1:])
+
+        out = jax.lax.map(lambda args: function(*args), jax.tree.map(split, arrays))
+        return jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:])[:rows], out)
 
     def _side(self, tokens: Int[Array, "*B T"]) -> int:
         return round(tokens.shape[-1] ** 0.5) * self.tokenizer.config.downsample_factor
