@@ -255,7 +255,7 @@ def test_unknown_figures_are_null_in_json():
     assert json.loads(text)["figures"][0]["flops"] is None
 
 
-def test_the_document_keeps_the_rows_of_other_targets(tmp_path):
+def test_the_document_keeps_the_rows_of_other_targets_and_programs(tmp_path):
     page, config = tmp_path / "targets.md", recipe()
     page.write_text("# Targets\n\nWords.\n")
 
@@ -266,9 +266,12 @@ def test_the_document_keeps_the_rows_of_other_targets(tmp_path):
     write("v5e:2x4", 10**9)
     write("h100:8", 10**9)
     write("v5e:2x4", 3 * 10**9)
+    alone = targets_report.Verdict("h100:8", [figures("sampling", 2 * 10**9)], None)
+    targets_report.write_docs([alone], config, page)
     text = page.read_text()
     assert text.startswith("# Targets\n\nWords.\n")
     rows = [line.split(" | ")[0] for line in text.splitlines() if ":" in line.split(" | ")[0]]
     assert rows == ["| h100:8 step", "| h100:8 sampling", "| v5e:2x4 step", "| v5e:2x4 sampling"]
     assert text.count("\n| --- |") == text.count("peak memory") == 1
     assert text.count("3.00 GB") == 2 and text.count("| v5e:2x4 step") == 1  # peak, parameters
+    assert text.count("2.00 GB") == 2 and text.count("| h100:8 sampling") == 1

@@ -201,7 +201,7 @@ def doc_rows(verdict: Verdict, config: TrainConfig) -> list[list[str]]:
 
 
 def write_docs(verdicts: Sequence[Verdict], config: TrainConfig, page: Path) -> None:
-    """Puts the verdicts into the recipe's table, between its marks; rows of other targets stay."""
+    """Puts the verdicts into the recipe's table; rows of other targets and programs stay."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     name = f"targets of {config.name}"
     rows: dict[str, list[list[str]]] = {}
@@ -212,6 +212,10 @@ def write_docs(verdicts: Sequence[Verdict], config: TrainConfig, page: Path) -> 
             rows.setdefault(cells[0].split()[0], []).append(cells)
     headers = ["", "setting", *_cells(verdicts[0].figures[0])]
     for verdict in verdicts:
-        rows[verdict.target] = doc_rows(verdict, config)
+        # A program's rows, whatever follows its name: "h100:8 step" and "h100:8 step, as proposed".
+        new = doc_rows(verdict, config)
+        written = {row[0].partition(",")[0] for row in new}
+        old = rows.get(verdict.target, [])
+        rows[verdict.target] = [row for row in old if row[0].partition(",")[0] not in written] + new
     ordered = [row for target in sorted(rows) for row in rows[target]]
     page.write_text(replace_block(text, name, markdown(ordered, headers)), encoding="utf-8")
