@@ -31,9 +31,17 @@ def test_the_bytes_of_a_step_of_a_small_generator_by_hand():
     found = bandwidth.step_bytes(policy, params, labels(6), devices=1, guided=False)
     assert found.weights == weights == 12256
     # Keys and values, 3 layers, 6 rows, 1 head, 1 + 3 positions of 4 numbers of 4 bytes.
-    assert found.cache_whole == 2 * 3 * 6 * 1 * 4 * 4 * 4 == 2304
+    assert found.cache_read == 2 * 3 * 6 * 1 * 4 * 4 * 4 == 2304
     # The three steps of an image attend to 2, 3 and 4 of 4 positions.
     assert found.cache_filled == 2304 * 3 / 4
+
+
+def test_a_long_image_reads_buffers_that_grow():
+    """Of 288 steps the first half reads 1 + 144 positions, the second 1 + 288."""
+    found = bandwidth.step_bytes(*small(block_size=289), labels(6), devices=1, guided=False)
+    position = 2 * 3 * 6 * 1 * 4 * 4
+    assert found.cache_read == position * (145 + 289) / 2
+    assert found.cache_filled == position * sum(range(2, 290)) / 288
 
 
 def test_guidance_doubles_the_rows_of_the_cache_and_shares_the_weights():
@@ -41,7 +49,7 @@ def test_guidance_doubles_the_rows_of_the_cache_and_shares_the_weights():
     plain = bandwidth.step_bytes(policy, params, labels(6), devices=1, guided=False)
     guided = bandwidth.step_bytes(policy, params, labels(6), devices=1, guided=True)
     assert guided.weights == plain.weights
-    assert guided.cache_whole == 2 * plain.cache_whole
+    assert guided.cache_read == 2 * plain.cache_read
     assert guided.cache_filled == 2 * plain.cache_filled
 
 
@@ -50,7 +58,7 @@ def test_each_device_reads_all_weights_and_its_share_of_the_cache():
     one = bandwidth.step_bytes(policy, params, labels(8), devices=1, guided=False)
     four = bandwidth.step_bytes(policy, params, labels(8), devices=4, guided=False)
     assert four.weights == one.weights
-    assert four.cache_whole == one.cache_whole / 4
+    assert four.cache_read == one.cache_read / 4
     assert four.cache_filled == one.cache_filled / 4
 
 
@@ -60,7 +68,7 @@ def test_in_bfloat16_the_cache_is_half_and_weights_are_as_held():
         for dtype in ("float32", "bfloat16")
     )
     assert half.weights == found.weights == found.weights_computed == 2 * half.weights_computed
-    assert half.cache_whole == found.cache_whole / 2
+    assert half.cache_read == found.cache_read / 2
 
 
 def test_tables_that_are_looked_up_are_not_read_whole():
@@ -80,12 +88,12 @@ def test_the_mean_of_filled_positions_is_that_of_the_steps(prefix, tokens):
 
 def test_limits_by_hand():
     read = bandwidth.StepBytes(
-        weights=600, weights_computed=300, cache_filled=200.0, cache_whole=400
+        weights=600, weights_computed=300, cache_filled=200.0, cache_read=400
     )
     found = bandwidth.limits(read, batch=10, bandwidth=1e6, sharing=1, tokens_per_second=2500.0)
     assert found["needed"] == {"bytes_per_step": 800.0, "tokens_per_second": 12500.0, "share": 0.2}
-    assert found["whole_cache"]["tokens_per_second"] == 10_000.0
-    assert found["whole_cache"]["share"] == 0.25
+    assert found["read"]["tokens_per_second"] == 10_000.0
+    assert found["read"]["share"] == 0.25
     assert found["computed"]["bytes_per_step"] == 500.0
     shared = bandwidth.limits(read, batch=10, bandwidth=1e6, sharing=4, tokens_per_second=2500.0)
     assert shared["needed"]["tokens_per_second"] == 3125.0
@@ -124,5 +132,5 @@ def test_a_generator_of_captions_is_counted_too():
     params = jax.eval_shape(policy.init, jax.random.key(0))
     given = policy.example_condition(2)
     found = bandwidth.step_bytes(policy, params, given, 1, True)
-    assert found.cache_whole == 2 * 4 * 4 * (3 + 15) * 8 * 4
-    assert found.cache_filled == found.cache_whole * (3 + 16 / 2) / (3 + 15)
+    assert found.cache_read == 2 * 4 * 4 * (3 + 15) * 8 * 4
+    assert found.cache_filled == found.cache_read * (3 + 16 / 2) / (3 + 15)

@@ -109,21 +109,21 @@ def test_no_program_is_compiled_between_batches(sampled):
 def test_the_limit_is_that_of_the_generator_and_the_bandwidth(sampled):
     read, speed = sampled["step_bytes_per_device"], sampled["bandwidth_bytes_per_second"]
     # Two layers of 4 heads of 8; 2 * 4 rows of 1 + 15 positions, keys and values.
-    assert read["cache_whole"] == 2 * 2 * 8 * 4 * 16 * 8 * 4
-    assert read["cache_filled"] == read["cache_whole"] * 9 / 16
+    assert read["cache_read"] == 2 * 2 * 8 * 4 * 16 * 8 * 4
+    assert read["cache_filled"] == read["cache_read"] * 9 / 16
     tables = 4 * 32 * (16 + 12 + 1)
     assert read["weights"] == 4 * sampled["parameters"] - tables
     needed = sampled["limits"]["needed"]
     limit = 4 * speed / (read["weights"] + read["cache_filled"])
     assert needed["tokens_per_second"] == pytest.approx(limit)
     assert needed["share"] == pytest.approx(sampled["tokens_per_second"] / limit)
-    assert 0 < needed["share"] < sampled["limits"]["whole_cache"]["share"] < 1
+    assert 0 < needed["share"] < sampled["limits"]["read"]["share"] < 1
 
 
 def test_the_text_says_what_was_measured(sampled):
     text = sampling.text_report(sampled)
     for words in ("random weights", "4 images of 16 tokens, guidance 1.75", "tokens/s", "images/s",
-                  "0 programs in the 2 timed batches", "whole cache", "GB/s measured"):  # fmt: skip
+                  "0 programs in the 2 timed batches", "cache as it is read", "GB/s measured"):  # fmt: skip
         assert words in text
 
 

@@ -57,16 +57,17 @@ def test_tokens_of_narrow_weights_are_those_of_float32_weights_to_the_bit(name, 
     np.testing.assert_array_equal(*logits)
     guided = {"cfg_scale": 1.5, "return_entropy": True}
     drawn = [sampling.generate(policy, x, condition, jax.random.key(3), **guided)
-             for x in (params, narrow)]  # fmt: skip
+             for x in (params, policy.unstacked(narrow))]  # fmt: skip
     for one, other in zip(*drawn, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_kind_that_does_not_say_what_it_casts_keeps_float32(split):
+def test_a_kind_that_does_not_say_what_it_casts_or_unstacks_keeps_what_it_has(split):
     from vapi_jax.models.policy import Policy
 
     _, params, _ = split
     assert Policy.narrowed(None, params) is params
+    assert Policy.unstacked(None, params) is params
 
 
 def program(policy, weights, mesh):
@@ -91,8 +92,13 @@ def test_nothing_is_gathered_while_tokens_are_drawn(dtype):
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(weights))
     text = program(method.policy, weights, mesh)
     assert hlo.totals(hlo.collectives(text)) == {}
-    # Nor cast: the loop finds its matrices as it multiplies them.
-    assert {str(weights["layers"]["attention"]["wqkv"]["kernel"].dtype)} == {dtype}
+    # Nor cast, nor taken out of a stack: the loop finds its matrices as it multiplies them.
+    kernel = weights["layers"][0]["attention"]["wqkv"]["kernel"]
+    assert (str(kernel.dtype), kernel.ndim, len(weights["layers"])) == (
+        dtype,
+        2,
+        method.policy.config.n_layer,
+    )
 
 
 def test_batches_hold_the_samples_of_their_numbers_and_their_entropies(split):

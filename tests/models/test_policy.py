@@ -68,6 +68,7 @@ def test_shapes_and_dtypes(case):
     assert embedded.ndim == 3 and embedded.shape[0] == BATCH
     first, cache = jax.eval_shape(policy.prefill, case.params, case.condition)
     assert (first.shape, first.dtype) == ((BATCH, VOCAB), jnp.float32)
+    cache = jax.eval_shape(lambda cache: policy.with_room(cache, 1), cache)
     token = jnp.zeros(BATCH, jnp.int32)
     after, grown = jax.eval_shape(policy.decode, case.params, cache, token, jnp.int32(0))
     assert (after.shape, after.dtype) == (first.shape, first.dtype)
@@ -146,6 +147,7 @@ def test_cached_decoding_equals_teacher_forcing(case):
     @jax.jit
     def run(params, condition, context):
         first, cache = case.policy.prefill(params, condition)
+        cache = case.policy.with_room(cache, TOKENS - 1)
 
         def step(cache, inputs):
             logits, cache = case.policy.decode(params, cache, *inputs)

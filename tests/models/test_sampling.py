@@ -19,10 +19,11 @@ from vapi_jax.models.sampling import filter_logits, generate, guidance_scales
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 
 VOCAB, TOKENS = 7, 4
-POLICY = make_policy(
-    "class", dim=16, n_head=2, n_layer=2, vocab_size=VOCAB, block_size=TOKENS, multiple_of=16,
-    num_classes=5,
-)  # fmt: skip
+SMALL = {
+    "dim": 16, "n_head": 2, "n_layer": 2, "vocab_size": VOCAB, "block_size": TOKENS,
+    "multiple_of": 16, "num_classes": 5,
+}  # fmt: skip
+POLICY = make_policy("class", **SMALL)
 LABELS = jnp.arange(6, dtype=jnp.int32) % 5
 RNG = jax.random.key(7)
 
@@ -172,6 +173,43 @@ def test_the_cosine_rises_from_none_to_nearly_all_guidance(power):
     np.testing.assert_array_equal(guidance_scales("cosine", 1.0, 576, power=power), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("steps", "want"),
+    [(0, [0]), (63, [63]), (255, [255]), (256, [128, 256]), (575, [143, 287, 431, 575]),
+     (4095, [1023, 2047, 3071, 4095])],
+)  # fmt: skip
+def test_short_images_take_one_loop_and_long_ones_a_few(steps, want):
+    assert sampling.segments(steps) == want
+
+
+@pytest.mark.parametrize("guided", [0, 6])
+def test_buffers_grow_before_they_are_full_and_change_no_token(params, monkeypatch, guided):
+    """Four lengths against one; guidance ends between two changes of the length."""
+    policy = make_policy("class", **{**SMALL, "block_size": 16})
+    scales = jnp.where(jnp.arange(16) < guided, 2.0, 1.0)
+
+    def drawn(segment):
+        monkeypatch.setattr(sampling, "SEGMENT", segment)
+        lowered = jax.jit(
+            lambda p: sampling._generate(
+                policy, p, LABELS, RNG, jnp.arange(6), jnp.float32(1), scales,
+                top_k=0, top_p=1.0, guided=guided, greedy=False, with_entropy=True,
+            )
+        ).lower(params)  # fmt: skip
+        rows, lengths = {}, re.findall(r"tensor<(6|12)x2x(\d+)x8xf32>", lowered.as_text())
+        for count, length in lengths:
+            rows.setdefault(int(count), set()).add(int(length))
+        return lowered.compile()(params), rows
+
+    found, rows = drawn(3)
+    want, _ = drawn(99)
+    np.testing.assert_array_equal(found[0], want[0])
+    assert_close(found[1], want[1], 2e-6)
+    ends = {4, 8, 12, 16}  # a position for the class, then 3, 7, 11 and 15 steps
+    assert {n for lengths in rows.values() for n in lengths} >= ends
+    assert (12 in rows) == (guided > 0)
+
+
 TEXT = {"cls_token_num": 4, "caption_dim": 6}
 GROUPS = {  # kind, architecture, settings
     "two heads a key, drawn": ("class", {"n_kv_head": 2}, {}),
@@ -192,8 +230,13 @@ def invert(weights, bits):
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_the_cache_gives_the_tokens_of_a_forward_over_the_growing_prefix(case):
-    """Guidance, filters and the draw in NumPy, logits from `policy.logits`: token for token."""
+def test_the_cache_gives_the_tokens_of_a_forward_over_the_growing_prefix(case, monkeypatch):
+    """Guidance, filters and the draw in NumPy, logits from `policy.logits`: token for token.
+
+    The cache's buffers grow on the way, where guidance ends and where it does not.
+    """
+    monkeypatch.setattr(sampling, "SEGMENT", 4)
+    assert sampling.segments(8) == [4, 8]
     kind, options, settings = GROUPS[case]
     batch, length, vocab = 5, 9, 23
     policy = make_policy(kind, **{

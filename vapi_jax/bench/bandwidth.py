@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vapi_jax.common.trees import flatten
+from vapi_jax.models.sampling import segments
 
 BANDWIDTHS: tuple[tuple[str, float], ...] = (
     (r"GH200", 4.0e12),
@@ -37,7 +37,7 @@ BANDWIDTHS: tuple[tuple[str, float], ...] = (
 
 SOURCE = "measured: the faster of summing rows and of adding in place, over a large float32 array"
 
-_LOOKED_UP = ("tok_embeddings/", "cls_embedding/")
+_LOOKED_UP = ("tok_embeddings", "cls_embedding")
 _BYTES = {"cpu": 2**28}  # far more than a processor's caches hold
 _DEVICE_BYTES = 2**29
 _COLUMNS = 2**16
@@ -87,13 +87,13 @@ class StepBytes:
       weights_computed: the same in the dtype that matrices are multiplied in: what a compiler reads
         that keeps a converted copy.
       cache_filled: keys and values of the positions filled so far, the mean over an image's steps.
-      cache_whole: of all positions, which a loop of static shapes reads at every step.
+      cache_read: of all positions that the loop has made room for, filled or not, the mean as well.
     """
 
     weights: int
     weights_computed: int
     cache_filled: float
-    cache_whole: int
+    cache_read: float
 
 
 def mean_filled(prefix: int, tokens: int) -> float:
@@ -113,8 +113,9 @@ def weight_bytes(params: Mapping[str, Any], itemsize: int | None = None) -> int:
     """
     return sum(
         leaf.size * (itemsize or leaf.dtype.itemsize)
-        for path, leaf in flatten(params).items()
-        if not path.startswith(_LOOKED_UP)
+        for name, tree in params.items()
+        for leaf in jax.tree.leaves(tree)
+        if name not in _LOOKED_UP
     )
 
 
@@ -135,14 +136,16 @@ def step_bytes(policy: Any, params: Any, condition: Any, devices: int, guided: b
         return policy.prefill(params, condition)[1]
 
     cache = jax.eval_shape(prefill, params, condition)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values)) // devices
-    slots, tokens = cache.visible.shape[1], policy.num_tokens
-    filled = mean_filled(slots - (tokens - 1), tokens)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
+    prefix, tokens = cache.keys[0].shape[2], policy.num_tokens
+    position = size / prefix / devices
+    ends = segments(tokens - 1)
+    read = sum(end * (end - start) for start, end in zip([0, *ends], ends, strict=False)) / ends[-1]
     return StepBytes(
         weights=weight_bytes(params),
         weights_computed=weight_bytes(params, jnp.dtype(policy.compute_dtype).itemsize),
-        cache_filled=whole * filled / slots,
-        cache_whole=whole,
+        cache_filled=position * mean_filled(prefix, tokens),
+        cache_read=position * (prefix + read),
     )
 
 
@@ -159,13 +162,13 @@ def limits(
       tokens_per_second: measured, over all devices.
 
     Returns:
-      By what is read: "needed" (weights as held, filled positions), "whole_cache" (all positions)
+      By what is read: "needed" (weights as held, filled positions), "read" (all positions that are read)
       and "computed" (filled positions, weights in the compute dtype): bytes_per_step (of one device),
       tokens_per_second, share.
     """
     cases = {
         "needed": found.weights + found.cache_filled,
-        "whole_cache": found.weights + found.cache_whole,
+        "read": found.weights + found.cache_read,
         "computed": found.weights_computed + found.cache_filled,
     }
     most = {name: batch * bandwidth / (size * sharing) for name, size in cases.items()}

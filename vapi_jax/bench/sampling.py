@@ -251,7 +251,7 @@ def _against_memory(
 
 _LIMITS = {
     "needed": "weights as held, filled cache",
-    "whole_cache": "weights as held, whole cache",
+    "read": "weights as held, cache as it is read",
     "computed": "weights in the compute dtype, filled cache",
 }
 

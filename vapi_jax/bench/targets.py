@@ -173,15 +173,18 @@ def lower_sampling(method: Method) -> tuple[Lowered, dict[str, int]] | None:
         return None
     rows = -(-SAMPLES // mesh.size) * mesh.size
     _, state, _, _ = shapes(method)
-    whole = jax.eval_shape(lambda params: drawn.policy.narrowed(drawn.params(params)), state.params)
-    params = _whole(whole, mesh)
+    policy = drawn.policy
+    params = jax.eval_shape(
+        lambda params: policy.unstacked(policy.narrowed(drawn.params(params))), state.params
+    )
+    params = _whole(params, mesh)
     given = {
-        "condition": jax.eval_shape(lambda: drawn.policy.condition.example(rows)),
+        "condition": jax.eval_shape(lambda: policy.condition.example(rows)),
         "ids": jax.ShapeDtypeStruct((rows,), jnp.uint32),
     }
     given = placed(given, jax.tree.map(lambda _: batch_sharding(mesh), given))
     program = jax.jit(
-        partial(generate, drawn.policy, **DEFAULTS), compiler_options=compiler.options(mesh)
+        partial(generate, policy, **DEFAULTS), compiler_options=compiler.options(mesh)
     )
     lowered = program.lower(params, given["condition"], _key(mesh), sample_ids=given["ids"])
     return lowered, _bytes(parameters=params)

@@ -118,12 +118,13 @@ class Sampler:
         self._policy, self._pixels, self._mesh = policy, pixels, pixels.mesh
         self._tokenizer = {"tokenizer": frozen["tokenizer"]}
         self._settings, self._side, self._numbers = dict(settings or {}), side, numbers
-        self._narrowed = jax.jit(policy.narrowed)  # kept, or it would be compiled at every call
+        # Kept, or they would be compiled at every call.
+        self._narrowed, self._unstacked = jax.jit(policy.narrowed), jax.jit(policy.unstacked)
         self.rows = -(-batch // self._mesh.size) * self._mesh.size
 
     def weights(self, params: Params) -> Params:
         """The copy of the parameters that is drawn from."""
-        return whole_copy(params, self._mesh, self._narrowed)
+        return self._unstacked(whole_copy(params, self._mesh, self._narrowed))
 
     def tokens(
         self,

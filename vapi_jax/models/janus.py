@@ -31,6 +31,7 @@ from vapi_jax.models.transformer import (
     RMSNorm,
     causal_mask,
     head_matmul,
+    outside_layers,
     prefill_blocks,
     scan_blocks,
     step_blocks,
@@ -229,16 +230,15 @@ def rope_table(config: JanusConfig, at: Int[Array, "B S"]) -> Float[Array, "B S 
 def prefill(
     config: JanusConfig, params: Params, condition: Condition, count_padding: bool = False
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits of the first image token, and the cache that `decode` continues from."""
-    model, variables = Janus(config), {"params": params}
+    """Logits of the first image token, and the cache of the prompt, with no room for more."""
+    model, variables = Janus(config), outside_layers(params)
     prompt = condition["mask"]
     batch, width = prompt.shape
-    slots = width + config.num_tokens - 1
     at = positions(prompt, 1, count_padding)
     x = model.apply(variables, condition, method="embed")
     rope = rope_table(config, at[:, :width])
     mask = causal_mask(prompt, width)
-    x, keys, values = prefill_blocks(config.block, params["layers"], x, rope, mask, slots)
+    x, keys, values = prefill_blocks(config.block, params["layers"], x, rope, mask)
     visible = jnp.concatenate(
         [prompt, jnp.ones((batch, config.num_tokens - 1), dtype=bool)], axis=1
     )
@@ -255,7 +255,7 @@ def decode(
     index: Int[Array, ""],
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Takes image token `index` (0 .. T-2) in; returns the logits of index + 1."""
-    model, variables = Janus(config), {"params": params}
+    model, variables = Janus(config), outside_layers(params)
     prefix = cache.visible.shape[1] - (config.num_tokens - 1)
     rope = rope_table(config, (cache.offset + index)[:, None])
     x = model.apply(variables, token[:, None], method="embed_tokens")

@@ -27,6 +27,7 @@ from vapi_jax.models.transformer import (
     causal_mask,
     dense,
     head_matmul,
+    outside_layers,
     prefill_blocks,
     rope_table_2d,
     scan_blocks,
@@ -240,8 +241,8 @@ def rope_table(config: LlamaConfig) -> Float[Array, "S hd_half 2"]:
 def prefill(
     config: LlamaConfig, params: Params, condition: Condition
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits of the first token, and the cache that `decode` continues from."""
-    model, variables = Llama(config), {"params": params}
+    """Logits of the first token, and the cache of the condition, with no room for more."""
+    model, variables = Llama(config), outside_layers(params)
     prefix = config.cls_token_num
     slots = prefix + config.block_size - 1
     x = model.apply(variables, condition, method="embed")
@@ -253,7 +254,7 @@ def prefill(
             [condition["mask"], jnp.ones((batch, slots - prefix), dtype=bool)], axis=1
         )
     rope = rope_table(config)[:prefix]
-    x, keys, values = prefill_blocks(config.block, params["layers"], x, rope, mask, slots)
+    x, keys, values = prefill_blocks(config.block, params["layers"], x, rope, mask)
     cache = KVCache(keys, values, visible, jnp.full((1,), prefix, dtype=jnp.int32))
     return model.apply(variables, x[:, -1], method="read_out"), cache
 
@@ -266,7 +267,7 @@ def decode(
     index: Int[Array, ""],
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Takes token `index` of the raster (0 .. T-2) in; returns the logits of token index + 1."""
-    model, variables = Llama(config), {"params": params}
+    model, variables = Llama(config), outside_layers(params)
     position = config.cls_token_num + index
     rope = jax.lax.dynamic_slice_in_dim(rope_table(config), position, 1)
     x = model.apply(variables, token[:, None], method="embed_tokens")

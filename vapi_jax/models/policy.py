@@ -24,7 +24,7 @@ from vapi_jax.models.conditions import Caption, Condition, Label, Prompt, Tree
 from vapi_jax.models.head import Head, project
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
-from vapi_jax.models.transformer import BlockConfig, attention_implementation
+from vapi_jax.models.transformer import BlockConfig, KVCache, attention_implementation, unstack
 from vapi_jax.weights.names import Rule
 
 Params = dict[str, Any]
@@ -109,6 +109,14 @@ class Policy(abc.ABC):
         """
         return params
 
+    def unstacked(self, params: Params) -> Params:
+        """The same parameters, an array for each layer, as `prefill` and `decode` read them fastest.
+
+        They take both; from stacked ones every call copies its layers. A kind that does not say so keeps
+        what it has.
+        """
+        return params
+
     @abc.abstractmethod
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         """The conditioning positions as the transformer gets them."""
@@ -149,13 +157,24 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def prefill(self, params: Params, condition: Tree) -> tuple[Float[Array, "B V"], Cache]:
-        """Float32 logits of token 0, and the cache to decode from (leading axis B or 1)."""
+        """Float32 logits of token 0, and the cache of the condition (leading axis B or 1)."""
+
+    def with_room(self, cache: Cache, tokens: int) -> Cache:
+        """The cache with room for the first `tokens` tokens of an image, what it holds kept.
+
+        `decode` reads all of it, filled or not, so `sampling.generate` makes room bit by bit. A kind
+        whose `prefill` makes room for all tokens returns the cache as it is.
+        """
+        return cache
 
     @abc.abstractmethod
     def decode(
         self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Takes in token `index` (0 .. T-2, may be traced); returns the logits of index + 1."""
+        """Takes in token `index` (0 .. T-2, may be traced); returns the logits of index + 1.
+
+        The cache has room for it, see `with_room`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +217,9 @@ class _LlamaPolicy(Policy):
     def narrowed(self, params: Params) -> Params:
         return _cast_matrices(params, self.compute_dtype)
 
+    def unstacked(self, params: Params) -> Params:
+        return {**params, "layers": unstack(params["layers"])}
+
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
 
@@ -223,6 +245,9 @@ class _LlamaPolicy(Policy):
 
     def prefill(self, params: Params, condition: Tree) -> tuple[Float[Array, "B V"], Cache]:
         return llama.prefill(self.config, params, condition)
+
+    def with_room(self, cache: KVCache, tokens: int) -> KVCache:
+        return cache.grown(self.config.cls_token_num + tokens)
 
     def decode(
         self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
@@ -341,6 +366,9 @@ class JanusPolicy(Policy):
     def narrowed(self, params: Params) -> Params:
         return _cast_matrices(params, self.compute_dtype)
 
+    def unstacked(self, params: Params) -> Params:
+        return {**params, "layers": unstack(params["layers"])}
+
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
         return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
 
@@ -370,6 +398,9 @@ class JanusPolicy(Policy):
         if self.alignment == "same_position":
             raise ValueError("alignment 'same_position' has seen the token it scores: no sampling")
         return janus.prefill(self.config, params, condition, self.padding == "counted")
+
+    def with_room(self, cache: KVCache, tokens: int) -> KVCache:
+        return cache.grown(cache.visible.shape[1] - (self.num_tokens - 1) + tokens)
 
     def decode(
         self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]

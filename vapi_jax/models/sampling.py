@@ -167,6 +167,19 @@ def generate(
     return (tokens, entropies) if return_entropy else tokens
 
 
+SEGMENT = 128
+"""Steps that make a program of their own worth its compilation."""
+
+
+def segments(steps: int) -> list[int]:
+    """Where the loop over `steps` tokens makes room in the cache for more of them: 576 -> 144, 288, ..
+
+    A step reads the whole buffers, filled or not. Four lengths save three eighths of that.
+    """
+    count = min(max(steps // SEGMENT, 1), 4)
+    return [steps * n // count for n in range(1, count + 1)]
+
+
 _STATIC = ("policy", "top_k", "top_p", "guided", "greedy", "with_entropy")
 
 
@@ -188,9 +201,11 @@ def _generate(
     """The loop; the first `guided` tokens are drawn from guided logits.
 
     The cache is made and carried inside one program, where XLA updates every layer's buffer in
-    place: there is nothing that a caller could donate.
+    place: there is nothing that a caller could donate. Its buffers grow between loops, so that early
+    tokens read short ones.
     """
     batch, length = sample_ids.shape[0], policy.num_tokens
+    params = policy.unstacked(params)
     keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(sample_ids)
     shape = length, num_choices(policy.vocab_size)
     uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys).swapaxes(0, 1)  # [T, B, C]
@@ -223,15 +238,20 @@ def _generate(
     logits, cache = policy.prefill(params, condition)
     token, spread = pick(logits, uniforms[0], scales[0])
     tokens, spreads = [token[None]], [spread[None]]
-    # Two loops where guidance ends early: the second one carries the conditional half only.
-    for start, stop in ((1, max(guided, 1)), (max(guided, 1), length)):
-        if start == stop:
-            continue
+    # A loop ends where guidance does, for after it only the conditional half is carried, and where the
+    # buffers are full.
+    start = 1
+    for stop in sorted({*(1 + n for n in segments(length - 1)), max(guided, 1)}):
         if doubled and start >= guided:
             cache = jax.tree.map(lambda x: x[::2] if x.shape[0] == 2 * batch else x, cache)
             doubled = False
+        if start == stop:
+            continue
+        room = next(n for n in segments(length - 1) if n >= stop - 1)
+        cache = policy.with_room(cache, room)
         inputs = (jnp.arange(start - 1, stop - 1), uniforms[start:stop], scales[start:stop])
         (token, cache), (more, more_spreads) = jax.lax.scan(step, (token, cache), inputs)
         tokens.append(more)
         spreads.append(more_spreads)
+        start = stop
     return jnp.concatenate(tokens).T, jnp.concatenate(spreads).T

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
 import jax
@@ -414,54 +415,69 @@ head_matmul.defvjp(_head_forward, _head_backward)
 class KVCache:
     """Keys and values of every layer, one buffer a layer: XLA updates separate buffers in place,
     and a stacked one as scan input and output is copied at every step.
+
+    `visible` has all slots that there will ever be; the buffers have those that are needed so far.
     """
 
     keys: tuple[Float[Array, "B KV N hd"], ...]
     values: tuple[Float[Array, "B KV N hd"], ...]
-    visible: Bool[Array, "#B N"]  # False for padding of the condition
+    visible: Bool[Array, "#B M"]  # False for padding of the condition
     offset: Int[Array, "#B"]  # what a kind counts its positions from
 
+    def grown(self, slots: int) -> KVCache:
+        """The same with buffers of `slots` positions, which are no fewer than they have."""
 
-def layer_params(stacked: Any, layer: int) -> Any:
-    """One layer's slice of parameters stacked by `scan_blocks`."""
-    return jax.tree.map(lambda leaf: leaf[layer], stacked)
+        def pad(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+
+        keys, values = (tuple(map(pad, buffers)) for buffers in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+
+def unstack(layers: Any) -> tuple[Any, ...]:
+    """Parameters stacked by `scan_blocks`, a tree for every layer; what is unstacked stays."""
+    if isinstance(layers, tuple):
+        return layers
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(itemgetter(n), layers) for n in range(count))
+
+
+def outside_layers(params: Any) -> dict[str, Any]:
+    """The variables of a generator's module but for its layers, which may be unstacked."""
+    return {"params": {name: tree for name, tree in params.items() if name != "layers"}}
 
 
 def prefill_blocks(
     config: BlockConfig,
-    stacked: Any,
+    layers: Any,
     x: Float[Array, "B P D"],
     rope: Float[Array, "... hd_half 2"],
     mask: Bool[Array, "B 1 P P"] | None,
-    slots: int,
 ) -> tuple[Float[Array, "B P D"], tuple[Array, ...], tuple[Array, ...]]:
-    """Runs the condition through all layers; returns the output and caches of `slots` positions."""
+    """Runs the condition through all layers; returns the output and caches of its P positions."""
     keys, values = [], []
-    for layer in range(jax.tree.leaves(stacked)[0].shape[0]):
-        variables = {"params": layer_params(stacked, layer)}
-        x, k, v = Block(config).apply(variables, x, rope, mask, method="prefill")
-        tail = ((0, 0), (0, 0), (0, slots - x.shape[1]), (0, 0))
-        keys.append(jnp.pad(k.swapaxes(1, 2), tail))
-        values.append(jnp.pad(v.swapaxes(1, 2), tail))
+    for params in unstack(layers):
+        x, k, v = Block(config).apply({"params": params}, x, rope, mask, method="prefill")
+        keys.append(k.swapaxes(1, 2))
+        values.append(v.swapaxes(1, 2))
     return x, tuple(keys), tuple(values)
 
 
 def step_blocks(
     config: BlockConfig,
-    stacked: Any,
+    layers: Any,
     x: Float[Array, "B 1 D"],
     rope: Float[Array, "... hd_half 2"],
     cache: KVCache,
     position: Int[Array, ""],
 ) -> tuple[Float[Array, "B 1 D"], KVCache]:
     """One new position through all layers, at cache slot `position`."""
-    slots = cache.visible.shape[1]
-    visible = cache.visible & (jnp.arange(slots) <= position)
+    slots = cache.keys[0].shape[2]
+    visible = cache.visible[:, :slots] & (jnp.arange(slots) <= position)
     keys, values = [], []
-    for layer in range(len(cache.keys)):
-        variables = {"params": layer_params(stacked, layer)}
-        args = (x, rope, cache.keys[layer], cache.values[layer], position, visible)
-        x, k, v = Block(config).apply(variables, *args, method="step")
+    for params, k, v in zip(unstack(layers), cache.keys, cache.values, strict=True):
+        args = (x, rope, k, v, position, visible)
+        x, k, v = Block(config).apply({"params": params}, *args, method="step")
         keys.append(k)
         values.append(v)
     return x, dataclasses.replace(cache, keys=tuple(keys), values=tuple(values))
