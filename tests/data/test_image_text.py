@@ -2,21 +2,36 @@
 
 import contextlib
 import io
+import itertools
 import json
 import tarfile
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.image_folders import numbers, take
-from tests.helpers.image_text import COUNT, FIELDS, LAYOUTS, members, pairs, png, write, write_tar
+from tests.helpers.image_text import (
+    COUNT,
+    FIELDS,
+    LAYOUTS,
+    members,
+    pairs,
+    png,
+    write,
+    write_parquet,
+    write_tar,
+)
 from vapi_jax.data import DataConfig, DataError, SkippedImages, fixed_batch, make_dataset
 from vapi_jax.data.image_text import source
 from vapi_jax.data.image_text.captions import CaptionFields, Where, text_of
 from vapi_jax.data.image_text.layouts import JsonLines, TabLines, TarShards
+from vapi_jax.data.image_text.parquet import Parquet
+from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import make_source
 
 
@@ -28,8 +43,11 @@ def cache(tmp_path_factory, monkeypatch):
     return folder / "vapi_jax" / "image_text"
 
 
+OWN = ("crop", "val_split", "folder_holdout", "max_unreadable")
+
+
 def config(root, field="", **options):
-    data = {k: options.pop(k) for k in ("crop", "val_split", "folder_holdout") if k in options}
+    data = {k: options.pop(k) for k in OWN if k in options}
     if field:
         options["caption_field"] = field
     return DataConfig(
@@ -54,8 +72,9 @@ def test_every_layout_gives_each_image_with_its_caption(layout, tmp_path, cache)
     assert len(list(cache.glob("*.npz"))) == 1
 
 
-def test_order_resume_and_shares_are_exact(tmp_path):
-    asked = config(write("tar", tmp_path / "data"), "json:top_caption", crop="random")
+@pytest.mark.parametrize("layout", ["tar", "parquet"])
+def test_order_resume_and_shares_are_exact(layout, tmp_path):
+    asked = config(write(layout, tmp_path / "data"), "json:top_caption", crop="random")
     whole = take(make_dataset(asked, "train", 4, seed=5), 6)
     assert whole[0]["condition"][0].startswith("BLIP: picture ")
     iterator = iter(make_dataset(asked, "train", 4, seed=5))
@@ -132,6 +151,12 @@ def test_images_that_cannot_be_used_are_listed_and_never_black(tmp_path):
     for batch in take(make_dataset(asked, "train", 8, seed=0, skipped=skipped), 8):
         assert (batch["image"][:, 0, 0, 1] > -0.3).all()
         assert not {"broken", "small"} & set(batch["condition"].tolist())
+    # What stands in for an image is drawn next, and must not depend on how often it has failed.
+    opened, rng = make_source(asked, "train"), np.random.default_rng(3)
+    (place,) = (i for i in range(len(opened)) if opened.name(i) == "broken.png")
+    with pytest.raises(UnreadableImage):
+        opened.sample(place, rng)
+    assert rng.bit_generator.state == np.random.default_rng(3).bit_generator.state
     reasons = dict(skipped.items())
     assert set(reasons) == {"broken.png", "small.png"}
     assert "40x3" in reasons["small.png"]
@@ -197,6 +222,9 @@ def test_filters_compare_numbers():
         ("tar", "json:alt", {}, "json:alt.*24 image.*without a caption.*json:top_caption"),
         ("tar", "txt", {"where": "score>6"}, "24 record.*without a number score"),
         ("tar", "txt", {"layout": "jsonl"}, "neither shards.*tar"),
+        ("parquet", "", {}, "caption_field.*json:caption = picture 0"),
+        ("parquet", "alt", {}, "no column alt.*it has caption, top_caption, score"),
+        ("parquet", "caption", {"where": "clear>=6"}, "no column clear"),
         ("folder", "", {"min_side": -1}, "data.options.min_side=-1"),
         ("folder", "", {"caption": "txt"}, "data.options.caption: nothing reads.*caption_field"),
     ],
@@ -213,8 +241,9 @@ def test_places_without_pairs_are_refused(tmp_path):
     with pytest.raises(DataError, match="files ending in nothing"):
         make_source(config(tmp_path), "train")
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(DataError, match=".parquet.*parquet is not read"):
+    with pytest.raises(DataError, match="a.parquet is damaged, or no parquet file"):
         make_source(config(tmp_path), "train")
+    (tmp_path / "a.parquet").unlink()
     write("tar", tmp_path / "tar")
     write("tsv", tmp_path / "tsv")
     with pytest.raises(DataError, match="tar and tsv: choose with data.options.layout"):
@@ -264,6 +293,65 @@ def test_any_damage_to_a_shard_is_refused_or_stays_inside_it(data, tmp_path_fact
         for entry in layout.scan():
             for _, at, length in (entry.image, entry.text, entry.record):
                 assert 0 <= at <= at + length <= size
+
+
+# --- parquet --------------------------------------------------------------------------------------
+
+
+def test_rows_are_left_out_by_their_columns_and_other_columns_are_not_read(tmp_path):
+    rows = [*pairs(6), ("none", None, "no image"), ("empty", png(9), None)]
+    root = tmp_path / "data"
+    root.mkdir()
+    write_parquet(root / "0.parquet", rows, width=[3, *[12] * 7], height=[9] * 8)
+    write_parquet(root / "1.parquet", pairs(3, 50), height=[9] * 3, jpg=[b"not this"] * 3)
+    asked = config(root, "caption", where="score>=0", folder_holdout=1e-9, max_unreadable=0.5)
+    found = make_source(asked, "train")
+    names = [found.name(i) for i in range(len(found))]
+    assert names == [
+        *(f"0.parquet:{i}" for i in range(1, 7)),
+        *(f"1.parquet:{i}" for i in range(3)),
+    ]
+    assert "1 image(s) without a caption" in found.left_out and "below 4 pixels" in found.left_out
+    assert found._layout.record(found._index.entry(7)) == {
+        "caption": "picture 51", "score": 1, "height": 9
+    }  # fmt: skip
+    with pytest.raises(UnreadableImage, match="no bytes"):
+        found.sample(5, np.random.default_rng(0))
+    order = [8, 0, 4, 1, 6]
+    seen = numbers({"image": np.stack([sampled(found, i)["image"] for i in order])})
+    assert list(seen) == [52, 1, 5, 2, 50]
+
+
+def sampled(found, index):
+    return found.sample(index, np.random.default_rng(0))
+
+
+def test_lists_of_downloads_in_parquet_are_no_images(tmp_path):
+    """img2dataset writes them beside its shards and its folders."""
+    for layout in ("tar", "folder"):
+        root = write(layout, tmp_path / layout)
+        pq.write_table(pa.table({"url": ["x"], "key": ["0"]}), root / "00000.parquet")
+        assert len(make_source(config(root, FIELDS[layout]), "train"))
+    with pytest.raises(DataError, match="without a column of images|no image has a caption"):
+        make_source(config(root, "url", layout="parquet"), "train")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_damage_to_a_parquet_file_is_refused_or_gives_rows(data, tmp_path_factory):
+    path = write_parquet(tmp_path_factory.mktemp("parquet") / "a.parquet", pairs(12))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        near = st.integers(0, len(content) - 1) | st.integers(len(content) - 1200, len(content) - 1)
+        content[data.draw(near)] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
+    with contextlib.suppress(DataError):
+        layout = Parquet(path, None, Counter())
+        layout.only(["caption"])
+        for entry in itertools.islice(layout.scan(), 100):
+            assert isinstance(layout.record(entry), dict)
+            with contextlib.suppress(UnreadableImage):
+                assert layout.image(entry).read() is not None
 
 
 LINES = st.lists(

@@ -29,7 +29,7 @@ DISTRIBUTIONS = {
 # Imported by name at the place of use, where a helpful error says which extra to install.
 OPTIONAL = {
     "tfds": {"tensorflow-datasets"},
-    "text": {"beautifulsoup4", "ftfy", "sentencepiece", "tokenizers"},
+    "text": {"beautifulsoup4", "ftfy", "pyarrow", "sentencepiece", "tokenizers"},
 }
 # Of the test extra: run, not imported.
 TOOLS = {"ruff", "import-linter", "mypy", "pytest-xdist", "setuptools"}
@@ -201,6 +201,7 @@ class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in (
             "torch", "tensorflow", "tensorflow_datasets", "ftfy", "bs4", "tokenizers", "sentencepiece",
+            "pyarrow",
         ):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())

@@ -4,10 +4,12 @@ import io
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 COUNT = 24
-LAYOUTS = ["tar", "jsonl", "tsv", "folder"]
+LAYOUTS = ["tar", "jsonl", "tsv", "parquet", "folder"]
 
 
 def png(number, size=(12, 9)):
@@ -39,6 +41,19 @@ def members(found, **more):
         yield f"{key}.json", json.dumps(record).encode()
 
 
+def write_parquet(path, found, group=5, **columns):
+    """Rows as Hugging Face keeps them; more columns by name."""
+    rows = {
+        "image": [{"bytes": image, "path": None} for _, image, _ in found],
+        "caption": [caption for _, _, caption in found],
+        "top_caption": [f"BLIP: {caption}" for _, _, caption in found],
+        "score": list(range(len(found))),
+        **columns,
+    }
+    pq.write_table(pa.table(rows), path, row_group_size=group)
+    return path
+
+
 def write(layout, root, found=None):
     """Pairs as a layout keeps them."""
     found = pairs() if found is None else found
@@ -48,6 +63,11 @@ def write(layout, root, found=None):
         write_tar(root / "00000.tar", members(found[:half]))
         write_tar(root / "00001.tar", members(found[half:]))
         (root / "00000_stats.json").write_text("{}")
+        return root
+    if layout == "parquet":
+        half = len(found) // 2
+        for number, part in enumerate((found[:half], found[half:])):
+            write_parquet(root / f"train-{number:05d}-of-00002.parquet", part)
         return root
     for key, image, caption in found:
         (root / f"{key}.png").write_bytes(image)
@@ -61,5 +81,5 @@ def write(layout, root, found=None):
     return root
 
 
-FIELDS = {"tar": "txt", "jsonl": "blip", "tsv": "", "folder": ""}
+FIELDS = {"tar": "txt", "jsonl": "blip", "tsv": "", "parquet": "caption", "folder": ""}
 """The caption of a pair in each layout."""

@@ -38,6 +38,13 @@ def _value(record: Record, field: str) -> Any:
     return values[place] if isinstance(values, list) and place < len(values) else None
 
 
+def column_of(field: str) -> str:
+    """The name in a record that a field is looked up by, where that is not the field's own."""
+    name = field.removeprefix("json:")
+    found = _ELEMENT.fullmatch(_LLAMAGEN.get(name, name))
+    return found[1] if found else name
+
+
 def text_of(record: Record, field: str) -> str:
     """A text of a record without white space around it; "" where there is none."""
     value = _value(record, field)

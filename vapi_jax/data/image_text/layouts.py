@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -81,6 +81,10 @@ class Layout(abc.ABC):
     def record(self, entry: Entry) -> Record:
         """What is known of an image; raises UnreadableImage."""
 
+    def only(self, fields: Iterable[str]) -> None:
+        """Says which fields of records will be asked for; a layout may leave out the others."""
+        del fields
+
     def image(self, entry: Entry) -> Path | BinaryIO:
         """The image's file, or its bytes; raises UnreadableImage."""
         return io.BytesIO(self.read(entry.image))
@@ -115,7 +119,8 @@ def parse_record(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _below(root: Path, suffix: str) -> tuple[Path, ...]:
+def below(root: Path, suffix: str) -> tuple[Path, ...]:
+    """Files of an ending, in order, hidden ones left out; of a root that is a file, that file."""
     if root.is_file():
         return (root,) if root.suffix == suffix else ()
     return tuple(p for p in sorted(root.rglob(f"*{suffix}")) if p.is_file() and p.name[0] != ".")
@@ -125,7 +130,7 @@ class TarShards(Layout):
     """Shards as img2dataset writes them: KEY.jpg, KEY.txt and KEY.json, in any order."""
 
     def _find(self) -> tuple[Path, ...]:
-        return _below(self.root, ".tar")
+        return below(self.root, ".tar")
 
     def scan(self) -> Iterator[Entry]:
         for number, path in enumerate(self.files):
@@ -227,7 +232,7 @@ class JsonLines(Lines):
     """A JSON object on each line."""
 
     def _find(self) -> tuple[Path, ...]:
-        return _below(self.root, ".jsonl")
+        return below(self.root, ".jsonl")
 
     def record(self, entry: Entry) -> Record:
         return parse_record(self.read(entry.record))
@@ -239,7 +244,7 @@ class TabLines(Lines):
     caption = "caption"
 
     def _find(self) -> tuple[Path, ...]:
-        files = _below(self.root, ".tsv")
+        files = below(self.root, ".tsv")
         self._columns: dict[int, Sequence[str]] = {}
         for number, path in enumerate(files):
             try:

@@ -19,6 +19,7 @@ from vapi_jax.data.config import SPLITS, DataConfig, DataError
 from vapi_jax.data.image_text.captions import CaptionFields, Where, texts_in
 from vapi_jax.data.image_text.index import Index, open_index
 from vapi_jax.data.image_text.layouts import LAYOUTS, Layout
+from vapi_jax.data.image_text.parquet import Parquet
 from vapi_jax.data.images import UnreadableImage, read_rgb
 from vapi_jax.data.sources import Source
 from vapi_jax.data.transforms import cut
@@ -30,17 +31,18 @@ class Options:
 
     Attributes:
         layout: "tar" (img2dataset's webdataset shards), "jsonl" (a JSON object a line, with image_path or
-            the like), "tsv" (a path and a caption, or columns with names), "folder" (NAME.txt beside
-            NAME.jpg); "auto" finds out, where there is one kind only.
+            the like), "tsv" (a path and a caption, or columns with names), "parquet" (rows with an image,
+            as on Hugging Face), "folder" (NAME.txt beside NAME.jpg); "auto" finds out, where there is one
+            kind only. Lists in parquet of what lies in shards or beside them are no such kind.
         caption_field: "txt", "json:NAME", a column, "NAME[1]" of a list, LlamaGen's "blip", "llava" and
             "llava_first"; or several with shares, "blip:0.7,llava:0.3". Of those that are empty none is
-            drawn. tar and jsonl want it said: what lies in .txt is often not the caption.
+            drawn. tar, jsonl and parquet want it said: what lies in .txt is often not the caption.
         where: comparisons of numbers in a record, "score>=6, punsafe<0.5"; others are left out.
         min_side: smaller images are left out; 0 is image_size.
         images: jsonl, tsv: folder that paths are relative to; empty is that of the list.
     """
 
-    layout: Literal["auto", "tar", "jsonl", "tsv", "folder"] = "auto"
+    layout: Literal["auto", "tar", "jsonl", "tsv", "parquet", "folder"] = "auto"
     caption_field: str = ""
     where: str = ""
     min_side: Natural = 0
@@ -98,16 +100,16 @@ class ImageTextSource(Source):
         return self._index.name(int(self._rows[index]))
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        entry = self._index.entry(int(self._rows[index]))
-        caption = self._fields.choose(self._layout.record(entry), rng)
-        if not caption:
-            raise UnreadableImage("its caption has become empty since it was indexed")
-        side = self.config.image_size
+        entry, side = self._index.entry(int(self._rows[index])), self.config.image_size
         image = read_rgb(self._layout.image(entry), self.config.max_image_pixels, side)
         if min(image.size) < self._min_side:
             raise UnreadableImage(
                 f"{image.width}x{image.height} pixels are fewer than {self._min_side} on a side"
             )
+        # Nothing is drawn before this: what stands in for an image must not depend on how often it failed.
+        caption = self._fields.choose(self._layout.record(entry), rng)
+        if not caption:
+            raise UnreadableImage("its caption has become empty since it was indexed")
         pixels = cut(image, self.config, self.split, rng)
         return {"image": pixels, "condition": np.str_(caption)}  # type: ignore[dict-item]
 
@@ -145,12 +147,14 @@ def _open(root: Path, asked: Options, min_side: int) -> tuple[Layout, Index, Cap
             f"has {_texts(layout)}"
         )
     fields = CaptionFields.parse(field)
+    layout.only([*fields.names, *(test.field for test in where), "width", "height"])
     return layout, open_index(layout, fields, where, min_side), fields
 
 
 def _layout(root: Path, asked: Options) -> Layout:
     def kind(name: str) -> Layout:
-        return LAYOUTS[name](root, Path(asked.images) if asked.images else None, Counter())
+        made = Parquet if name == "parquet" else LAYOUTS[name]
+        return made(root, Path(asked.images) if asked.images else None, Counter())
 
     if asked.layout != "auto":
         layout = kind(asked.layout)
@@ -161,14 +165,16 @@ def _layout(root: Path, asked: Options) -> Layout:
                 f"data.path: {root} holds files of {' and '.join(lists)}: choose with "
                 "data.options.layout"
             )
-        # Images may well lie beside the list of them.
-        layout = next(iter(lists.values()), None) or kind("folder")
+        # Images may well lie beside the list of them, and img2dataset's own lists are in parquet.
+        layout = next(iter(lists.values()), None) or kind("parquet")
+        if isinstance(layout, Parquet) and not layout.has_images():
+            layout = kind("folder")
     if not layout.files:
         there = sorted({path.suffix for path in root.rglob("*") if path.is_file()})
         raise DataError(
-            f"data.path: {root} holds neither shards (.tar), nor lists (.jsonl, .tsv), nor images with "
-            f".txt beside them, but files ending in {', '.join(there[:8]) or 'nothing'}. Unpack .tgz; "
-            "parquet is not read yet"
+            f"data.path: {root} holds neither shards (.tar), nor lists (.jsonl, .tsv), nor rows with "
+            "images (.parquet), nor images with .txt beside them, but files ending in "
+            f"{', '.join(there[:8]) or 'nothing'}. Unpack .tgz"
         )
     return layout
 
