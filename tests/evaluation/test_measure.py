@@ -192,7 +192,17 @@ def test_precomputed_statistics_stand_for_their_images(sets, tmp_path):
     assert facts["images"]["count"] == from_file["reference"]["count"] == 40
     assert from_file["reference"]["made_from"]["images"] == facts["images"]
     assert from_file["reference"]["kind"] == "statistics"
+    assert from_file["warnings"] == []
     assert_close(load_statistics(out).features, raw(b)["pool"], 2e-6)
+
+
+def test_statistics_of_images_of_another_size_are_warned_about(sets, tmp_path):
+    samples = sets[0]
+    toy.folder(tmp_path / "large", np.repeat(toy.pixels(30, seed=1), 2, axis=1))
+    precompute(Settings("", str(tmp_path / "large"), features="toy"), tmp_path / "stats.npz")
+    with_images = run(samples, tmp_path / "large", metrics=("kid",))["warnings"]
+    assert run(samples, tmp_path / "stats.npz", metrics=("kid",))["warnings"] == with_images
+    assert "sizes differ" in with_images[0]
 
 
 def test_statistics_in_other_features_are_refused(sets, tmp_path, monkeypatch):

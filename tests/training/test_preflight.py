@@ -16,6 +16,7 @@ from vapi_jax.common import locks
 from vapi_jax.common.options import Errors
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.photos import PhotoSource
+from vapi_jax.methods import make_method
 from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
@@ -23,7 +24,8 @@ from vapi_jax.models.conversion import convert, model_shapes
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.loading import read_manifest
 from vapi_jax.models.vq import VQConfig
-from vapi_jax.training import resume
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.training.preflight import (
     look_at_data,
@@ -426,6 +428,30 @@ def test_a_workdir_of_another_run_is_refused_and_nothing_is_made(recipe, tmp_pat
         (line,) = at(workdir, recipe())
     assert_mentions(line, f"process {os.getpid()}")
     assert at(workdir, recipe()) == []
+
+
+def test_other_frozen_weights_than_those_of_the_checkpoint_are_refused(
+    recipe, tokenizer_file, tmp_path
+):
+    """As the run refuses them, by their digests; the file has kept its name."""
+    weights = shutil.copy(tokenizer_file, tmp_path / "vq.safetensors")
+    config = resolve(recipe(init={"vq": str(weights)}))
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    origin = resume.origin_facts(train.load_frozen(make_method(config, mesh)), None)
+    with Checkpointer(tmp_path / "run" / "checkpoints") as saver:
+        facts = resume.facts_of(config, resume.Progress(step=2), origin, resume.code_facts())
+        saver.save(2, {"params": {"w": np.ones(3, np.float32)}}, facts)
+        saver.wait()
+
+    def found():
+        errors = Errors()
+        look_at_workdir(config, tmp_path / "run", errors, mesh=mesh)
+        return errors
+
+    assert found() == []
+    save_safetensors(weights, jax.tree.map(lambda leaf: leaf + 1, load_safetensors(weights)), {})
+    (line,) = found()
+    assert_mentions(line, f"--workdir={tmp_path / 'run'}", "tokenizer", "--resume_with_changes")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")

@@ -232,16 +232,12 @@ def _too_few(
 
 
 def _differences(
-    samples: ImageSet, reference: ImageSet | None, recipe: Mapping[str, Any] | None
+    samples: ImageSet, reference: Reference, recipe: Mapping[str, Any] | None
 ) -> list[str]:
-    found = []
-    if reference is not None and (reference.height, reference.width) != (
-        samples.height,
-        samples.width,
-    ):
+    found, size = [], reference.size
+    if size not in (None, (samples.width, samples.height)):
         found.append(
-            f"sizes differ: samples {samples.width}x{samples.height}, reference"
-            f" {reference.width}x{reference.height}"
+            f"sizes differ: samples {samples.width}x{samples.height}, reference {size[0]}x{size[1]}"
         )
     if recipe is not None and recipe.get("count") not in (None, samples.count):
         found.append(
@@ -267,7 +263,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     if settings.paired:
         assert reference.images is not None
         check_pairs(samples, reference.images)
-    warnings = [*reference.warnings, *_differences(samples, reference.images, recipe)]
+    warnings = [*reference.warnings, *_differences(samples, reference, recipe)]
     compared = recipe, find_recipe(path)
     warnings += filter(None, (precision_differs(*compared), protocols.differences(*compared)))
     missing: dict[str, str] = {}

@@ -72,6 +72,17 @@ class Reference:
         """Stored feature vectors, where the file has them."""
         return None if self.statistics is None else self.statistics.features
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of its images, where they are known."""
+        if self.images is not None:
+            return self.images.width, self.images.height
+        told = ((self.statistics and self.statistics.facts) or {}).get("images")
+        width, height = (
+            map(told.get, ("width", "height")) if isinstance(told, dict) else (None, None)
+        )
+        return (width, height) if isinstance(width, int) and isinstance(height, int) else None
+
     def facts(self, digest: str) -> dict[str, Any]:
         """What a receipt says of it."""
         kinds = [("statistics", self.statistics), ("images", self.images)]

@@ -113,7 +113,7 @@ def check(
     look_at_conditions(config, mesh, errors)
     data.notes += notes_on_weights(config)
     if workdir is not None and not broken:
-        look_at_workdir(config, Path(workdir), errors, resume_with_changes)
+        look_at_workdir(config, Path(workdir), errors, resume_with_changes, mesh)
     if not broken:
         plan = make_plan(config, mesh, data, weights, list(errors))
         print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))

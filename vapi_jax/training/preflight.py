@@ -47,7 +47,7 @@ from vapi_jax.models.loading import (
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.training import resume
+from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import WeightsError, check_like
 from vapi_jax.weights.store import resolve_shipped
@@ -383,9 +383,17 @@ def _look_at_bundled(net: str, errors: Errors) -> None:
 
 
 def look_at_workdir(
-    config: TrainConfig, workdir: Path, errors: Errors, resume_with_changes: bool = False
+    config: TrainConfig,
+    workdir: Path,
+    errors: Errors,
+    resume_with_changes: bool = False,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Adds what keeps a run from beginning or going on in a workdir; writes nothing there."""
+    """Adds what keeps a run from beginning or going on in a workdir; writes nothing there.
+
+    With a mesh, and no errors so far, the weights that the run does not train are loaded and compared with
+    those that it began with.
+    """
     there = next(part for part in (workdir, *workdir.absolute().parents) if part.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         errors.append(f"--workdir={workdir}: {there} cannot be written (permission denied)")
@@ -394,6 +402,19 @@ def look_at_workdir(
         locks.look(workdir)
         if (workdir / "checkpoints").is_dir():
             with Checkpointer(workdir / "checkpoints") as saver:
-                resume.read_facts(saver, config, resume_with_changes)
+                facts = resume.read_facts(saver, config, resume_with_changes)
+            if facts is not None and mesh is not None and not errors:
+                here = _origin(make_method(config, mesh))
+                resume.check_origin(facts["origin"], here, resume_with_changes)
     except ExpectedError as error:
         errors.append(f"--workdir={workdir}: {error}")
+
+
+def _origin(method: Method) -> dict[str, str | None]:
+    """As `loop.fit` finds it."""
+    config, start = method.config, None
+    frozen = train.load_frozen(method)
+    if config.eval.compare or method.keeps_start:
+        optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+        start = train.init_state(method, optimizer, config.seed)[0].params
+    return resume.origin_facts(frozen, start, method.describe())
