@@ -98,7 +98,7 @@ def _made() -> Path:
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=root.parent))
-        _write_encoder(folder / "t5")
+        write_encoder(folder / "t5")
         _write_images(folder / "images")
         try:
             os.rename(folder, root)
@@ -113,7 +113,7 @@ def _names() -> list[str]:
     return [photo.name for photo in PHOTOS]
 
 
-def _write_encoder(folder: Path) -> None:
+def write_encoder(folder: Path, width: int = WIDTH) -> None:
     """A T5 v1.1 of two layers, drawn at random, and a tokenizer that knows words of the captions."""
     import numpy as np
     import tokenizers
@@ -132,7 +132,7 @@ def _write_encoder(folder: Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.Unigram(scores, 2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     config = t5.T5Config(**sizes, vocab_size=len(scores))
     rng, tensors = np.random.default_rng(0), {}
     for path, leaf in flatten(t5.shapes(config)).items():

@@ -15,6 +15,7 @@ from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, with_random_head
 from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
+from vapi_jax.data.encoded import write_part
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.generation import encoding
 from vapi_jax.generation.encoding import encode_dataset
@@ -263,6 +264,13 @@ def test_training_on_stored_features_is_training_with_a_t5_in_front(captioned, t
     ]
     for a, b in zip(*map(jax.tree.leaves, done), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_conditions_that_cannot_be_kept_are_named(tmp_path):
+    batch = {"image": np.zeros((2, 4, 4, 3), np.float32), "condition": np.array(["a", "b"])}
+    with pytest.raises(DataError, match="<U1.*condition.name='caption'"):
+        write_part(tmp_path / "part", [batch])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stored_features_of_another_size_are_refused(captioned):

@@ -1,17 +1,23 @@
 """Images with captions train, from every layout, with a T5 in front; a run is taken up bit for bit."""
 
 import dataclasses
+import json
+import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.helpers.image_text import FIELDS, LAYOUTS, pairs, png, write
-from tests.helpers.paths import GOLDEN
+from tests.helpers.paths import CONFIGS, GOLDEN
 from tests.helpers.tiny import make_tiny_method
+from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data import make_dataset
 from vapi_jax.methods.config import to_dict
+from vapi_jax.models.conversion import convert
 from vapi_jax.models.text_encoder import TextEncoder
 from vapi_jax.parallel.sharding import make_mesh, shard_batch
 from vapi_jax.training import train
@@ -40,8 +46,8 @@ def captioned(mesh, root, layout, images=4, **changes):
         "options": {"caption_field": FIELDS[layout]}, "num_threads": 1,
     }  # fmt: skip
     return make_tiny_method(
-        "base", mesh, data=data, policy=POLICY, batch_size=8,
-        **{"eval": {"every": 1, "images": images}, "condition": CONDITION, **changes},
+        "base", mesh, data=data, batch_size=8, eval={"every": 1, "images": images},
+        **{"policy": POLICY, "condition": CONDITION, **changes},
     )  # fmt: skip
 
 
@@ -75,6 +81,47 @@ def test_a_run_is_taken_up_bit_for_bit_and_trains_no_unconditional_caption(mesh,
     parts = fit(captioned(mesh, root, "tar", steps=4, **half), tmp_path / "parts")
     for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(parts.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_released_files_start_a_run_with_their_own_unconditional_caption(
+    golden, mesh, tmp_path, capsys
+):
+    args = {part: golden.args(part) for part in ("gpt_t2i", "vq")}
+    files = {part: tmp_path / f"{part}.safetensors" for part in args}
+    for part, path in files.items():
+        save_file(golden.tensors(part), path)
+    out, side = tmp_path / "t2i_stage2", 4 * math.isqrt(args["gpt_t2i"]["block_size"])
+    convert(
+        out, gpt=files["gpt_t2i"], gpt_args=args["gpt_t2i"], vq=files["vq"], vq_args=args["vq"],
+        t2i=True,
+    )  # fmt: skip
+    stored = json.loads((out / "config.json").read_text())
+    policy = {k: v for k, v in stored["gpt"].items() if k not in ("name", "model_type")}
+    encoder = {**CONDITION["options"], "encoder": str(tmp_path / "t5")}
+    load_recipe(CONFIGS / "t2i_xl.py", "t2i_xl").write_encoder(
+        Path(encoder["encoder"]), policy["caption_dim"]
+    )
+    found = [(name, png(n % 256, (40, 36)), text) for n, (name, _, text) in enumerate(pairs(150))]
+    root = write("folder", tmp_path / "data", found)
+    method = captioned(
+        mesh, root, "folder", images=8, init={"gpt": str(out), "vq": str(out)},
+        policy={"kind": "text", **policy}, image_size=side,
+        tokenizer={k: v for k, v in stored["vq"].items() if k != "name"},
+        condition={"name": "caption", "options": encoder},
+    )  # fmt: skip
+    assert check(to_dict(method.config)) == 0
+    state, _ = train.init_state(method, train.make_optimizer(method.config.optimizer, 2), 0)
+    kept = golden.tensors("gpt_t2i")["cls_embedding.uncond_embedding"]
+    np.testing.assert_array_equal(state.params["cls_embedding"]["uncond_embedding"], kept)
+    capsys.readouterr()
+    recipe = to_dict(method.config)
+    recipe["data"]["image_size"], recipe["policy"]["block_size"] = (
+        2 * side,
+        4 * policy["block_size"],
+    )
+    assert check(recipe) == 1
+    assert re.search("block_size: it has 16 .*asks for 64 ", capsys.readouterr().err)
 
 
 def test_a_plan_shows_captions_and_what_is_left_out(mesh, tmp_path, capsys):

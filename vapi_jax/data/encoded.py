@@ -47,6 +47,9 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
         folder: to make.
         batches: of {"image" float32 [B, H, W, 3] in [-1, 1], "condition" int32 [B] or records of
             `vapi_jax.models.conditions.stored_caption`, perhaps "tokens" int32 [B, T]}.
+
+    Raises:
+        DataError: conditions are neither.
     """
     rows: dict[str, list[np.ndarray]] = {}
     found: Counter[str] = Counter()
@@ -57,8 +60,13 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
         if "tokens" in batch:
             new["tokens"] = batch["tokens"]
         condition = batch["condition"]
-        if condition.dtype.names is None:
+        if condition.dtype.kind in "iu":
             new["labels"] = condition
+        elif condition.dtype.names is None:
+            raise DataError(
+                f"the recipe's condition keeps {condition.dtype} of an image: {COMMAND} writes labels "
+                "and encoded captions (condition.name='caption')"
+            )
         else:
             sizes["length"] = length = condition["features"].shape[1]
             seen = np.arange(length) >= length - condition["length"][:, None]
