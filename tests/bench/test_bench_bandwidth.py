@@ -37,10 +37,10 @@ def test_the_bytes_of_a_step_of_a_small_generator_by_hand():
 
 
 def test_a_long_image_reads_buffers_that_grow():
-    """Of 288 steps the first half reads 1 + 144 positions, the second 1 + 288."""
+    """Of 288 steps a quarter reads 1 + 72 positions, the next one 1 + 144, and so on."""
     found = bandwidth.step_bytes(*small(block_size=289), labels(6), devices=1, guided=False)
     position = 2 * 3 * 6 * 1 * 4 * 4
-    assert found.cache_read == position * (145 + 289) / 2
+    assert found.cache_read == position * (73 + 145 + 217 + 289) / 4
     assert found.cache_filled == position * sum(range(2, 290)) / 288
 
 

@@ -167,8 +167,8 @@ def generate(
     return (tokens, entropies) if return_entropy else tokens
 
 
-SEGMENT = 128
-"""Steps that make a program of their own worth its compilation."""
+SEGMENT = 16
+"""Steps that make a loop of their own worth its compilation."""
 
 
 def segments(steps: int) -> list[int]:
