@@ -331,7 +331,7 @@ def test_methods_and_conditions_without_labels_have_nothing_to_settle(tmp_path):
     data = folders(tmp_path, ["a", "b"])
     for config in (
         make_tiny_config("tokenizer", image_size=16, policy={"kind": ""}),
-        make_tiny_config("base", data=data, condition={"name": "caption"}),
+        make_tiny_config("base", data=data, policy={"kind": "text"}, condition={"name": "caption"}),
     ):
         assert settle(config) == (config, [])
 
