@@ -20,6 +20,7 @@ from vapi_jax.data import (
     SkippedImages,
     class_names,
     fixed_batch,
+    labels_of,
     make_dataset,
     num_classes,
 )
@@ -336,6 +337,19 @@ def test_tfds_reads_prepared_data_without_tensorflow(tmp_path):
     with pytest.raises(DataError, match="'file_name'"):
         class_names(dataclasses.replace(config, image_feature="file_name"))
     assert ("tensorflow" in sys.modules) == tensorflow_before
+
+
+def test_tfds_classes_get_the_labels_of_a_generators_list(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the tfds extra is not installed")
+    prepare_tfds(tfds, tmp_path / "tiny" / "1.0.0", [10])
+    (tmp_path / "classes.txt").write_text("bee\nwasp\nant\n")
+    config = tfds_config(tmp_path, classes=str(tmp_path / "classes.txt"))
+    assert (class_names(config), labels_of(config).tolist()) == (("bee", "wasp", "ant"), [0, 2])
+    (batch,) = take(make_dataset(config, "train", 10, seed=0), 1)
+    assert [(2, 0)[number % 2] for number in numbers(batch)] == batch["condition"].tolist()
+    (tmp_path / "classes.txt").write_text("bee\nwasp\n")
+    with pytest.raises(DataError, match="'ant'"):
+        class_names(config)
 
 
 def test_tfds_labels_that_no_class_has_are_refused(tmp_path):
