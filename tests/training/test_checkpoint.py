@@ -154,6 +154,30 @@ def test_restores_without_a_sharding_on_one_device(tmp_path):
     assert len(got["params"]["layer"]["kernel"].devices()) == 1
 
 
+def test_a_save_compiles_nothing(tmp_path):
+    """What both rows of a mesh hold is written by one of them, uncut."""
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    mesh = mesh_of(2, 4)
+    params = {
+        name: jax.device_put(np.ones((count, 24), np.float32), NamedSharding(mesh, P("fsdp")))
+        for name, count in {"a": 8, "b": 40}.items()
+    }
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with Checkpointer(tmp_path) as checkpointer:
+            compiled.clear()
+            checkpointer.save(1, {"params": params})
+            checkpointer.wait()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
 def test_state_may_be_donated_right_after_save(tmp_path):
     """The background write must not see the values of the next step."""
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)

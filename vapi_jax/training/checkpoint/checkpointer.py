@@ -32,6 +32,7 @@ from vapi_jax.training.checkpoint.digests import (
     wrong_arrays,
 )
 from vapi_jax.training.checkpoint.errors import CheckpointError, Damage, brief, files_named
+from vapi_jax.training.checkpoint.handlers import write_copies_once
 from vapi_jax.training.checkpoint.manifest import (
     MANIFEST,
     ArrayFacts,
@@ -72,6 +73,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | Path, keep_last: int = 2, keep_every: int = 0):
         self.directory = Path(directory).absolute()
+        write_copies_once()
         policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
