@@ -336,6 +336,13 @@ def test_lists_of_downloads_in_parquet_are_no_images(tmp_path):
         make_source(config(root, "url", layout="parquet"), "train")
 
 
+def test_splits_that_file_names_tell_are_not_mixed(tmp_path):
+    root = write("parquet", tmp_path / "data")
+    write_parquet(root / "test-00000-of-00001.parquet", pairs(3, 90))
+    with pytest.raises(DataError, match=r"test-\*, train-\*.*data.train_split"):
+        make_source(config(root, "caption"), "train")
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_damage_to_a_parquet_file_is_refused_or_gives_rows(data, tmp_path_factory):

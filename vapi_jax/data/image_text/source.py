@@ -85,6 +85,7 @@ class ImageTextSource(Source):
         self._layout, self._index, self._fields = _open(root, asked, self._min_side)
         self._rows = np.arange(len(self._index))
         if not whole:
+            _refuse_mixed(self._layout)
             self._rows = self._rows[_in_split(self._index, config.folder_holdout, split)]
         if not len(self._rows):
             raise DataError(
@@ -177,6 +178,17 @@ def _layout(root: Path, asked: Options) -> Layout:
             f"{', '.join(there[:8]) or 'nothing'}. Unpack .tgz"
         )
     return layout
+
+
+def _refuse_mixed(layout: Layout) -> None:
+    """Hugging Face tells splits by the names of files; drawn from all, test images would be trained on."""
+    named = {path.name.partition("-")[0] for path in layout.files}
+    found = sorted(named & {"train", "val", "validation", "test"})
+    if isinstance(layout, Parquet) and len(found) > 1:
+        raise DataError(
+            f"data.path: {layout.root} holds files of several splits, {'-*, '.join(found)}-*: move them into "
+            "folders of their own and name those with data.train_split, data.val_split and data.test_split"
+        )
 
 
 def _texts(layout: Layout) -> str:
