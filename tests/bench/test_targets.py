@@ -112,6 +112,7 @@ def test_the_command_tells_all_programs_of_one_h100(told):
     assert step["float32"] < 0.08  # the encoder, whose tokens must not depend on rounding
     assert figures["decoding"]["float32"] == 0.0
     assert step["peak"] < 26e6  # 21.5 MB
+    assert figures["sampling"]["peak"] < 11e6  # 10.1 MB
 
 
 @pytest.mark.targets
