@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,12 @@ settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """One compilation cache for the session: its workers and the commands it starts share it."""
+    """One compilation cache for the session: its workers and the commands it starts share it.
+
+    And Ctrl-C, which shells have background jobs ignore, is heard by the commands that tests start.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.compilation_cache = tempfile.TemporaryDirectory(prefix="vapi_jax_tests_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilation_cache.name

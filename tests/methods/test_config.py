@@ -333,8 +333,8 @@ def test_every_number_has_limits_and_a_row_above():
         ),
         (
             {"policy": {"kind": "text", **SMALL}},
-            "policy.kind='text': the data sources give class labels, and this generator takes none; "
-            "choose 'class', or name a condition that makes what it takes (config.condition.name)",
+            "policy.kind='text': this generator takes no class labels; choose 'class', or name the "
+            "condition that makes what it takes of the data's (condition.name='caption' for captions)",
         ),
         (
             {"policy": {"kind": "class", "dim": 30, "n_head": 4}},

@@ -161,8 +161,12 @@ def test_a_way_to_find_out_that_does_not_work_is_refused(environ, method, named)
 # --- coming together ------------------------------------------------------------------------------
 
 
-def meet(processes, timeout=10.0):
-    """What each of several processes, here threads, gets: links, port and address, or an error."""
+def meet(processes, timeout=10.0, after_an_error=()):
+    """What each of several processes, here threads, gets: links, port and address, or an error.
+
+    `after_an_error` come when one of the others has got an error.
+    """
+    count, processes = len(processes), [*processes, *after_an_error]
     found = [None] * len(processes)
 
     def one(number, me):
@@ -173,7 +177,11 @@ def meet(processes, timeout=10.0):
             found[number] = str(error)
 
     threads = [threading.Thread(target=one, args=item) for item in enumerate(processes)]
-    for thread in threads:
+    for number, thread in enumerate(threads):
+        deadline = time.monotonic() + timeout
+        while number >= count and not any(isinstance(said, str) for said in found):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         thread.start()
     for thread in threads:
         thread.join(30)
@@ -254,7 +262,8 @@ def test_another_program_at_the_port_is_named():
 
 def test_a_second_process_of_one_number_is_refused_and_the_run_goes_on(caplog):
     address = f"127.0.0.1:{free_port()}"
-    found = meet([Process(address, 3, i) for i in (0, 1, 1, 2)])
+    zero, one, two = (Process(address, 3, i) for i in range(3))
+    found = meet([zero, one, one], after_an_error=[two])
     (refused,) = [said for said in found if isinstance(said, str)]
     assert refused in found[1:3]
     assert "process 1 has come already" in refused

@@ -90,7 +90,7 @@ def test_a_method_with_rollouts_host_rewards_and_two_networks_learns(mesh, tmp_p
         "method_options": {"epochs": 3},
         "data": {"name": f"{__name__}:Labels"},
         "steps": 20,
-        "optimizer": {"learning_rate": 1e-1},
+        "optimizer": {"learning_rate": 3e-2},
     }
     method = make_tiny_method(f"{TOYS}Reinforce", mesh, **config)
     done = fit(method, tmp_path)
