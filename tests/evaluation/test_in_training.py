@@ -1,6 +1,7 @@
 """Samples judged while a run trains: the numbers of an offline computation, when they are due, files."""
 
 import io
+from functools import partial
 
 import jax
 import numpy as np
@@ -67,10 +68,9 @@ def parts(mesh):
 def test_the_numbers_are_those_of_an_offline_computation(parts):
     task, frozen, params, sampled = parts
     labels = np.arange(COUNT, dtype=np.int32) % 12
-    tokens, entropy = generate(
-        task.policy, params, labels, jax.random.key(SEED), return_entropy=True
-    )
-    images = to_uint8(task.pixels.decode(frozen, tokens))
+    draw = jax.jit(partial(generate, task.policy, return_entropy=True))
+    tokens, entropy = draw(params, labels, jax.random.key(SEED))
+    images = to_uint8(jax.jit(task.pixels.decode)(frozen, tokens))
     crops = to_uint8(fixed_batch(task.config.data, "train", COUNT, 1202)["image"])
     fake, real = (
         np.asarray(blocks({"gain": 3.0}, x.astype(np.float32) / 127.5 - 1), np.float64)
