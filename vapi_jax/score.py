@@ -16,6 +16,11 @@ it is right, and what is wrong; beside it a .json has the six tasks, their mean,
 bootstrap over prompts. --against takes a second set, scored or to be scored, and adds the paired
 differences. docs/text.md says how to make detections. --samples is the folder that `vapi_jax.sample` has
 made: where its images are not of `--protocol geneval`, whose figures are published, that is said.
+
+  python -m vapi_jax.score scenes --images=DIR --metadata=metadata.jsonl --out=scores.jsonl
+
+does the same for images of drawn scenes (`data.name="scenes"`), which need no detector of yours: what is
+found in DIR is written to scores.detections.jsonl first.
 """
 
 from __future__ import annotations
@@ -56,8 +61,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     geneval = commands.add_parser("geneval", help="objects, counts, colors and places")
-    add = geneval.add_argument
-    add("--detections", type=local_path, required=True, metavar="FILE.jsonl")
+    scenes = commands.add_parser("scenes", help="the same of drawn scenes, detected here")
+    geneval.add_argument("--detections", type=local_path, required=True, metavar="FILE.jsonl")
+    scenes.add_argument("--images", type=local_path, required=True, metavar="DIR")
+    _add_shared(geneval)
+    _add_shared(scenes)
+    args = parser.parse_args(argv)
+    if args.out.suffix != ".jsonl":
+        parser.error(f"--out {args.out}: wants a name that ends in .jsonl")
+    return args
+
+
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--metadata", type=local_path, required=True, metavar="FILE.jsonl")
     add(
         "--out",
@@ -77,11 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for field in dataclasses.fields(Rules):
         kind = int if field.name == "max_objects" else float
         add(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")
-    add_process_flags(geneval)
-    args = parser.parse_args(argv)
-    if args.out.suffix != ".jsonl":
-        parser.error(f"--out {args.out}: wants a name that ends in .jsonl")
-    return args
+    add_process_flags(command)
 
 
 def geneval(args: argparse.Namespace) -> None:
@@ -137,6 +149,20 @@ def geneval(args: argparse.Namespace) -> None:
     print(f"verdicts and reasons are in {args.out}, all numbers in {path}")
 
 
+def scenes(args: argparse.Namespace) -> None:
+    """Detects, and does as `geneval` does with any detections."""
+    from vapi_jax.evaluation.receipt import find_recipe
+    from vapi_jax.evaluation.scene_files import detect_folder
+
+    args.detections = args.out.with_suffix(".detections.jsonl")
+    prompts = read_prompts(args.metadata)
+    detect_folder(args.images, args.detections, len(prompts), args.allow_incomplete)
+    if args.samples is None and find_recipe(args.images) is not None:
+        args.samples = args.images
+    args.allow_incomplete = True  # The size of GenEval's set is not that of these prompts.
+    geneval(args)
+
+
 def _line(image: Image, prompt: Prompt) -> str:
     verdict: dict[str, Any] = {"filename": image.file, "tag": prompt.tag, "prompt": prompt.text}
     return json.dumps({**verdict, **dataclasses.asdict(image.verdict)}) + "\n"
@@ -161,16 +187,17 @@ def _table(scores: Scores, gaps: dict[str, Estimate] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
 
-    def command() -> int:
+    def run() -> int:
         args = parse(argv)
+        command = {"geneval": geneval, "scenes": scenes}[args.command]
         # After the command line, so that --help needs no JAX.
         from vapi_jax.parallel import distributed
 
         return distributed.as_one(
-            lambda: distributed.by_one(lambda: geneval(args)), **process_flags(args)
+            lambda: distributed.by_one(lambda: command(args)), **process_flags(args)
         )
 
-    return exit_status(command)
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -398,8 +398,8 @@ def test_every_number_has_limits_and_a_row_above():
         ),
         (
             {"data": {"name": "flickr"}},
-            "data: name must be one of ('photos', 'image_folder', 'tfds', 'image_text', 'encoded'), "
-            "or 'package.module:Class' of your own, got 'flickr'",
+            "data: name must be one of ('photos', 'image_folder', 'tfds', 'image_text', 'scenes', "
+            "'encoded'), or 'package.module:Class' of your own, got 'flickr'",
         ),
         (
             {"rewards": "-1*mse"},

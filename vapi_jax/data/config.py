@@ -16,6 +16,7 @@ SOURCES = {
     "image_folder": "vapi_jax.data.folder:FolderSource",
     "tfds": "vapi_jax.data.tfds_source:TfdsSource",
     "image_text": "vapi_jax.data.image_text.source:ImageTextSource",
+    "scenes": "vapi_jax.data.scenes.source:SceneSource",
     "encoded": "vapi_jax.data.encoded:EncodedSource",
 }
 """`data.name` -> where its class is; see `vapi_jax.data.sources`."""
@@ -39,7 +40,8 @@ class DataConfig:
 
     Attributes:
         name: "photos" (bundled photographs, no files needed), "image_folder", "tfds",
-            "image_text" (images with captions), "encoded" (images and tokens that vapi_jax.encode
+            "image_text" (images with captions), "scenes" (drawn shapes with captions, at 32 pixels or more,
+            the same ones in every epoch), "encoded" (images and tokens that vapi_jax.encode
             dataset wrote), or a source of your own as "package.module:Class" (see vapi_jax.data.sources).
         image_size: side of the square images, in pixels.
         path: image_folder, image_text, encoded: the root folder, or one file of image_text. tfds: the
@@ -72,8 +74,8 @@ class DataConfig:
         num_threads: threads that read and crop, 0 to work in the caller's thread. More threads than
             spare cores slow the trainer down.
         prefetch: batches prepared ahead.
-        options: image_text: see `vapi_jax.data.image_text.source.Options`. A source of your own: what it
-            wants to know beside all this.
+        options: image_text: see `vapi_jax.data.image_text.source.Options`; scenes:
+            `vapi_jax.data.scenes.source.Options`. A source of your own: what it wants beside all this.
     """
 
     name: str = "photos"
@@ -108,9 +110,10 @@ class DataConfig:
                 f"name must be one of {tuple(SOURCES)}, or 'package.module:Class' of your own, got "
                 f"{self.name!r}"
             )
-        if self.options and self.name in SOURCES and self.name != "image_text":
+        if self.options and self.name in SOURCES and self.name not in ("image_text", "scenes"):
             wrong.append(
-                f"options are read by image_text and sources of your own, not by {self.name!r}"
+                "options are read by image_text, scenes and sources of your own, not by "
+                f"{self.name!r}"
             )
         # Above one half, a crop would not fit into the val or the test half of the strip.
         if not 0.0 < self.photo_min_scale <= self.photo_max_scale <= 0.5:

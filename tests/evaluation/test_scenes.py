@@ -1,0 +1,217 @@
+"""Drawn scenes: what is held out, that captions are true of them, and that the detector sees so."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from vapi_jax import score
+from vapi_jax.data.config import SPLITS, DataConfig, DataError
+from vapi_jax.data.scenes.drawing import COLORS, Thing, draw
+from vapi_jax.data.scenes.grammar import TASKS, Scene, coloring_split, combinations, make, prompts
+from vapi_jax.data.scenes.source import SceneSource
+from vapi_jax.evaluation import geneval
+from vapi_jax.evaluation.geneval import judge
+from vapi_jax.evaluation.geneval_files import parse_prompt
+from vapi_jax.evaluation.scenes import detect
+
+SCENES = 240
+
+
+def source(side: int = 64, split: str = "train", **options: int) -> SceneSource:
+    return SceneSource(
+        DataConfig(name="scenes", image_size=side, flip=False, options=options), split
+    )
+
+
+def pixels(scenes: SceneSource, index: int) -> np.ndarray:
+    image = scenes.sample(index, np.random.default_rng())["image"]
+    return np.uint8(np.round((image + 1) * 127.5))
+
+
+def right(scene: Scene, image: np.ndarray) -> bool:
+    return judge(parse_prompt(scene.metadata, ""), detect(image)).correct
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=90)
+    return np.asarray(Image.open(file))
+
+
+def blur(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.6)))
+
+
+def noise(image: np.ndarray) -> np.ndarray:
+    dirt = np.random.default_rng(int(image.sum())).normal(0, 8, image.shape)
+    return np.clip(image + dirt, 0, 255)
+
+
+def test_names_are_genevals():
+    assert TASKS == geneval.TASKS
+    assert tuple(COLORS) == geneval.COLORS
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize(
+    ("change", "least"), [(np.array, 0.995), (noise, 0.99), (blur, 0.99), (jpeg, 0.93)]
+)
+def test_true_scenes_are_right(side, change, least):
+    scenes = source(side)
+    good = [right(scenes.scene(i)[0], change(pixels(scenes, i))) for i in range(SCENES)]
+    assert np.mean(good) >= least
+
+
+def test_detector_finds_every_thing_and_its_place():
+    scenes = source()
+    for index in range(60):
+        things = scenes.scene(index)[0].things
+        found = detect(pixels(scenes, index))
+        told = [
+            (name, color, *((box[:2] + box[2:4]) / 128))
+            for name, objects in found.items()
+            for box, color in zip(objects.boxes, objects.colors, strict=True)
+        ]
+        assert len(told) == len(things)
+        for thing in things:
+            assert any(
+                (thing.shape, thing.color) == told[:2]
+                and np.hypot(thing.x - told[2], thing.y - told[3]) < 0.05
+                for told in told
+            )
+
+
+def picture(things, index) -> np.ndarray:
+    return draw(things, 64, np.random.default_rng(index))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_change_makes_a_scene_wrong(task):
+    for index in range(12):
+        scene = make(task, SPLITS[index % 3], np.random.default_rng([index, 3]))
+        things = scene.things
+        assert right(scene, picture(things, index))
+        assert not right(scene, picture(things[1:], index))
+        if task in ("colors", "color_attr"):
+            other = "red" if things[0].color != "red" else "blue"
+            changed = dataclasses.replace(things[0], color=other)
+            assert not right(scene, picture((changed, *things[1:]), index))
+        if task == "position":
+            turned = [Thing(t.shape, t.color, 1 - t.x, 1 - t.y, t.radius) for t in things]
+            assert not right(scene, picture(turned, index))
+
+
+def test_one_too_many_is_wrong():
+    scene = make("counting", "train", np.random.default_rng(0))
+    lot = [
+        Thing(scene.things[0].shape, "red", x, y, 0.12)
+        for x in (0.2, 0.5, 0.8)
+        for y in (0.25, 0.7)
+    ]
+    count = scene.metadata["include"][0]["count"]
+    assert right(scene, picture(lot[:count], 0))
+    assert not right(scene, picture(lot[: count + 1], 0))
+
+
+def test_a_mirror_swaps_left_and_right():
+    swap = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
+    for index in range(24):
+        scene = make("position", "train", np.random.default_rng(index))
+        mirrored = json.loads(json.dumps(scene.metadata))
+        place = mirrored["include"][1]["position"]
+        place[0] = swap[place[0]]
+        image = picture(scene.things, index)[:, ::-1]
+        assert right(Scene(scene.things, mirrored), image)
+
+
+def facts(scene: Scene) -> set:
+    """Every combination that a picture shows, whatever its caption tells."""
+    things = scene.things
+    shown = {("colors", (t.shape, t.color)) for t in things}
+    if len({t.shape for t in things}) == 1:
+        return shown | {("counting", (things[0].shape, len(things)))}
+    a, b = things
+    x, y = a.x - b.x, a.y - b.y
+    side = (
+        ("left of" if x < 0 else "right of") if abs(x) > abs(y) else "above" if y < 0 else "below"
+    )
+    return shown | {
+        ("two_object", (a.shape, b.shape)),
+        ("position", (a.shape, side, b.shape)),
+    }
+
+
+def test_training_shows_nothing_that_is_held_out():
+    held = {
+        (task, c)
+        for task in ("counting", "colors", "two_object", "position")
+        for split in ("val", "test")
+        for c in combinations(task)[split]
+    }
+    scenes = source()
+    for index in range(3000):
+        scene = scenes.scene(index)[0]
+        assert not facts(scene) & held
+        if len({t.shape for t in scene.things}) == 2:
+            a, b = [(t.shape, t.color) for t in scene.things]
+            assert coloring_split(a, b) == "train"
+
+
+@pytest.mark.parametrize("task", ["two_object", "counting", "colors", "position", "color_attr"])
+def test_prompts_of_splits_are_disjoint(task):
+    texts = [{p["prompt"] for p in prompts(split, 20) if p["tag"] == task} for split in SPLITS[1:]]
+    assert all(texts)
+    assert not texts[0] & texts[1]
+
+
+def test_samples_follow_from_seed_and_index():
+    a, b = source(images=50), source(images=50)
+    assert len(a) == 50
+    b.sample(3, np.random.default_rng(1))
+    np.testing.assert_array_equal(pixels(a, 7), pixels(b, 7))
+    assert (pixels(a, 7) != pixels(source(seed=1), 7)).any()
+    assert (pixels(a, 7) != pixels(source(split="val"), 7)).any()
+    # The same scene at another size.
+    assert a.scene(7)[0] == source(32).scene(7)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"flip": True}, "flip"), ({"image_size": 16}, "16"), ({"options": {"imges": 3}}, "imges")],
+)
+def test_bad_options_are_named(change, named):
+    config = DataConfig(**{"name": "scenes", "image_size": 32, "flip": False, **change})
+    with pytest.raises(DataError, match=named):
+        SceneSource(config, "train")
+
+
+def test_command_scores_a_folder(tmp_path):
+    lines = []
+    for index in range(12):
+        scene = make(TASKS[index // 2], "test", np.random.default_rng([index, 5]))
+        lines.append(json.dumps(scene.metadata))
+        folder = tmp_path / f"images/{index:05}/samples"
+        folder.mkdir(parents=True)
+        # The second of every task has nothing on it.
+        shown = picture(scene.things if index % 2 == 0 else (), index)
+        Image.fromarray(np.uint8(np.round(shown))).save(folder / "0000.png")
+    metadata, out = tmp_path / "metadata.jsonl", tmp_path / "scores.jsonl"
+    metadata.write_text("\n".join(lines))
+    command = [
+        "scenes",
+        f"--images={tmp_path / 'images'}",
+        f"--metadata={metadata}",
+        f"--out={out}",
+    ]
+    assert score.main(command) == 0
+    tasks = json.loads(out.with_suffix(".json").read_text())["scores"]["tasks"]
+    assert {name: estimate["value"] for name, estimate in tasks.items()} == dict.fromkeys(
+        [*TASKS, "overall"], 0.5
+    )
+    (tmp_path / "images/00003/samples/0000.png").unlink()
+    assert score.main(command) != 0
+    assert score.main([*command, "--allow_incomplete"]) == 0

@@ -1,0 +1,1 @@
+"""Drawn scenes of a few shapes, with captions: compositions that need no files."""
