@@ -87,8 +87,7 @@ def eight_devices():
 def compile_effort(request):
     """Compiling takes most of the tests' time, and unoptimised code of tiny models a third less.
 
-    The parity tests measure the code that users run, and whole runs compute more than they compile.
+    The parity tests measure the code that users run.
     """
-    whole_runs = request.path.name in ("test_configs.py", "test_compare.py")
-    lean = not whole_runs and "parity" not in request.path.parts
+    lean = "parity" not in request.path.parts
     jax.config.update("jax_disable_most_optimizations", lean)
