@@ -38,6 +38,7 @@ DOORS = {
         ["--detections=d", "--metadata=m", "--out=o.jsonl"],
         ["--detections", "--metadata", "--out", "--against", "--samples"],
     ),
+    "score scenes": (["--images=i", "--metadata=m", "--out=o.jsonl"], ["--images"]),
     "encode captions": (
         ["--text_encoder=t", "--captions=c", "--out=o.npz"],
         ["--text_encoder", "--captions", "--out"],
