@@ -351,6 +351,8 @@ def test_any_json_is_judged_or_refused(detections, details, include, tmp_path_fa
         },
     ):
         with contextlib.suppress(GenevalError):
-            judge_file(write(path, [line]), prompts, Rules())
+            (image,) = judge_file(write(path, [line]), prompts, Rules())
+            assert isinstance(image.verdict.correct, bool)
+            assert (image.prompt, image.sample) == (0, 0)
     with contextlib.suppress(GenevalError):
         parse_prompt({**METADATA[0], "include": include}, "line")
