@@ -105,16 +105,17 @@ def policy_flops(policy: Policy, prompt_length: int = 0) -> PolicyFlops:
             raise ValueError("the length of a Janus prompt is the data's: pass prompt_length")
         config, width = policy.config, policy.config.dim
         prefix = prompt_length
-        aligner = context * (config.image_embed_dim * width + width**2)
-        condition = 2.0 * (aligner + tokens * width**2)
+        inside, seen = config.aligner_dim or width, config.gen_head_dim or width
+        aligner = context * inside * (config.image_embed_dim + width)
+        condition = 2.0 * (aligner + tokens * width * seen)
     else:
         config, width = policy.config, policy.config.dim  # type: ignore[attr-defined]
-        prefix = config.cls_token_num
+        seen, prefix = width, config.cls_token_num
         condition = 0.0
         if isinstance(policy, TextPolicy):
             condition = 2.0 * prefix * (config.caption_dim * width + width**2)
     layers, last, attention = _block_flops(config.block, config.n_layer, prefix + context)
-    logits = 2.0 * tokens * width * policy.vocab_size
+    logits = 2.0 * tokens * seen * policy.vocab_size
     return PolicyFlops(layers, last, attention, logits, condition)
 
 

@@ -48,6 +48,7 @@ class JanusConfig:
     """Hyper-parameters; the defaults are Janus-Pro-1B at 384x384.
 
     hidden_dim: SwiGLU width. text_vocab_size: prompt tokens. image_embed_dim: width of gen_embed.
+    aligner_dim, gen_head_dim: width inside gen_aligner and gen_head; None for that of the model.
     pad_id: the prompt token that stands for "no prompt" in classifier-free guidance.
     """
 
@@ -59,6 +60,8 @@ class JanusConfig:
     text_vocab_size: Count = 102400
     vocab_size: Vocabulary = 16384
     image_embed_dim: Count = 8
+    aligner_dim: Count | None = None
+    gen_head_dim: Count | None = None
     num_tokens: Count = 576
     pad_id: Natural = 100015
     rope_base: Positive = 10000.0
@@ -139,11 +142,12 @@ class Janus(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         self.text_embeddings = nn.Embed(c.text_vocab_size, c.dim, embedding_init=init)
         self.gen_embed = nn.Embed(c.vocab_size, c.image_embed_dim, embedding_init=init)
-        self.gen_aligner = MLP(c.dim, c.dim, c.initializer_range, c.dtype)
+        self.gen_aligner = MLP(c.aligner_dim or c.dim, c.dim, c.initializer_range, c.dtype)
         split = is_split(self.variables.get("params", {}))
         self.layers = scan_blocks(c.block, c.n_layer, c.remat, split)
         self.norm = RMSNorm(c.norm_eps, c.dtype)
-        self.gen_head = MLP(c.dim, c.vocab_size, c.initializer_range, c.dtype, float32_out=True)
+        inside = c.gen_head_dim or c.dim
+        self.gen_head = MLP(inside, c.vocab_size, c.initializer_range, c.dtype, float32_out=True)
 
     def embed(self, condition: Condition) -> Float[Array, "B P D"]:
         """The prompt's positions."""
