@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,12 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vapi_jax.common.digests import digest_of
 from vapi_jax.common.options import Count, Dtype, given
 from vapi_jax.common.paths import PathText
 from vapi_jax.weights.names import WeightsError
 
 if TYPE_CHECKING:
+    from vapi_jax.models.janus_prompts import PromptTokenizer
     from vapi_jax.models.text_encoder import EncodedCaptions, TextEncoder
+
+logger = logging.getLogger(__name__)
 
 Tree = Any
 """A condition as a policy takes it: a pytree of arrays [B, ...]."""
@@ -277,9 +282,59 @@ def text_condition(features: Float[Array, "B P W"], mask: Array) -> Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(Condition):
-    """Tokens of a prompt: a dict of tokens Int[B, P] and mask Bool[B, P], padded on either side."""
+    """Tokens of a prompt: a dict of tokens Int[B, P] and mask Bool[B, P], padded on either side.
+
+    Attributes:
+      pad_id: stands for the caption of an unconditional prompt; that of the generator where a recipe
+        leaves it out.
+      vocab: rows of the generator's embedding; the same.
+      tokenizer: folder of the tokenizer that captions go through; "" where the data bring tokens.
+      lengths: P is the shortest of these that has room for a batch, so that few programs are
+        compiled; the longest where several processes have to agree. Longer captions lose their end.
+    """
 
     pad_id: int = 100015
+    vocab: Count = 102400
+    tokenizer: PathText = ""
+    lengths: tuple[Count, ...] = (32, 64, 128, 256)
+
+    def prepare(self, raw: Any) -> Tree:
+        """From captions, an array of strings [B], through the tokenizer; or tokens as they are.
+
+        Raises:
+          WeightsError: there is no tokenizer for captions, or it is another model's.
+        """
+        if getattr(raw, "dtype", np.dtype(object)).kind != "U":
+            return raw
+        if not self.tokenizer:
+            raise WeightsError(
+                "captions have to become tokens: name the folder that has the generator's tokenizer.json "
+                "in condition.options.tokenizer (condition.name='prompt'); a converted one has it"
+            )
+        tokenizer = self.load()
+        static = jax.process_count() > 1
+        tokens, mask, cut = tokenizer(raw.tolist(), self.lengths, static)
+        if cut.any():
+            logger.warning(
+                "%d of %d captions are longer than %d tokens and lose their end, such as %r "
+                "(condition.options.lengths)",
+                cut.sum(), len(cut), max(self.lengths), raw[cut][0][:80],
+            )  # fmt: skip
+        return {"tokens": tokens, "mask": mask}
+
+    def load(self) -> PromptTokenizer:
+        tokenizer = _prompt_tokenizer(self.tokenizer, self.vocab)
+        if tokenizer.pad_id != self.pad_id:
+            raise WeightsError(
+                f"{tokenizer.path} pads with {tokenizer.pad_id} and the generator with {self.pad_id}: "
+                "take the tokenizer of the same model"
+            )
+        return tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        if not self.tokenizer:
+            return {}
+        return {"tokenizer": digest_of(self.load().path), "lengths": list(self.lengths)}
 
     def example(self, batch: int) -> Tree:
         tokens = jnp.zeros((batch, 2), dtype=jnp.int32)
@@ -291,6 +346,13 @@ class Prompt(Condition):
         count = jnp.cumsum(real.astype(jnp.int32), axis=1)
         inner = real & (count > 1) & (count < count[:, -1:])
         return {**condition, "tokens": jnp.where(inner, self.pad_id, condition["tokens"])}
+
+
+@functools.lru_cache(maxsize=2)
+def _prompt_tokenizer(folder: str, vocab: int) -> PromptTokenizer:
+    from vapi_jax.models.janus_prompts import PromptTokenizer
+
+    return PromptTokenizer(Path(folder), vocab)
 
 
 CONDITIONS: dict[str, type[Condition]] = {"label": Label, "caption": Caption, "prompt": Prompt}

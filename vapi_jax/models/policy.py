@@ -351,7 +351,7 @@ class JanusPolicy(Policy):
 
     @property
     def condition(self) -> Prompt:
-        return Prompt(pad_id=self.config.pad_id)
+        return Prompt(pad_id=self.config.pad_id, vocab=self.config.text_vocab_size)
 
     @classmethod
     def from_options(

@@ -61,7 +61,7 @@ class T5Tokenizer:
                 "was published"
             )
         self.path, self._pad, self._end = found[0], pad, end
-        self._tokenizer = _open(self.path)
+        self._tokenizer = open_tokenizer(self.path)
         marks = [self._tokenizer.token_to_id(token) for token in ("<pad>", "</s>")]
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if marks != [pad, end] or largest >= vocab:
@@ -82,7 +82,12 @@ class T5Tokenizer:
         return Tokens(ids, mask, np.array([len(e.ids) >= length for e in found], bool))
 
 
-def _open(path: Path) -> Any:
+def open_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` that neither cuts nor pads, of a `FAST` or `SENTENCEPIECE` file.
+
+    Raises:
+      WeightsError: the library is missing, or the file is damaged.
+    """
     try:
         import tokenizers
     except ImportError as error:
