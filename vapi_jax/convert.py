@@ -9,12 +9,19 @@ format, {"model" | "module" | "state_dict": ...} or a bare state dict), safetens
 index or their folder, without PyTorch and without running anything a file contains. Writes
 model.safetensors (in shards above 4 GB), config.json and manifest.json with the digests of all.
 
+    python -m vapi_jax.convert janus --src Janus-Pro-1B --out weights/janus_pro_1b
+
+converts a published folder of Janus instead, tokenizers included; `janus --help` tells what it takes.
+
 A file that holds several models, such as averaged weights beside the trained ones, is asked with
 --entry=ema. Weights that are not finite are refused.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.files import read_json
@@ -103,18 +110,73 @@ def convert_files(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
+    _tell(manifest, args.out)
+
+
+def _tell(manifest: Mapping[str, Any], out: Path) -> None:
     for part, description in manifest["architecture"].items():
         print(f"{part}: {description}; {manifest['parameters'][part]:,} parameters")
         if ignored := manifest["ignored"][part]:
             print(f"  not converted: {', '.join(ignored)}")
     for name, facts in manifest["outputs"].items():
-        print(f"{args.out / name}  {facts['size'] / 1e6:,.1f} MB  {facts['sha256'][:16]}...")
-    options = " ".join(f"--config.init.{part}={args.out}" for part in manifest["architecture"])
+        print(f"{out / name}  {facts['size'] / 1e6:,.1f} MB  {facts['sha256'][:16]}...")
+    options = " ".join(f"--config.init.{part}={out}" for part in manifest["architecture"])
     print(f"Use it with: {options}")
+
+
+# --- Janus ----------------------------------------------------------------------------------------
+
+JANUS = """Converts a published folder of Janus into a directory that recipes load.
+
+    python -m vapi_jax.convert janus --src Janus-Pro-1B --out weights/janus_pro_1b
+
+The folder has config.json, tokenizer.json, tokenizer_config.json and weights (safetensors or .bin, whole or
+in shards with their index), in DeepSeek's layout or in that of transformers. The language model and
+the gen modules become "gpt", the VQ tokenizer inside becomes "vq". The side that looks at images
+(vision_model, aligner) and the text head draw no image and are left out, unless --understanding carries
+them along, so that `python -m vapi_jax.export janus` gives a complete model again."""
+
+
+def parse_janus(argv: list[str]) -> argparse.Namespace:
+    """The command line of `janus`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vapi_jax.convert janus",
+        description=JANUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--src", type=local_path, required=True, metavar="DIR", help="as it was published")
+    add("--out", type=local_folder, required=True, metavar="DIR", help="whole or not at all")
+    add("--understanding", action="store_true", help="carry along what draws no image")
+    add(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="of what is written (default: as in the files, bit for bit)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace an earlier conversion at DIR")
+    return parser.parse_args(argv)
+
+
+def convert_folder(args: argparse.Namespace) -> None:
+    """Converts a folder of Janus, and says what it found."""
+    import jax
+
+    from vapi_jax.models.janus_folder import convert_janus
+
+    jax.config.update("jax_platforms", "cpu")
+    manifest = convert_janus(
+        args.src,
+        args.out,
+        understanding=args.understanding,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    _tell(manifest, args.out)
 
 
 def main() -> int:
     """The command; returns its exit status."""
+    if sys.argv[1:2] == ["janus"]:
+        return exit_status(lambda: convert_folder(parse_janus(sys.argv[2:])))
     return exit_status(lambda: convert_files(parse()))
 
 

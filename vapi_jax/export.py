@@ -7,13 +7,17 @@
 --ckpt is the workdir of a run (its final weights, or with --step a checkpoint) or a directory of
 vapi_jax.convert. A `.pt` is written in the release layout {"model": state dict}, without
 PyTorch; `torch.load(FILE, weights_only=True)` reads it. What was converted comes back bit for bit.
+
+    python -m vapi_jax.export janus --ckpt runs/janus --out exported/janus
+
+writes a folder of Janus instead; `janus --help` tells what it takes.
 """
 
 import argparse
 import sys
 
 from vapi_jax.common.errors import exit_status
-from vapi_jax.common.paths import local_path
+from vapi_jax.common.paths import local_folder, local_path
 
 
 def parse() -> argparse.Namespace:
@@ -56,8 +60,70 @@ def export_weights(args: argparse.Namespace) -> None:
     print(f"{args.out}  {args.out.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
 
 
+# --- Janus ----------------------------------------------------------------------------------------
+
+JANUS = """Writes a trained or converted Janus as a folder, in the layout in which it was published.
+
+    python -m vapi_jax.export janus --ckpt runs/janus --out exported/janus
+    python -m vapi_jax.export janus --ckpt runs/janus --step 50 --dtype float32 --out exported/step50
+
+--ckpt is the workdir of a run or a directory of `python -m vapi_jax.convert janus`. What training leaves
+alone (the VQ tokenizer, and the side that looks at images if it was carried along) comes from the
+directory that the run began with. Steps at a small learning rate are less than bfloat16 resolves: what
+share of the weights such a file leaves unchanged is said at the end. Keep float32 to go on from it."""
+
+
+def parse_janus(argv: list[str]) -> argparse.Namespace:
+    """The command line of `janus`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vapi_jax.export janus",
+        description=JANUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ckpt", type=local_path, required=True, metavar="DIR")
+    add("--out", type=local_folder, required=True, metavar="DIR", help="whole or not at all")
+    add(
+        "--source", type=local_path, metavar="DIR",
+        help="the converted directory that the run began with (default: what its recipe names)",
+    )  # fmt: skip
+    add("--step", type=int, help="a checkpoint of the run; -1 is the newest")
+    add(
+        "--dtype", choices=("float32", "bfloat16"),
+        help="of the weights (default: each as it is, bit for bit)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace an earlier export at DIR")
+    return parser.parse_args(argv)
+
+
+def export_folder(args: argparse.Namespace) -> None:
+    """Exports a folder of Janus, and says what was written."""
+    import jax
+
+    from vapi_jax.training.export_janus import export_janus
+
+    jax.config.update("jax_platforms", "cpu")
+    done = export_janus(
+        args.ckpt,
+        args.out,
+        source=args.source,
+        step=args.step,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    for name, digest in done.digests.items():
+        path = args.out / name
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
+    if done.unchanged is not None:
+        print(done.unchanged.describe())
+    if not done.complete:
+        print("It draws images and does not look at them: convert with --understanding for that")
+
+
 def main() -> int:
     """The command; returns its exit status."""
+    if sys.argv[1:2] == ["janus"]:
+        return exit_status(lambda: export_folder(parse_janus(sys.argv[2:])))
     return exit_status(lambda: export_weights(parse()))
 
 

@@ -15,11 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
 from vapi_jax.models.vq import VQ_PRESETS, VQConfig
 from vapi_jax.weights.names import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
+ModelConfig = LlamaConfig | JanusConfig | VQConfig
 
 PATCH = 16
 """Pixels per token of the released generators' tokenizer, along each side."""
@@ -51,7 +53,7 @@ class Architecture:
     """A model by its released name (or "" for none of them) and its hyper-parameters."""
 
     name: str
-    config: LlamaConfig | VQConfig
+    config: ModelConfig
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept in a converted directory's config.json."""
@@ -64,6 +66,13 @@ class Architecture:
             return (
                 f"{self.name or 'a VQ tokenizer'}: {c.codebook_size} codes of width "
                 f"{c.codebook_embed_dim}, 1 token for {c.downsample_factor}x{c.downsample_factor} pixels"
+            )
+        if isinstance(c, JanusConfig):
+            side = math.isqrt(c.num_tokens)
+            return (
+                f"{self.name or 'a Janus'}: {c.n_layer} layers, {c.n_head} heads, width {c.dim}, gen_head "
+                f"{c.gen_head_dim or c.dim}, {c.text_vocab_size} words, {c.vocab_size} codes, grid "
+                f"{side}x{side}, padding {c.pad_id}"
             )
         kind = (
             f"{c.num_classes} classes"
@@ -87,13 +96,13 @@ _NOT_ARCHITECTURE = frozenset(
 )  # fmt: skip
 
 
-def architectural(config: LlamaConfig | VQConfig) -> dict[str, Any]:
+def architectural(config: ModelConfig) -> dict[str, Any]:
     """The fields of a configuration that decide what its weights mean."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in _NOT_ARCHITECTURE}
 
 
-def disagreements(stored: Mapping[str, Any], config: LlamaConfig | VQConfig) -> list[str]:
+def disagreements(stored: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """How what a converted directory says of its weights differs from what is asked for."""
     asked, have = architectural(config), dict(stored)
     if isinstance(config, LlamaConfig):
@@ -173,7 +182,7 @@ def _what_it_is(shapes: Shapes) -> str:
     if "quantize.embedding.weight" in shapes:
         return " These are weights of a VQ tokenizer: give them as --vq"
     if "gen_head.output_mlp_projector.weight" in shapes:
-        return " These look like Janus weights"
+        return " These look like Janus weights: convert their folder with launch/convert_janus.py"
     return f" It has {', '.join(list(shapes)[:4])}, ..."
 
 

@@ -25,10 +25,11 @@ from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.files import new_folder
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
-from vapi_jax.models import llama, vq
-from vapi_jax.models.architecture import Architecture, infer_gpt, infer_vq
+from vapi_jax.models import janus, llama, vq
+from vapi_jax.models.architecture import Architecture, ModelConfig, infer_gpt, infer_vq
 from vapi_jax.models.classes import FILE as CLASSES
 from vapi_jax.models.classes import read_class_list, write_class_list
+from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import BUFFERS, CONFIG, MANIFEST, MODEL, read_origin
 from vapi_jax.models.policy import make_policy
@@ -40,19 +41,27 @@ SHARD_BYTES = 4 * 10**9
 """Weights beyond this are cut into shards."""
 
 
-def model_shapes(config: LlamaConfig | VQConfig) -> dict[str, Any]:
+def model_shapes(config: ModelConfig) -> dict[str, Any]:
     """The parameters' shapes, nothing computed."""
     if isinstance(config, VQConfig):
         side = 2 * config.downsample_factor
         image = jnp.zeros((1, side, side, 3))
         return jax.eval_shape(lambda: VQModel(config).init(jax.random.key(0), image)["params"])
-    kind = "class" if config.model_type == "c2i" else "text"
+    kind = "janus"
+    if isinstance(config, LlamaConfig):
+        kind = "class" if config.model_type == "c2i" else "text"
     return jax.eval_shape(make_policy(kind, **dataclasses.asdict(config)).init, jax.random.key(0))
 
 
-def name_rules(part: str) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
-    """The table of names of "gpt" or "vq", and the names that are no parameters."""
-    family = llama if part == "gpt" else vq
+def name_rules(
+    part: str, config: ModelConfig | None = None
+) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
+    """The table of names of "gpt" or "vq", and the names that are no parameters.
+
+    A generator is LlamaGen's unless its configuration is given and is another's.
+    """
+    family = janus if isinstance(config, JanusConfig) else llama
+    family = family if part == "gpt" else vq
     return family.NAME_RULES, family.IGNORED_NAMES
 
 
@@ -60,7 +69,7 @@ def name_rules(part: str) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """One model on its way in."""
 
     name: str  # "gpt" or "vq"
@@ -151,29 +160,36 @@ def convert(
     """
     if gpt is None and vq is None:
         raise WeightsError("nothing to convert: give --gpt, --vq or both")
-    if out.exists() and not overwrite:
-        raise WeightsError(f"{out} exists: choose another place, or say --overwrite")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise WeightsError(f"{out} exists and was not made by a conversion: choose another place")
+    check_place(out, overwrite)
     with ExitStack() as stack:
         parts = []
         if gpt is not None:
             file = stack.enter_context(open_tensors(gpt, entry))
             found = infer_gpt(
-                _shapes(file), gpt_args, file_name=gpt.name, image_size=image_size, t2i=t2i
+                file.shapes, gpt_args, file_name=gpt.name, image_size=image_size, t2i=t2i
             )
-            parts.append(_part("gpt", file, found))
+            parts.append(make_part("gpt", file, found))
         if vq is not None:
             file = stack.enter_context(open_tensors(vq, vq_entry))
-            parts.append(_part("vq", file, infer_vq(_shapes(file), vq_args)))
-        _check_pair(parts)
-        names = _class_names(parts, classes) if classes else None
+            parts.append(make_part("vq", file, infer_vq(file.shapes, vq_args)))
+        check_pair(parts)
+        more = {}
+        if classes:
+            more[CLASSES] = partial(write_class_list, names=_class_names(parts, classes))
         with new_folder(out, replace=overwrite) as folder:
-            manifest = _write(folder, parts, names, dtype, shard_bytes)
+            manifest = write_parts(folder, parts, more, dtype, shard_bytes)
     return manifest
 
 
-def _class_names(parts: Sequence[_Part], which: str) -> tuple[str, ...]:
+def check_place(out: Path, overwrite: bool) -> None:
+    """Raises `WeightsError` where no conversion may be written."""
+    if out.exists() and not overwrite:
+        raise WeightsError(f"{out} exists: choose another place, or say --overwrite")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise WeightsError(f"{out} exists and was not made by a conversion: choose another place")
+
+
+def _class_names(parts: Sequence[Part], which: str) -> tuple[str, ...]:
     names = read_class_list(which).names
     config = next((part.architecture.config for part in parts if part.name == "gpt"), None)
     if not isinstance(config, LlamaConfig) or config.model_type != "c2i":
@@ -185,23 +201,25 @@ def _class_names(parts: Sequence[_Part], which: str) -> tuple[str, ...]:
     return names
 
 
-def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in file.tensors.items()}
+def make_part(name: str, file: TensorFile, found: Architecture) -> Part:
+    """A model whose tensors are all there, and nothing else.
 
-
-def _part(name: str, file: TensorFile, found: Architecture) -> _Part:
+    Raises:
+      WeightsError: see `check_reference`.
+    """
     target = model_shapes(found.config)
     try:
-        origins = check_reference(file.tensors, target, *name_rules(name))
+        origins = check_reference(file.tensors, target, *name_rules(name, found.config))
     except WeightsError as error:
         raise WeightsError(f"{file.paths[0]}, taken for {found.describe()}: {error}") from error
-    return _Part(name, file, found, target, origins)
+    return Part(name, file, found, target, origins)
 
 
-def _check_pair(parts: Sequence[_Part]) -> None:
+def check_pair(parts: Sequence[Part]) -> None:
+    """Raises `WeightsError` where generator and tokenizer have different codes."""
     configs = {part.name: part.architecture.config for part in parts}
     gpt, tokenizer = configs.get("gpt"), configs.get("vq")
-    if not (isinstance(gpt, LlamaConfig) and isinstance(tokenizer, VQConfig)):
+    if not (isinstance(gpt, LlamaConfig | JanusConfig) and isinstance(tokenizer, VQConfig)):
         return
     if gpt.vocab_size != tokenizer.codebook_size:
         raise WeightsError(
@@ -210,15 +228,32 @@ def _check_pair(parts: Sequence[_Part]) -> None:
         )
 
 
-def _write(
+def write_parts(
     directory: Path,
-    parts: Sequence[_Part],
-    class_names: Sequence[str] | None,
+    parts: Sequence[Part],
+    more: Mapping[str, Callable[[Path], Any]],
     dtype: str | None,
     shard_bytes: int,
+    **facts: Any,
 ) -> dict[str, Any]:
+    """Fills a converted directory.
+
+    Args:
+      directory: empty.
+      parts: its models.
+      more: name -> what writes that file, for others that belong to it.
+      dtype, shard_bytes: as `convert` has them.
+      facts: more for the manifest.
+
+    Returns:
+      The manifest, which is written last.
+    """
     outgoing = [tensor for part in parts for tensor in part.outgoing(dtype)]
-    sources = [(part.name, path) for part in parts for path in part.file.paths]
+    holders: dict[Path, list[str]] = {}
+    for part in parts:
+        for path in part.file.paths:
+            holders.setdefault(path, []).append(part.name)
+    sources = [(", ".join(names), path) for path, names in holders.items()]
     total = sum(t.nbytes for t in outgoing) + sum(path.stat().st_size for _, path in sources)
     with byte_progress(total, "convert") as tick:
         described = [
@@ -235,10 +270,11 @@ def _write(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / CONFIG).write_text(text, encoding="utf-8")
     digests[CONFIG] = sha256_file(directory / CONFIG)
-    if class_names is not None:
-        write_class_list(directory / CLASSES, class_names)
-        digests[CLASSES] = sha256_file(directory / CLASSES)
+    for name, write in more.items():
+        write(directory / name)
+        digests[name] = sha256_file(directory / name)
     manifest = {
+        **facts,
         "converter": f"vapi_jax {__version__}",
         "sources": described,
         "outputs": {

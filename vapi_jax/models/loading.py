@@ -25,6 +25,7 @@ from vapi_jax.common.files import read_json
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models import classes
 from vapi_jax.models.architecture import (
+    ModelConfig,
     disagreements,
     gpt_differences,
     gpt_facts,
@@ -341,7 +342,7 @@ def _check_converted(directory: Path, source: WeightsSource) -> None:
             f"--{source.part}"
         )
     stored = config[source.part]
-    known = isinstance(source.config, LlamaConfig | VQConfig)
+    known = isinstance(source.config, ModelConfig)
     if known and (different := disagreements(stored, source.config)):
         name = stored.get("name") or "another model"
         raise WeightsError("\n  ".join([f"{directory} holds {name}:", *different]))

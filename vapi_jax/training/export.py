@@ -19,6 +19,7 @@ from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import vq
 from vapi_jax.models.conversion import name_rules, whole
+from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.loading import MANIFEST, Weights, WeightsSource, open_weights, read_manifest
 from vapi_jax.models.policy import make_policy
 from vapi_jax.training.checkpoint import Checkpointer
@@ -42,7 +43,7 @@ def export(out: Path, weights: Weights, rules: Sequence[Rule], dtype: str | None
     if out.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(f"{out}: the name must end in .safetensors or .pt")
     out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = list(_reference_tensors(weights, rules, dtype))
+    tensors = list(reference_tensors(weights, rules, dtype))
     with byte_progress(sum(tensor.nbytes for tensor in tensors), "export") as tick:
         if out.suffix == ".safetensors":
             return write_safetensors(out, tensors, {"format": "pt"}, tick)
@@ -60,9 +61,19 @@ def export(out: Path, weights: Weights, rules: Sequence[Rule], dtype: str | None
     return sha256_file(out)
 
 
-def _reference_tensors(
+def reference_tensors(
     weights: Weights, rules: Sequence[Rule], dtype: str | None
 ) -> Iterator[Outgoing]:
+    """Our weights and their buffers under the reference's names, each read when it is written.
+
+    Args:
+      weights: ours.
+      rules: the model's table of names.
+      dtype: of the parameters; None keeps that of the weights. Buffers stay as they are.
+
+    Raises:
+      WeightsError: the table does not know a parameter.
+    """
     for name, buffer in weights.buffers.items():
         yield Outgoing(name, buffer.shape, buffer.dtype, partial(whole, buffer))
     for path, leaf in weights.leaves.items():
@@ -102,9 +113,12 @@ def open_trained(
     if (ckpt / MANIFEST).is_file():
         if step is not None:
             raise WeightsError(f"{ckpt} is a converted directory and has no steps")
-        part = part or next(iter(sorted(read_manifest(ckpt)[0])))
-        with open_weights(WeightsSource(str(ckpt), part, *name_rules(part))) as weights:
-            yield weights, name_rules(part)[0]
+        config = read_manifest(ckpt)[0]
+        part = part or next(iter(sorted(config)))
+        janus = part == "gpt" and "gen_head_dim" in config.get("gpt", {})
+        table = name_rules(part, JanusConfig() if janus else None)
+        with open_weights(WeightsSource(str(ckpt), part, *table)) as weights:
+            yield weights, table[0]
         return
     trained, rules = _trained_part(ckpt)
     if part not in (None, trained):

@@ -85,6 +85,11 @@ class TensorFile:
     tensors: dict[str, LazyTensor]
     ignored: tuple[str, ...] = ()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
 
 @contextlib.contextmanager
 def open_tensors(path: str | Path, entry: str = "") -> Iterator[TensorFile]:

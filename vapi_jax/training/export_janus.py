@@ -1,0 +1,192 @@
+"""A trained or converted Janus back into a folder as it was published."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vapi_jax import __version__
+from vapi_jax.common.files import new_folder, read_json
+from vapi_jax.common.progress import byte_progress
+from vapi_jax.models.architecture import from_json
+from vapi_jax.models.conversion import SHARD_BYTES, name_rules
+from vapi_jax.models.janus import JanusConfig
+from vapi_jax.models.janus_folder import COMPLETE, FILES, KEPT, LAYOUT
+from vapi_jax.models.janus_names import DEEPSEEK, TOKENIZER, TRANSFORMERS, from_deepseek
+from vapi_jax.models.loading import (
+    CONFIG,
+    MANIFEST,
+    Weights,
+    WeightsSource,
+    open_weights,
+    read_manifest,
+)
+from vapi_jax.training.export import open_trained, reference_tensors
+from vapi_jax.weights.names import WeightsError, origin_of
+from vapi_jax.weights.tensors import Outgoing, write_sharded
+
+RECORD = "vapi_jax.json"
+"""In the folder: what wrote it, and the SHA-256 of its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unchanged:
+    """How many weights are those of the model before training.
+
+    Attributes:
+      weights: all that are trained.
+      float32, bfloat16: how many are the same in that precision.
+    """
+
+    weights: int
+    float32: int
+    bfloat16: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        wide, narrow = (100 * n / max(self.weights, 1) for n in (self.float32, self.bfloat16))
+        return (
+            f"unchanged by training: {wide:.2f} % of {self.weights:,} weights in float32, {narrow:.2f} % "
+            "in bfloat16"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      digests: file of weights -> SHA-256.
+      complete: whether the understanding side is in it.
+      unchanged: None where nothing was trained.
+    """
+
+    digests: Mapping[str, str]
+    complete: bool
+    unchanged: Unchanged | None
+
+
+def export_janus(
+    ckpt: Path,
+    out: Path,
+    *,
+    source: Path | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Writes a folder in the layout that the converted one had.
+
+    Args:
+      ckpt: a run's workdir, or a directory of `convert_janus`.
+      out: the folder; must not exist, unless `overwrite` and it was written here.
+      source: the directory of `convert_janus` that the run began with; None for what its recipe says.
+      step: of the run's checkpoints, -1 for the newest; None for its final weights.
+      dtype: of all floating-point tensors; None keeps each as it is, bit for bit.
+      overwrite, shard_bytes: as `convert_janus` has them.
+
+    Raises:
+      WeightsError: something is missing, damaged, or not of a Janus.
+    """
+    if out.exists() and not (overwrite and (out / RECORD).is_file()):
+        raise WeightsError(f"{out} exists: choose another place, or --overwrite an earlier export")
+    trained = not (ckpt / MANIFEST).is_file()
+    source = (source or _began_with(ckpt)) if trained else ckpt
+    config, manifest = read_manifest(source)
+    layout, kept = manifest.get(LAYOUT), manifest.get(KEPT)
+    if layout not in (DEEPSEEK, TRANSFORMERS) or not isinstance(kept, dict):
+        raise WeightsError(
+            f"{source} was not made by convert_janus, which keeps what an export needs"
+        )
+    generator = from_json(config["gpt"], JanusConfig)
+    rules = name_rules("gpt", generator)
+    with contextlib.ExitStack() as stack:
+        start = stack.enter_context(open_weights(WeightsSource(str(source), "gpt", *rules)))
+        tokenizer = stack.enter_context(
+            open_weights(WeightsSource(str(source), "vq", *name_rules("vq"), verify=False))
+        )
+        weights, unchanged = start, None
+        if trained:
+            weights, theirs = stack.enter_context(open_trained(ckpt, "gpt", step))
+            if theirs != rules[0] or _shapes(weights) != _shapes(start):
+                raise WeightsError(f"{ckpt} did not train the model that is in {source}")
+            unchanged = _compare(weights, start)
+            weights = dataclasses.replace(weights, buffers=start.buffers)
+        tensors = [
+            *reference_tensors(weights, rules[0], None),
+            *(
+                dataclasses.replace(tensor, name=TOKENIZER + tensor.name)
+                for tensor in reference_tensors(tokenizer, name_rules("vq")[0], None)
+            ),
+        ]
+        tensors = [_leaving(tensor, layout, dtype) for tensor in tensors]
+        with (
+            new_folder(out, replace=overwrite) as folder,
+            byte_progress(sum(tensor.nbytes for tensor in tensors), "export") as tick,
+        ):
+            digests = write_sharded(folder, "model", tensors, shard_bytes, {"format": "pt"}, tick)
+            _copy(source, kept, folder, dtype)
+            record = {"exporter": f"vapi_jax {__version__}", "sha256": digests, "step": step}
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Exported(digests, bool(manifest.get(COMPLETE)), unchanged)
+
+
+def _leaving(tensor: Outgoing, layout: str, dtype: str | None) -> Outgoing:
+    """A tensor as it is written: under its name in that layout, and in that precision."""
+    floating = jnp.issubdtype(tensor.dtype, jnp.floating)
+    kept = tensor.dtype if dtype is None or not floating else jnp.dtype(dtype)
+    return dataclasses.replace(tensor, name=from_deepseek(tensor.name, layout), dtype=kept)
+
+
+def _began_with(workdir: Path) -> Path:
+    """The directory that a run's recipe names for its generator."""
+    init = read_json(workdir / CONFIG, WeightsError).get("init")
+    named = init.get("gpt") if isinstance(init, dict) else None
+    if not isinstance(named, str) or not (Path(named) / MANIFEST).is_file():
+        raise WeightsError(
+            f"{workdir} began with {named!r}, which is no directory of convert_janus; name the one that "
+            "has the rest of the model, --source DIR"
+        )
+    return Path(named)
+
+
+def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in weights.leaves.items()}
+
+
+def _compare(trained: Weights, start: Weights) -> Unchanged:
+    """Counts, with a layer of two models in memory at a time."""
+    counts = np.zeros(3, np.int64)
+    for path, leaf in start.leaves.items():
+        stacked = origin_of(path, leaf, name_rules("gpt", JanusConfig())[0]).stacked
+        for index in [(slice(i, i + 1),) for i in range(leaf.shape[0])] if stacked else [()]:
+            new, old = (np.asarray(weights.read(path, index)) for weights in (trained, start))
+            same = [
+                np.count_nonzero(new.astype(kind) == old.astype(kind))
+                for kind in (np.float32, jnp.bfloat16)
+            ]
+            counts += [new.size, *same]
+    return Unchanged(*map(int, counts))
+
+
+def _copy(source: Path, kept: Mapping[str, Any], folder: Path, dtype: str | None) -> None:
+    """The files beside the weights, as they were; config.json names the dtype of the weights."""
+    for theirs, ours in FILES.items():
+        if theirs in kept:
+            shutil.copyfile(source / ours, folder / theirs)
+    if dtype is not None:
+        settings = read_json(folder / CONFIG, WeightsError)
+        for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            if "torch_dtype" in part:
+                part["torch_dtype"] = dtype
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
