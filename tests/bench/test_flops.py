@@ -218,7 +218,7 @@ GENERATORS = [
     (generator("text", block_size=36, caption_dim=48, cls_token_num=7, multiple_of=32), 0),
     (
         generator("janus", num_tokens=36, hidden_dim=256, text_vocab_size=50, pad_id=3,
-                  image_embed_dim=8),
+                  image_embed_dim=8, aligner_dim=40, gen_head_dim=72),
         2,
     ),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from tests.helpers import release_files
 from vapi_jax.models.architecture import from_json
 from vapi_jax.models.conversion import model_shapes, name_rules
 from vapi_jax.models.janus import JanusConfig
@@ -78,6 +79,30 @@ def transformers_janus(**text):
         },
     )  # fmt: skip
     return JanusForConditionalGeneration(config).eval()
+
+
+SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
+
+
+def write_full_size(folder, size):
+    """A random model of a released size in bfloat16, of which one tensor is in memory at a time."""
+    from transformers import JanusConfig, JanusForConditionalGeneration
+
+    dim, hidden, layers, heads = SIZES[size]
+    config = JanusConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": 102400, "hidden_size": dim,
+            "intermediate_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": heads,
+        },
+        vision_config={"projection_dim": dim},
+        vq_config={"projection_dim": dim, "image_token_embed_dim": dim},
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = JanusForConditionalGeneration(config)
+    release_files.write(folder, release_files.random_tensors(model, dtype="bfloat16"), "sharded")
+    config.save_pretrained(folder)
+    write_tokenizer(folder)
 
 
 def deepseek_tensors(golden, aligner_dim=None, gen_head_dim=None):

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.helpers import commands, release_files
+from tests.helpers.janus import SIZES, write_full_size
 from tests.helpers.messages import assert_mentions
 from vapi_jax.weights.tensors import open_tensors
 
@@ -82,3 +83,27 @@ def test_the_largest_generator_of_the_paper_stays_within_bounded_memory(tmp_path
         assert copy.tensors.keys() == source.tensors.keys()
         for name, tensor in source.tensors.items():
             np.testing.assert_array_equal(copy.tensors[name].read(), tensor.read(), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "VAPI_FULL_SIZE" not in os.environ, reason="writes up to 45 GB: set VAPI_FULL_SIZE=1 to run it"
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_janus_of_the_released_sizes_goes_in_and_out_within_bounded_memory(tmp_path, size):
+    src, out, again = (tmp_path / name for name in ("published", "converted", "again"))
+    write_full_size(src, size)
+    told, peak = run("launch/convert_janus.py", "--src", src, "--out", out, "--understanding")
+    assert_mentions(told, f"Janus-Pro-{size}", "24x24", "VQ-16", "102400", "16384 codes")
+    largest = 102400 * SIZES[size][0] * 4
+    assert peak < largest + 1e9
+    _, peak = run("launch/export_janus.py", "--ckpt", out, "--out", again)
+    assert peak < largest + 1e9
+    with open_tensors(src) as source, open_tensors(again) as copy:
+        assert copy.tensors.keys() == source.tensors.keys()
+        for name, tensor in source.tensors.items():
+            np.testing.assert_array_equal(
+                copy.tensors[name].read().view(np.uint16),
+                tensor.read().view(np.uint16),
+                err_msg=name,
+            )

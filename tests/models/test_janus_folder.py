@@ -17,9 +17,11 @@ from tests.helpers.janus import assert_holds, deepseek_tensors, load, write_deep
 from tests.helpers.messages import assert_mentions
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten, unflatten
+from vapi_jax.generation.loading import load_generator
 from vapi_jax.models.janus_folder import convert_janus
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policy import JanusPolicy, make_policy
 from vapi_jax.models.vq import VQModel
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.export_janus import export_janus
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import save_safetensors
@@ -93,6 +95,14 @@ def test_other_widths_inside_the_gen_modules_come_from_the_tensors(golden, tmp_p
     export_janus(tmp_path / "converted", tmp_path / "again", shard_bytes=100_000)
     assert len(list((tmp_path / "again").glob("model-*-of-*.safetensors"))) > 1
     assert_holds(tmp_path / "again", tensors)
+
+
+def test_a_converted_folder_is_a_generator_by_itself(converted):
+    generator = load_generator(str(converted), make_mesh())
+    config, params = load(converted)
+    assert isinstance(generator.policy, JanusPolicy)
+    assert dataclasses.replace(generator.policy.config, attention="auto") == config
+    jax.tree.map(np.testing.assert_array_equal, generator.params, params)
 
 
 def test_a_folder_in_bfloat16_says_so(published, converted, tmp_path):

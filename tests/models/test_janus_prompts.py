@@ -9,8 +9,14 @@ from tokenizers import Tokenizer
 
 from tests.helpers.janus import ASSISTANT, BOI, BOS, PAD, USER, write_tokenizer
 from tests.helpers.messages import assert_mentions
+from tests.helpers.policies import JANUS
+from tests.helpers.tiny import TOKENIZER
+from vapi_jax.common.digests import sha256_file
+from vapi_jax.methods.generator import make_condition
+from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.janus_prompts import PromptTokenizer
+from vapi_jax.models.policy import make_policy
 from vapi_jax.weights.names import WeightsError
 
 CAPTIONS = ["  Ein ROTER Kreis, 日本 <b>!\n", "", "two  dogs " * 9]
@@ -86,6 +92,23 @@ def test_without_a_caption_all_but_the_first_and_the_last_token_are_padding_that
     np.testing.assert_array_equal(without["mask"], prompt["mask"])
     for row, seen in zip(np.asarray(without["tokens"]), prompt["mask"], strict=True):
         assert row[seen].tolist() == [at[BOS], *[at[PAD]] * (seen.sum() - 2), at[BOI]]
+
+
+def test_a_recipe_names_the_folder_and_the_generator_says_the_rest(folder):
+    at, policy = (
+        marks(folder)[1],
+        {**JANUS, "kind": "janus", "text_vocab_size": 300, "vocab_size": 16},
+    )
+    policy |= {"num_tokens": 16, "pad_id": marks(folder)[1][PAD]}
+    asked = {"name": "prompt", "options": {"tokenizer": str(folder), "lengths": [40]}}
+    config = resolve({
+        "name": "x", "method": "vapi", "policy": policy, "condition": asked, "data": {"image_size": 8},
+        "tokenizer": TOKENIZER, "rewards": ("mse",),
+    })  # fmt: skip
+    made = make_condition(config, make_policy(**policy))
+    assert made == Prompt(pad_id=at[PAD], vocab=300, tokenizer=str(folder), lengths=(40,))
+    assert made.prepare(np.array(CAPTIONS[1:2]))["tokens"].shape == (1, 40)
+    assert made.describe()["tokenizer"] == sha256_file(folder / "tokenizer.json")
 
 
 def test_what_belongs_to_another_model_is_refused(folder, tmp_path):

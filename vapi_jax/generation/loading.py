@@ -32,6 +32,7 @@ from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import vq
+from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.classes import ClassesError, read_class_list
 from vapi_jax.models.loading import (
     MANIFEST,
@@ -343,8 +344,7 @@ def _converted(directory: Path) -> _Found:
     options = {part: {k: v for k, v in config[part].items() if k != "name"} for part in PARTS}
     try:
         tokenizer = VQConfig(**options["vq"])
-        kind = "class" if options["gpt"].get("model_type") == "c2i" else "text"
-        policy = make_policy(kind, **options["gpt"])
+        policy = make_policy(policy_kind(options["gpt"]), **options["gpt"])
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{directory} has a config.json that does not work: {error}") from error
     names = vq.NAME_RULES, vq.IGNORED_NAMES

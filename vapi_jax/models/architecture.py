@@ -123,6 +123,13 @@ def _pixels(name: str, value: Any) -> str:
     return f" ({math.isqrt(value) * PATCH} px)" if known else ""
 
 
+def policy_kind(stored: Mapping[str, Any]) -> str:
+    """The kind of generator, a name of `POLICIES`, whose architecture `Architecture.to_json` stored."""
+    if "gen_head_dim" in stored:
+        return "janus"
+    return "class" if stored.get("model_type") == "c2i" else "text"
+
+
 def from_json(stored: Mapping[str, Any], kind: type) -> Any:
     """The configuration that `Architecture.to_json` stored, of class `kind`.
 

@@ -18,6 +18,7 @@ from vapi_jax.common.files import read_json
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.models import vq
+from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.conversion import name_rules, whole
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.loading import MANIFEST, Weights, WeightsSource, open_weights, read_manifest
@@ -115,7 +116,7 @@ def open_trained(
             raise WeightsError(f"{ckpt} is a converted directory and has no steps")
         config = read_manifest(ckpt)[0]
         part = part or next(iter(sorted(config)))
-        janus = part == "gpt" and "gen_head_dim" in config.get("gpt", {})
+        janus = policy_kind(config.get("gpt", {})) == "janus"
         table = name_rules(part, JanusConfig() if janus else None)
         with open_weights(WeightsSource(str(ckpt), part, *table)) as weights:
             yield weights, table[0]

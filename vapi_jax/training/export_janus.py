@@ -112,7 +112,7 @@ def export_janus(
     with contextlib.ExitStack() as stack:
         start = stack.enter_context(open_weights(WeightsSource(str(source), "gpt", *rules)))
         tokenizer = stack.enter_context(
-            open_weights(WeightsSource(str(source), "vq", *name_rules("vq"), verify=False))
+            open_weights(WeightsSource(str(source), "vq", *name_rules("vq")))
         )
         weights, unchanged = start, None
         if trained:
