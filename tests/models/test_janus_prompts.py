@@ -56,6 +56,20 @@ def test_the_first_token_begins_the_text_whatever_the_files_forget(
     assert ours.pad_id == wanted.pad_id == marks(folder)[1][PAD]
 
 
+def test_padding_of_another_name_is_what_the_settings_call_it(folder, tmp_path):
+    text = (folder / "tokenizer.json").read_text().replace(PAD, "<pad>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    for file, said in (
+        ("special_tokens_map.json", {"pad_token": {"content": "<pad>"}}),
+        ("processor_config.json", {"pad_tag": "<pad>"}),
+    ):
+        (tmp_path / file).write_text(json.dumps(said))
+        assert PromptTokenizer(tmp_path, 300).pad_id == marks(folder)[1][PAD]
+        (tmp_path / file).unlink()
+    with pytest.raises(WeightsError, match="pad"):
+        PromptTokenizer(tmp_path, 300)
+
+
 def test_a_batch_has_one_of_few_lengths_and_is_padded_on_the_left(folder):
     tokenizer = PromptTokenizer(folder, 300)
     alone = tokenizer.ids(CAPTIONS)

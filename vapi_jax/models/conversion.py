@@ -60,8 +60,8 @@ def name_rules(
 
     A generator is LlamaGen's unless its configuration is given and is another's.
     """
-    family = janus if isinstance(config, JanusConfig) else llama
-    family = family if part == "gpt" else vq
+    generator = janus if isinstance(config, JanusConfig) else llama
+    family = vq if part == "vq" else generator
     return family.NAME_RULES, family.IGNORED_NAMES
 
 

@@ -178,7 +178,8 @@ def convert_janus(
         check_pair(parts)
         kept = {theirs: ours for theirs, ours in FILES.items() if _is_small(src / theirs)}
         more = {ours: partial(shutil.copyfile, src / theirs) for theirs, ours in kept.items()}
-        facts = {LAYOUT: layout, COMPLETE: understanding, KEPT: kept}
+        sees = any(name.startswith(UNDERSTANDING) for name in generator.tensors)
+        facts = {LAYOUT: layout, COMPLETE: sees, KEPT: kept}
         with new_folder(out, replace=overwrite) as folder:
             return write_parts(folder, parts, more, dtype, shard_bytes, **facts)
 
