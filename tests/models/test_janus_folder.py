@@ -185,6 +185,12 @@ def language(**changes):
         (language(num_key_value_heads=2), ("num_key_value_heads", 2, 4)),
         (language(num_attention_heads="4"), ("num_attention_heads", "'4'")),
         (language(rope_scaling={"type": "linear"}), ("rope_scaling", "linear")),
+        (
+            lambda folder: edit(
+                folder / "processor_config.json", lambda found: found.update(num_image_tokens=15)
+            ),
+            ("num_image_tokens", 15),
+        ),
         (lambda folder: (folder / "config.json").unlink(), ("config.json",)),
         (lambda folder: (folder / "config.json").write_text("{"), ("config.json",)),
         (lambda folder: (folder / "tokenizer.json").unlink(), ("tokenizer.json",)),

@@ -8,6 +8,7 @@ is a folder again.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -85,7 +86,9 @@ def infer_janus(
     facts: dict[str, int] = {}
     for name, sizes in _SHAPES.items():
         facts |= dict(zip(sizes, shapes[name], strict=True))
-    numbers = {name.removeprefix(_LAYER).partition(".")[0] for name in shapes if _LAYER in name}
+    numbers = {
+        name.removeprefix(_LAYER).partition(".")[0] for name in shapes if name.startswith(_LAYER)
+    }
     facts["n_layer"] = len(numbers)
     heads = _number(settings, "num_attention_heads", _DEFAULT_HEADS)
     head_dim = _number(settings, "head_dim", facts["dim"] // heads)
@@ -109,6 +112,8 @@ def infer_janus(
         differences.append(
             f"num_key_value_heads: it says {settings['num_key_value_heads']}, the tensors have {kv_heads}"
         )
+    if math.isqrt(num_tokens) ** 2 != num_tokens:
+        differences.append(f"num_image_tokens: {num_tokens} do not fill a square")
     if differences:
         raise WeightsError(
             "config.json is not that of these tensors:\n" + "\n".join(f"  {d}" for d in differences)
@@ -178,7 +183,7 @@ def convert_janus(
         check_pair(parts)
         kept = {theirs: ours for theirs, ours in FILES.items() if _is_small(src / theirs)}
         more = {ours: partial(shutil.copyfile, src / theirs) for theirs, ours in kept.items()}
-        sees = any(name.startswith(UNDERSTANDING) for name in generator.tensors)
+        sees = any(name.startswith(UNDERSTANDING[0]) for name in generator.tensors)
         facts = {LAYOUT: layout, COMPLETE: sees, KEPT: kept}
         with new_folder(out, replace=overwrite) as folder:
             return write_parts(folder, parts, more, dtype, shard_bytes, **facts)
