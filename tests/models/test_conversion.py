@@ -360,7 +360,9 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     assert not (tmp_path / "x.pt").exists()
 
 
-@pytest.mark.parametrize("script", [CONVERT, EXPORT])
+@pytest.mark.parametrize(
+    "script", [CONVERT, EXPORT, "launch/convert_janus.py", "launch/export_janus.py"]
+)
 def test_help_is_quick_and_helps(script):
     started = time.monotonic()
     done = commands.python(script, "--help")
