@@ -118,12 +118,13 @@ def infer_janus(
         raise WeightsError(
             "config.json is not that of these tensors:\n" + "\n".join(f"  {d}" for d in differences)
         )
-    same = facts["dim"]
+    fields: dict[str, Any] = {name: size for name, size in facts.items() if name != "kv_dim"}
+    for name in ("aligner_dim", "gen_head_dim"):
+        if fields[name] == fields["dim"]:
+            fields[name] = None
     try:
         config = JanusConfig(
-            **{name: facts[name] for name in ("dim", "n_layer", "hidden_dim", "text_vocab_size")},
-            **{name: facts[name] for name in ("vocab_size", "image_embed_dim")},
-            **{n: None if facts[n] == same else facts[n] for n in ("aligner_dim", "gen_head_dim")},
+            **fields,
             n_head=heads,
             n_kv_head=None if kv_heads == heads else kv_heads,
             num_tokens=num_tokens,

@@ -165,17 +165,16 @@ def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 
 def _compare(trained: Weights, start: Weights) -> Unchanged:
     """Counts, with a layer of two models in memory at a time."""
-    counts = np.zeros(3, np.int64)
+    rules = name_rules("gpt", JanusConfig())[0]
+    total, same = 0, {np.dtype(np.float32): 0, np.dtype(jnp.bfloat16): 0}
     for path, leaf in start.leaves.items():
-        stacked = origin_of(path, leaf, name_rules("gpt", JanusConfig())[0]).stacked
+        stacked = origin_of(path, leaf, rules).stacked
         for index in [(slice(i, i + 1),) for i in range(leaf.shape[0])] if stacked else [()]:
             new, old = (np.asarray(weights.read(path, index)) for weights in (trained, start))
-            same = [
-                np.count_nonzero(new.astype(kind) == old.astype(kind))
-                for kind in (np.float32, jnp.bfloat16)
-            ]
-            counts += [new.size, *same]
-    return Unchanged(*map(int, counts))
+            total += new.size
+            for dtype in same:
+                same[dtype] += int(np.count_nonzero(new.astype(dtype) == old.astype(dtype)))
+    return Unchanged(total, *same.values())
 
 
 def _copy(source: Path, kept: Mapping[str, Any], folder: Path, dtype: str | None) -> None:
