@@ -108,6 +108,7 @@ def changes_of(path, value):
         changes = {section: changes}
     if sections == ["policy"]:
         janus = {"hidden_dim", "text_vocab_size", "image_embed_dim", "num_tokens", "pad_id"}
+        janus |= {"aligner_dim", "gen_head_dim"}
         changes["policy"] |= {"kind": "janus" if name in janus else "class"}
     owners = {"base": "base", "tokenizer_training": "tokenizer"}
     changes["method"] = owners.get(path.partition(".")[0], "vapi")
@@ -172,6 +173,8 @@ OUTSIDE = [
     ("policy.hidden_dim", 0, "wants at least 1"),
     ("policy.text_vocab_size", 0, "wants at least 1"),
     ("policy.image_embed_dim", 0, "wants at least 1"),
+    ("policy.aligner_dim", 0, "wants at least 1"),
+    ("policy.gen_head_dim", 0, "wants at least 1"),
     ("policy.num_tokens", 0, "wants at least 1"),
     ("policy.pad_id", -1, "wants at least 0"),
     ("vapi.group_size", 1, "wants at least 2, for advantages"),
