@@ -51,7 +51,9 @@ DOORS = {
     "bench --sweep": ([RECIPE], ["--docs"]),
     "bench --mode": (["--mode=evaluate", RECIPE], ["--inception"]),
     "convert": (["--out=o"], ["--gpt", "--vq", "--out", "--args", "--vq-args", "--classes"]),
+    "convert janus": (["--src=s", "--out=o"], ["--src", "--out"]),
     "export": (["--ckpt=c", "--out=o.pt"], ["--ckpt", "--out"]),
+    "export janus": (["--ckpt=c", "--out=o"], ["--ckpt", "--out", "--source"]),
     "launch/ship_demo.py": ([], ["--tokenizer", "--policy"]),
 }
 CASES = [(door, option) for door, (_, options) in DOORS.items() for option in options]
