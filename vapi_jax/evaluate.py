@@ -96,8 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--features",
         metavar="NAME",
-        help="inception, lpips_vgg, lpips_alex, or MODULE:ATTRIBUTE of an Extractor of your own;"
-        " default: inception where its weights are named, otherwise lpips_vgg",
+        help="inception, efficientnet_lite0, lpips_vgg, lpips_alex, or MODULE:ATTRIBUTE of an Extractor"
+        " of your own; default: inception where its weights are named, otherwise lpips_vgg",
     )
     add(
         "--inception",

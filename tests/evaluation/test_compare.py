@@ -17,7 +17,6 @@ from vapi_jax.evaluation.compare import (
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.evaluation.samples import (
     SEEN,
-    UNSEEN,
     Judged,
     SampleJudge,
     even_batch,
@@ -31,6 +30,7 @@ from vapi_jax.training.train import init_state, load_frozen, make_optimizer
 
 pytestmark = pytest.mark.slow
 COUNT = 136
+UNSEEN = "alex_conv5"
 
 
 @pytest.fixture(scope="module")

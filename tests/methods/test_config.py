@@ -14,7 +14,7 @@ from tests.helpers.messages import facts
 from vapi_jax.common.options import hints_of
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.methods import METHODS
-from vapi_jax.methods.config import ConfigError, TrainConfig, to_dict
+from vapi_jax.methods.config import ConfigError, EvalConfig, TrainConfig, to_dict
 from vapi_jax.methods.resolve import COMPARED_FEATURES, device_errors, resolve
 from vapi_jax.methods.vapi import PRESETS, VAPiOptions
 from vapi_jax.models.discriminator import PatchGAN
@@ -491,6 +491,10 @@ def test_every_number_has_limits_and_a_row_above():
             {"eval": {"compare": True, "samples": 1, "allow_singular": True}},
             "eval.samples=1: the table compares 512 features; wants at least 2",
         ),
+        (
+            {"eval": {"compare": True, "samples": 1280, "unseen": "efficientnet_lite0_112"}},
+            "eval.samples=1280: the table compares 1280 features; wants at least 1281",
+        ),
     ],
 )
 def test_impossible_values_come_with_their_fix(changes, line):
@@ -512,7 +516,11 @@ def test_what_is_said_of_networks_is_true():
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         logits, _ = jax.eval_shape(init, jax.random.key(0), image)
         assert logits.shape[1] == patches(side, layers)
-    assert max(feature.dim for feature in FEATURES.values()) == COMPARED_FEATURES
+    widest = {
+        name: max(FEATURES[name].dim, FEATURES["vgg_relu4_3"].dim) for name in COMPARED_FEATURES
+    }
+    assert widest == COMPARED_FEATURES
+    assert tuple(COMPARED_FEATURES) == typing.get_args(hints_of(EvalConfig)["unseen"])
 
 
 def test_a_wrong_value_draws_no_further_complaints_of_what_follows_from_it():

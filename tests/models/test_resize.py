@@ -11,10 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
 from tests.helpers.compare import assert_close
 from tests.helpers.paths import GOLDEN
-from vapi_jax.models.resize import bicubic_torch, bilinear_tf1_legacy, published_384_to_256
+from vapi_jax.models.resize import (
+    bicubic_pillow,
+    bicubic_torch,
+    bilinear_tf1_legacy,
+    published_384_to_256,
+)
 
 NUMBERS = GOLDEN / "resize.npz"
 # (H, W) -> (height, width): larger, smaller, both at once, odd, a single row or column, unchanged.
@@ -271,6 +277,16 @@ def test_bytes_and_other_sizes_are_refused_where_they_would_mean_something_else(
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         published_384_to_256(images)
+
+
+@pytest.mark.parametrize(("old", "new"), [*SIZES, ((37, 61), (23, 16)), ((5, 9), (64, 3))])
+def test_bicubic_as_pillow_has_it(old, new):
+    images = pixels(2, *old, 3, dtype=np.uint8)
+    images[0] = np.where(images[0] > 127, 255, 0)  # overshoots
+    found = jax.jit(lambda x: bicubic_pillow(x, *new))(images)
+    want = [np.asarray(Image.fromarray(x).resize(new[::-1], Image.BICUBIC)) for x in images]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, want)
 
 
 if __name__ == "__main__":

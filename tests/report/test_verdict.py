@@ -41,6 +41,8 @@ def test_a_trial_of_too_few_samples_says_that_it_means_nothing():
         summary["frechet"]["samples"] = samples
         said = " ".join(verdict.verdict(summary).sentences)
         assert ("mean nothing" in said) == trial
+    summary["frechet_unseen"] |= {"samples": 513, "dim": 1280}
+    assert "mean nothing" in " ".join(verdict.verdict(summary).sentences)
 
 
 def test_verdict_with_one_seed_claims_nothing():

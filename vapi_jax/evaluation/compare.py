@@ -17,7 +17,7 @@ import numpy as np
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.held_out import HeldOut
-from vapi_jax.evaluation.samples import SEEN, UNSEEN, SampleJudge
+from vapi_jax.evaluation.samples import SampleJudge, judged_features
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
 
@@ -43,7 +43,7 @@ class Judge:
     Attributes:
       method: the run's.
       held_out: teacher-forced metrics on the run's held-out images.
-      judge: of samples, in the features `SEEN` and `UNSEEN`.
+      judge: of samples, in the `judged_features`.
     """
 
     method: Method
@@ -52,6 +52,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         self._samples = self.method.config.eval.samples
+        self._seen, self._unseen = judged_features(self.method.config)
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
@@ -96,7 +97,7 @@ class Judge:
         """A row of the table, over `eval.seeds` sampling seeds, and the features of the first seed."""
         config = self.method.config.eval
         first: dict[str, np.ndarray] = {}
-        found: dict[str, list[float]] = {SEEN: [], UNSEEN: []}
+        found: dict[str, list[float]] = {self._seen: [], self._unseen: []}
         entropies = []
         for seed in range(config.seeds):
             drawn = self.judge.samples(entry.params, self._samples, seed, entry.temperature)
@@ -113,14 +114,14 @@ class Judge:
             "reward": forced["reward"],
             "ce": forced["ce"],
             "entropy": float(np.mean(entropies)),
-            "frechet": estimate(found[SEEN]),
-            "frechet_unseen": estimate(found[UNSEEN]),
+            "frechet": estimate(found[self._seen]),
+            "frechet_unseen": estimate(found[self._unseen]),
         }
         return row, first
 
     def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
         """Real crops, or their reconstructions, in place of samples: what a row can reach."""
-        found: dict[str, list[float]] = {SEEN: [], UNSEEN: []}
+        found: dict[str, list[float]] = {self._seen: [], self._unseen: []}
         for seed in range(self.method.config.eval.seeds):
             images = self.judge.reconstructed if through_tokenizer else self.judge.real
             features = self.judge.features(images(self._samples, seed + 1))
@@ -128,7 +129,11 @@ class Judge:
                 found[feature].append(distance)
         row = {"name": name, "kind": kind, "temperature": None}
         row |= {"reward": None, "ce": None, "entropy": None}
-        return {**row, "frechet": estimate(found[SEEN]), "frechet_unseen": estimate(found[UNSEEN])}
+        return {
+            **row,
+            "frechet": estimate(found[self._seen]),
+            "frechet_unseen": estimate(found[self._unseen]),
+        }
 
 
 def estimate(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -154,7 +159,7 @@ def compare(
       known: held-out metrics at temperature 1 of `BASE` and `TUNED`, where the run has them already.
 
     Returns:
-      The rows; and for the networks `SEEN` and `UNSEEN` label -> features of the reference crops and
+      The rows; and for each of the `judged_features` label -> features of the reference crops and
       of the first samples of base and post-trained policy, float32 [`eval.samples`, D].
     """
     config: TrainConfig = judge.method.config
@@ -182,6 +187,7 @@ def compare(
     rows.append(judge.real_row("real crops against other real crops", "real", False))
     sets = {REAL: judge.reference, BASE: base_features, TUNED: vapi_features}
     features = {
-        name: {label: found[name] for label, found in sets.items()} for name in (SEEN, UNSEEN)
+        name: {label: found[name] for label, found in sets.items()}
+        for name in judged_features(config)
     }
     return rows, features

@@ -1,10 +1,11 @@
 """Image features for distances between sets of images, and the place to plug in others.
 
 `inception` is the network that FID, sFID and the Inception Score are defined on; its weights are a
-file that the user brings. `lpips_vgg` and `lpips_alex` are the two classifiers that LPIPS brings along:
-distances in them are not FID and never carry its name. Values compare with each other only for the
-same feature, image size and number of samples. `vgg_relu4_3` shares its network with the usual perceptual
-reward; `alex_conv5` is a network which that reward has not seen.
+file that the user brings. `lpips_vgg` and `lpips_alex` are the two classifiers that LPIPS brings along,
+`efficientnet_lite0` a third one that a package brings along: distances in them are not FID and never carry
+its name. Values compare with each other only for the same feature, image size and number of samples.
+`vgg_relu4_3` shares its network with the usual perceptual reward; that reward has seen neither `alex_conv5`
+nor EfficientNet, which, as FID's network, was trained on ImageNet and has its classes.
 
 A network of one's own is an `Extractor`: give it to `register` under a name, or name it on the command
 line as MODULE:ATTRIBUTE:
@@ -34,7 +35,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from vapi_jax.common.errors import ExpectedError
-from vapi_jax.models import inception
+from vapi_jax.models import efficientnet, inception
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
 from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
@@ -42,6 +43,8 @@ Params = Mapping[str, Any]
 
 # Below this AlexNet's last maps shrink to 1x1 pixel.
 ALEX_SIDE = 64
+# Of images that EfficientNet judges in a run's own table.
+JUDGE_SIDE = 112
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,13 @@ def alex_conv5(params: Params, images: Float[Array, "N H W 3"]) -> Float[Array, 
     return jnp.mean(backbone_features(params, images, "alex")[-1], axis=(1, 2))
 
 
+def efficientnet_112(params: Params, images: Float[Array, "N H W 3"]) -> Float[Array, "N 1280"]:
+    """EfficientNet-Lite0's pooled features of images resized to 112 pixels: a quarter of 224's time."""
+    pixels = jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    small = efficientnet.preprocess(pixels, JUDGE_SIDE)
+    return efficientnet.efficientnet_features(params, small)["pool"]
+
+
 FEATURES: dict[str, FeatureExtractor] = {
     "vgg_relu4_3": FeatureExtractor(
         load=functools.partial(load_lpips_params, "vgg"),
@@ -92,6 +102,12 @@ FEATURES: dict[str, FeatureExtractor] = {
         apply=alex_conv5,
         dim=256,
         description="LPIPS-AlexNet conv5 spatial mean, at 64 px or more",
+    ),
+    "efficientnet_lite0_112": FeatureExtractor(
+        load=efficientnet.load_efficientnet,
+        apply=efficientnet_112,
+        dim=efficientnet.WIDTH,
+        description="EfficientNet-Lite0 pool, at 112 px",
     ),
 }
 
@@ -172,10 +188,19 @@ def _from_lpips(name: str, label: str) -> Extractor:
     return Extractor(label, load, apply)
 
 
+def _load_efficientnet(file: str | None, any_weights: bool) -> Weights:
+    return Weights(efficientnet.load_efficientnet())
+
+
+def _apply_efficientnet(params: Params, images: UInt8[Array, "N H W 3"]) -> Mapping[str, Array]:
+    return efficientnet.efficientnet_features(params, efficientnet.preprocess(images))
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "inception": Extractor("Inception", _load_inception, _apply_inception, needs_file=True),
     "lpips_vgg": _from_lpips("vgg_relu4_3", "LPIPS-VGG relu4_3"),
     "lpips_alex": _from_lpips("alex_conv5", "LPIPS-AlexNet conv5"),
+    "efficientnet_lite0": Extractor("EfficientNet-Lite0", _load_efficientnet, _apply_efficientnet),
 }
 """What `--features` chooses from; `register` adds to it."""
 

@@ -31,8 +31,14 @@ from vapi_jax.parallel.sharding import (
     without_virtual_devices,
 )
 
-SEEN, UNSEEN = "vgg_relu4_3", "alex_conv5"
-"""Features of the network that the reward looks through, and of one it has never seen."""
+SEEN = "vgg_relu4_3"
+"""Features of the network that the reward looks through."""
+
+
+def judged_features(config: TrainConfig) -> tuple[str, str]:
+    """Names of the table's features: `SEEN`, and those of a network that the reward has never seen."""
+    return SEEN, config.eval.unseen
+
 
 # Reference crops come from a seed of their own for each split, so that settings chosen against one
 # set are never judged against the same.
@@ -198,5 +204,5 @@ def judge_of(method: Method, frozen: Mapping[str, Any]) -> SampleJudge:
     if judged.compare:
         batch = even_batch(judged.samples, devices)
         if not judged.sampled_every or 2 * judged.sampled >= batch:
-            return SampleJudge(method, frozen, batch, (SEEN, UNSEEN))
+            return SampleJudge(method, frozen, batch, judged_features(method.config))
     return SampleJudge(method, frozen, even_batch(judged.sampled, devices), (SEEN,))

@@ -95,6 +95,8 @@ class EvalConfig:
     compare: bool = False  # the table of base, sharpened base and post-trained policy at the end
     controls: bool = False  # also train the method's controls for that table
     samples: Count = 2048  # free-running samples for each Fréchet distance
+    # the network of the table's second distance, which the reward has not seen
+    unseen: Literal["alex_conv5", "efficientnet_lite0_112"] = "alex_conv5"
     allow_singular: bool = (
         False  # also no more than features: a table that means nothing, for trials
     )

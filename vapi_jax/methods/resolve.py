@@ -22,8 +22,9 @@ from vapi_jax.methods.method import Method
 from vapi_jax.models.lpips import least_side
 from vapi_jax.models.policy import find_policy
 
-COMPARED_FEATURES = 512
-"""Width of the widest features of the final table: a covariance needs more samples than that."""
+COMPARED_FEATURES = {"alex_conv5": 512, "efficientnet_lite0_112": 1280}
+"""`eval.unseen` -> width of the widest features of the final table, which always has VGG's 512: a covariance
+needs more samples than that."""
 
 OWN_SECTION = "method_options"
 """Where a recipe has the options of a method that names no section of its own."""
@@ -159,10 +160,11 @@ def _check_evaluation(config: TrainConfig, errors: Errors) -> None:
     judged, side, least = config.eval, config.data.image_size, least_side("vgg")
     if judged.controls and not judged.compare:
         errors.append("eval.controls: they are rows of the table; set eval.compare=True as well")
-    least_samples = 2 if judged.allow_singular else COMPARED_FEATURES + 1
+    compared = COMPARED_FEATURES.get(judged.unseen, 0)
+    least_samples = 2 if judged.allow_singular else compared + 1
     if judged.compare and judged.samples < least_samples and not errors.concern("eval"):
         errors.append(
-            f"eval.samples={judged.samples}: the table compares {COMPARED_FEATURES} features; wants "
+            f"eval.samples={judged.samples}: the table compares {compared} features; wants "
             f"at least {least_samples}"
         )
     if errors.concern("data.image_size") or side >= least:

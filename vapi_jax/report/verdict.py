@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from vapi_jax.methods.resolve import COMPARED_FEATURES
+_DIM = 512  # of features of summaries that do not say it
 
 
 def number(value: Any) -> float | None:
@@ -147,8 +147,11 @@ def _reward_sentence(summary: Mapping[str, Any]) -> tuple[str | None, str]:
 
 def too_few_samples(summary: Mapping[str, Any]) -> bool:
     """Whether the table is a trial's: of no more samples than features, so that distances mean nothing."""
-    frechet = summary.get("frechet") or {}
-    return number(frechet.get("samples")) is not None and frechet["samples"] <= COMPARED_FEATURES
+    found = (summary.get(name) or {} for name in ("frechet", "frechet_unseen"))
+    return any(
+        number(block.get("samples")) is not None and block["samples"] <= block.get("dim", _DIM)
+        for block in found
+    )
 
 
 def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Comparison, list[str]]:

@@ -34,6 +34,7 @@ from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.models.architecture import disagreements
+from vapi_jax.models.efficientnet import JudgeWeightsError, load_efficientnet
 from vapi_jax.models.loading import (
     CONFIG,
     MANIFEST,
@@ -282,8 +283,7 @@ def look_at_weights(
         except WeightsError as error:
             errors.append(str(error).removeprefix("config."))
     if config.eval.compare:
-        for net in ("vgg", "alex"):
-            _look_at_bundled(net, errors)
+        _look_at_bundled(config.eval.unseen, errors)
     return found
 
 
@@ -372,10 +372,12 @@ def _check_converted(path: Path, source: WeightsSource) -> None:
             raise WeightsError(f"{name} is missing or not of its size; convert the weights again")
 
 
-def _look_at_bundled(net: str, errors: Errors) -> None:
+def _look_at_bundled(unseen: str, errors: Errors) -> None:
+    """The weights that the table's features are of."""
     try:
-        load_lpips_params(net)
-    except PerceptualWeightsError as error:
+        load_lpips_params("vgg")
+        load_efficientnet() if unseen.startswith("efficientnet") else load_lpips_params("alex")
+    except (PerceptualWeightsError, JudgeWeightsError) as error:
         errors.append(f"eval.compare: {error}")
 
 

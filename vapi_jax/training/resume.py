@@ -35,8 +35,8 @@ FREE = (
     "mesh.", "cpu_devices", "microbatch_size", "decode_chunk", "policy.remat", "data.num_threads",
     "data.prefetch", "init.verify",
     # What is written and measured beside the training.
-    "checkpoint.", "log_every", "eval.every", "eval.compare", "eval.controls", "eval.samples",
-    "eval.seeds", "eval.temperatures", "eval.grid_per_class", "eval.grid_classes",
+    "checkpoint.", "log_every", "eval.every", "eval.compare", "eval.controls", "eval.unseen",
+    "eval.samples", "eval.seeds", "eval.temperatures", "eval.grid_per_class", "eval.grid_classes",
     "eval.sampled_every", "eval.sampled",
     # What is put up with.
     "on_nonfinite", "max_skipped", "data.max_unreadable",

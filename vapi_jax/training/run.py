@@ -33,10 +33,10 @@ from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.evaluation.held_out import HELD_OUT
 from vapi_jax.evaluation.samples import (
     SEEN,
-    UNSEEN,
     SampleJudge,
     by_label,
     even_batch,
+    judged_features,
     on_judging_devices,
     sampler_of,
 )
@@ -59,8 +59,10 @@ from vapi_jax.training.resume import code_facts
 logger = logging.getLogger(__name__)
 
 SHOWN = 24
-_LETTERS = 40  # of a caption beside a picture
 """Held-out images in the report, at most."""
+_LETTERS = 40  # of a caption beside a picture
+DISTANCES = ("frechet", "frechet_unseen")
+"""What a summary calls the table's distances, in the order of `judged_features`."""
 
 
 def prepare_devices(config: TrainConfig) -> Mesh:
@@ -178,7 +180,10 @@ def _seconds(done: Run) -> dict[str, float]:
 def _judge(method: Method, done: Run) -> Judge:
     """Of the table; with the programs that judged samples in training, where they were the same."""
     method, frozen = on_judging_devices(method, done.frozen)
-    batch, names = even_batch(method.config.eval.samples, method.mesh.size), (SEEN, UNSEEN)
+    batch, names = (
+        even_batch(method.config.eval.samples, method.mesh.size),
+        judged_features(method.config),
+    )
     judge = done.judge
     if judge is None or (judge.batch, judge.names) != (batch, names):
         judge = SampleJudge(method, frozen, batch, names)
@@ -271,9 +276,10 @@ def _compare(
     rows, features = compare(judge, done.start_params, done.params, controls, known)
     summary["table"] = rows
     by_kind = {row["kind"]: row for row in rows}
-    for key, feature in (("frechet", SEEN), ("frechet_unseen", UNSEEN)):
+    for key, feature in zip(DISTANCES, judged_features(method.config), strict=True):
         summary[key] = {
             "feature": FEATURES[feature].description,
+            "dim": FEATURES[feature].dim,
             "samples": method.config.eval.samples,
             "before": by_kind["base"][key],
             "after": by_kind["vapi"][key],
@@ -335,13 +341,13 @@ def print_results(summary: dict[str, Any]) -> None:
     """The final table, or the held-out metrics of a run without one."""
     if "table" in summary:
         headers = ["", "T", "reward", "CE", "entropy"]
-        headers += [f"Fréchet {feature}" for feature in (SEEN, UNSEEN)]
+        headers += [f"Fréchet {summary[key]['feature'].split()[0]}" for key in DISTANCES]
         rows = [
             [
                 row["name"],
                 show(row["temperature"], 3),
                 *(show(row[key]) for key in ("reward", "ce", "entropy")),
-                *(show_distance(row[key]) for key in ("frechet", "frechet_unseen")),
+                *(show_distance(row[key]) for key in DISTANCES),
             ]
             for row in summary["table"]
         ]
@@ -350,7 +356,7 @@ def print_results(summary: dict[str, Any]) -> None:
             print("\nA trial: with no more samples than features, these distances mean nothing.")
         print(
             f"\nFréchet distance of {summary['frechet']['samples']} free-running samples to real "
-            "crops in the named LPIPS features, mean ± sd over sampling seeds; not FID. Reward and "
+            "crops in the named features, mean ± sd over sampling seeds; not FID. Reward and "
             f"CE: held-out images ({summary['held_out']['split']})."
         )
         return
