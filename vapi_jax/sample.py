@@ -15,6 +15,8 @@ Images for prompts, from a text-conditional checkpoint, and GenEval's 4 of each 
       --cfg 7.5 --top_k 1000 --out samples/cat
   python -m vapi_jax.sample --ckpt weights/t2i_xl --text_encoder flan-t5-xl --protocol geneval \\
       --prompts evaluation_metadata.jsonl --out samples/geneval
+  python -m vapi_jax.sample --ckpt weights/janus_pro_1b --protocol geneval_janus --dtype bfloat16 \\
+      --prompts evaluation_metadata.jsonl --out samples/geneval_janus
 
 The same command after an interruption goes on where it was, with another --batch or a larger --num too:
 sample i depends on --seed, i and its label alone, whatever the batch and the number of devices.
@@ -141,8 +143,9 @@ def make_parser() -> argparse.ArgumentParser:
         "the prompt itself; the images of a prompt depend on --seed and its place in the file",
     )  # fmt: skip
     add(
-        "--text_encoder", type=local_path, metavar="DIR", help="of Hugging Face, such as flan-t5-xl"
-    )
+        "--text_encoder", type=local_path, metavar="DIR",
+        help="of Hugging Face, such as flan-t5-xl; a Janus brings its tokenizer",
+    )  # fmt: skip
     add(
         "--per_prompt",
         type=_at_least(1, MOST_SAMPLES + 1),
@@ -236,8 +239,6 @@ def _check_prompts(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             parser.error(f"--{flag} {how} --prompts")
     if args.prompts is None:
         return
-    if args.text_encoder is None:
-        parser.error("--prompts wants --text_encoder, the folder of the encoder of the checkpoint")
     if args.layout != "flat" and args.format != "png":
         parser.error(f"--layout {args.layout} has a format of its own: leave --format out")
     if args.layout == "hps" and (args.per_prompt not in (None, 1) or args.grid):

@@ -13,9 +13,11 @@ from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
 from vapi_jax.methods import METHODS
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.generator import make_condition, sized_policy
 from vapi_jax.methods.resolve import OWN_SECTION, resolve
 from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
+from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQ_PRESETS
 from vapi_jax.rewards import make_terms
 from vapi_jax.rewards.reconstruction import LPIPS, MSE
@@ -46,6 +48,7 @@ def load(name, variant=""):
 
 def test_the_recipes_are_these():
     known = {"c2i_demo", "c2i_xl", "c2i_xxl", "demo_base", "demo_tokenizer", "t2i_xl"}
+    known |= {"janus_pro_1b", "janus_pro_7b"}
     assert known <= set(RECIPES)
 
 
@@ -147,6 +150,37 @@ def test_the_text_recipe_is_the_paper_s():
     stored = resolve(load("t2i_xl", "precomputed"))
     assert stored.data.name == "encoded" and not stored.condition.options
     assert stored.options == config.options
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "pad_id"),
+    [
+        ("janus_pro_1b", (2048, 24, 16, 5632), 100002),
+        ("janus_pro_7b", (4096, 30, 32, 11008), 100015),
+    ],
+)
+def test_the_janus_recipes_are_the_paper_s_and_the_release_s_by_preset(name, sizes, pad_id):
+    recipe = load(name)
+    config = resolve(recipe)
+    assert (config.method, config.steps, config.batch_size) == ("vapi", 100, 128)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-7, 1e-4)
+    assert (config.options.group_size, config.options.ce_weight) == (8, 0.1)
+    policy = make_policy(**sized_policy(config))
+    model = policy.config
+    assert (model.dim, model.n_layer, model.n_head, model.hidden_dim) == sizes
+    assert (model.pad_id, model.num_tokens, model.dtype) == (pad_id, 576, "bfloat16")
+    assert config.data.image_size == 384 and not config.data.flip
+    own = (policy.alignment, policy.padding, make_condition(config, policy).side)
+    assert (*own, config.options.noise_rate) == ("shifted_by_one", "exact", "left", 0.95)
+    recipe.preset = "reference"
+    config = resolve(recipe)
+    policy = make_policy(**sized_policy(config))
+    own = (policy.alignment, policy.padding, make_condition(config, policy).side)
+    assert (*own, config.options.noise_rate) == ("same_position", "counted", "right", 1.0)
+    assert policy.for_sampling() == make_policy("janus", **dataclasses.asdict(policy.config))
+    assert make_condition(config, policy).tokenizer == config.init.gpt
+    recipe.vapi.noise_rate = 0.5
+    assert resolve(recipe).options.noise_rate == 0.5
 
 
 def test_the_reference_preset_is_one_flag_away():

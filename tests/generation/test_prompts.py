@@ -24,6 +24,7 @@ from vapi_jax.generation.sampler import decode
 from vapi_jax.models import sampling
 from vapi_jax.models.conditions import text_condition
 from vapi_jax.models.policy import make_policy
+from vapi_jax.models.text_encoder import TextEncoder
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole
 from vapi_jax.weights.names import WeightsError
 
@@ -98,8 +99,7 @@ def test_genevals_folders_hold_samples_whose_keys_are_of_prompt_and_sample(
     for number, line in enumerate(METADATA):
         assert json.loads(written[f"{number:05d}/metadata.jsonl"]) == line
     texts = [line["prompt"] for line in METADATA]
-    requests = request_prompts(generator, path, 4, "geneval", GOLDEN / "t5")
-    found = requests.encoder(texts, rows=8)
+    found = TextEncoder(GOLDEN / "t5", generator.mesh, length=12, width=32)(texts, rows=8)
     rows, samples = np.divmod(np.arange(8), 4)
     condition = shard_whole(
         jax.tree.map(np.asarray, text_condition(found.features[rows], found.left_mask[rows])),
@@ -224,7 +224,6 @@ def test_what_is_no_file_is_a_text_unless_it_looks_like_a_file(tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--prompts=a"], "--text_encoder"),
         (["--text_encoder=t"], "--prompts"),
         (["--layout=hps"], "--prompts"),
         (["--prompts=a", "--text_encoder=t", "--num=3"], "--num"),
@@ -249,5 +248,7 @@ def test_encoders_and_generators_that_do_not_fit(generator):
         request_prompts(
             dataclasses.replace(generator, policy=narrow), "a", 1, "flat", GOLDEN / "t5"
         )
+    with pytest.raises(PromptError, match="--text_encoder"):
+        request_prompts(generator, "a", 1, "flat", None)
     with pytest.raises(PromptError, match="'class'"):
         request_prompts(load_generator("demo", make_mesh()), "a", 1, "flat", GOLDEN / "t5")

@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers.compare import assert_close
 from tests.helpers.janus import assert_holds, load, transformers_janus, write_tokenizer
+from vapi_jax.models import sampling
 from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.janus_folder import convert_janus
 from vapi_jax.models.policy import make_policy
@@ -72,6 +73,35 @@ def test_logits_with_and_without_a_caption_whatever_else_is_in_the_batch(theirs,
         ours = dropped[row] + GUIDANCE * (given[row] - dropped[row])
         assert_close(ours, guided, 1e-4)
         assert np.abs(want - want_dropped).max() > 0.01
+    right = dataclasses.replace(condition, side="right").prepare(np.array(CAPTIONS))
+    assert right["mask"][1, 0] and not prompt["mask"][1, 0]
+    assert_close(forward(params, right, context), given, 2e-5)
+
+
+@torch.no_grad()
+def test_greedy_tokens_under_guidance_are_those_of_their_sampler(theirs, converted):
+    from transformers import GenerationConfig
+
+    config, params = load(converted)
+    policy = make_policy("janus", **dataclasses.asdict(config))
+    condition = Prompt(pad_id=config.pad_id, vocab=config.text_vocab_size, tokenizer=str(converted))
+    prompt = condition.prepare(np.array(CAPTIONS))
+    ours = sampling.generate(
+        policy, params, prompt, jax.random.key(0), greedy=True, cfg_scale=GUIDANCE
+    )
+    bos, boi = (int(prompt["tokens"][0, prompt["mask"][0]][place]) for place in (0, -1))
+    settings = GenerationConfig(
+        bos_token_id=bos, pad_token_id=config.pad_id, do_sample=False, guidance_scale=GUIDANCE,
+        generation_kwargs={"boi_token_id": boi},
+    )  # fmt: skip
+    tokens = theirs.generate(
+        torch.tensor(prompt["tokens"], dtype=torch.long),
+        attention_mask=torch.tensor(prompt["mask"], dtype=torch.long),
+        generation_mode="image",
+        generation_config=settings,
+    )
+    np.testing.assert_array_equal(ours, tokens.numpy())
+    assert len(np.unique(tokens.numpy(), axis=0)) == len(CAPTIONS)
 
 
 @torch.no_grad()

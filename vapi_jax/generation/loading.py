@@ -28,12 +28,13 @@ from vapi_jax.common.options import Dtype
 from vapi_jax.data import DataConfig, class_names
 from vapi_jax.generation.sampler import DEFAULTS, Sampler, decode, encode, in_batches
 from vapi_jax.methods.config import ConfigError, TrainConfig
-from vapi_jax.methods.generator import sized_policy
+from vapi_jax.methods.generator import make_condition, sized_policy
 from vapi_jax.methods.method import tokenizer_source
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import vq
 from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.classes import ClassesError, read_class_list
+from vapi_jax.models.conditions import Condition, Prompt
 from vapi_jax.models.loading import (
     MANIFEST,
     PARTS,
@@ -45,6 +46,7 @@ from vapi_jax.models.loading import (
 )
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, make_policy, on_devices
+from vapi_jax.models.text_tokens import FAST
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import host_array, shard_whole, tree_shardings
 from vapi_jax.weights.names import WeightsError
@@ -94,6 +96,7 @@ class Generator:
       image_size: side of the decoded square images, in pixels.
       class_names: by label; None where they are unknown or there are no classes.
       facts: JSON-able: which checkpoint, which architecture, SHA-256 of every file of weights.
+      prompt: how captions become prompts, where a checkpoint knows its tokenizer.
     """
 
     policy: Policy
@@ -104,6 +107,12 @@ class Generator:
     image_size: int
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
+    prompt: Prompt | None = None
+
+    @property
+    def condition(self) -> Condition:
+        """What turns raw conditions into those that the policy takes."""
+        return self.prompt or self.policy.condition
 
     @property
     def num_classes(self) -> int | None:
@@ -146,7 +155,7 @@ class Generator:
         rows = rows if count is None else np.resize(rows, count)
         if not len(rows):
             raise ValueError("there is nothing to draw: no conditions, or a count of 0")
-        prepared = self.policy.condition.prepare(np.asarray(conditions)[rows])
+        prepared = self.condition.prepare(np.asarray(conditions)[rows])
         asked = {"cfg_scale": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         size = min(batch, len(rows))
         sampler = Sampler(self.policy, self.pixels, self.frozen, size, {**DEFAULTS, **asked})
@@ -225,6 +234,7 @@ class _Found:
     image_size: int
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
+    prompt: Prompt | None = None
 
 
 def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
@@ -252,6 +262,7 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
         frozen={"tokenizer": load_weights(found.tokenizer_weights, frozen["tokenizer"], layout)},
         image_size=side,
         class_names=found.class_names,
+        prompt=found.prompt,
         facts={
             **found.facts,
             "policy": _named(policy),
@@ -298,7 +309,8 @@ def _trained(directory: Path) -> _Found:
             "generator"
         )
     config = _run_config(directory, summary)
-    policy = make_policy(**sized_policy(config))
+    policy = make_policy(**sized_policy(config)).for_sampling()
+    prompt = make_condition(config, policy)
     found, noted = digest_of(weights), summary.get("weights", {}).get(weights.name)
     if noted is not None and found != noted:
         raise WeightsError(
@@ -327,6 +339,7 @@ def _trained(directory: Path) -> _Found:
             "path": str(directory),
             "trained": {**trained, "versions": summary.get("versions", {})},
         },
+        prompt=prompt if isinstance(prompt, Prompt) else None,
     )
 
 
@@ -347,6 +360,9 @@ def _converted(directory: Path) -> _Found:
         policy = make_policy(policy_kind(options["gpt"]), **options["gpt"])
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{directory} has a config.json that does not work: {error}") from error
+    prompt, own = None, policy.condition
+    if isinstance(own, Prompt) and (directory / FAST).is_file():
+        prompt = dataclasses.replace(own, tokenizer=place)
     names = vq.NAME_RULES, vq.IGNORED_NAMES
     return _Found(
         policy=policy,
@@ -363,6 +379,7 @@ def _converted(directory: Path) -> _Found:
                 "sources": manifest.get("sources", []),
             },
         },
+        prompt=prompt,
     )
 
 
@@ -395,6 +412,12 @@ def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
             place = Path(str(summary.get("directory", "")), str(value))
             if place.exists():  # else it may be in the same place here
                 raw[section] = {**raw[section], option: str(place)}
+    asked = raw["condition"].get("options") if isinstance(raw.get("condition"), dict) else None
+    if isinstance(asked, dict) and isinstance(asked.get("tokenizer"), str):
+        place = Path(str(summary.get("directory", "")), asked["tokenizer"])
+        if place.exists():
+            asked = {**asked, "tokenizer": str(place)}
+            raw["condition"] = {**raw["condition"], "options": asked}
     named = (
         (raw.get("policy") or {}).get("kind"),
         *((raw.get(part) or {}).get("name") for part in ("condition", "data")),

@@ -12,10 +12,12 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
@@ -27,7 +29,7 @@ from vapi_jax.data.caption_files import LONGEST
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import Requests
-from vapi_jax.models.conditions import Caption, Tree
+from vapi_jax.models.conditions import Caption, Prompt, Tree
 from vapi_jax.models.text_encoder import TextEncoder
 
 LAYOUTS = ("flat", "geneval", "hps")
@@ -189,21 +191,17 @@ class PromptRequests(Requests):
     Attributes:
       prompts: `rows` are of these.
       per_prompt: samples of each.
-      encoder: of them.
+      encode: the condition of these rows [B].
+      fed: what is left of a prompt when it is encoded.
     """
 
     prompts: Prompts
     per_prompt: int
-    encoder: TextEncoder
+    encode: Callable[[Int[np.ndarray, " B"]], Tree]
+    fed: Callable[[str], str]
 
     def of(self, samples: Int[np.ndarray, " B"]) -> Tree:
-        rows, place = np.unique(self.rows[samples], return_inverse=True)
-        found = self.encoder([self.prompts.texts[row] for row in rows], rows=len(samples))
-        return {
-            "features": found.features[place],
-            "mask": found.left_mask[place],
-            "dropped": np.zeros(len(samples), bool),
-        }
+        return self.encode(self.rows[samples])
 
     def name(self, row: int) -> str:
         return self.prompts.texts[row]
@@ -226,43 +224,82 @@ def request_prompts(
     asked: Path | str,
     per_prompt: int,
     layout: str,
-    text_encoder: Path,
+    text_encoder: Path | None,
     **options: Any,
 ) -> PromptRequests:
     """The conditions of `per_prompt` samples of each prompt, those of a prompt together.
 
     Args:
-      generator: takes captions.
+      generator: takes captions or their tokens.
       asked, layout: see `read_prompts`.
       per_prompt: at most `MOST_SAMPLES`.
-      text_encoder: the folder of the encoder.
+      text_encoder: the folder of the encoder; of a generator of tokens that of their tokenizer, None for
+        the one that it brings.
       options: of `TextEncoder`.
 
     Raises:
       PromptError: the generator takes no captions, or the prompts cannot be read.
       WeightsError: the encoder cannot be read, or is of another width than the generator takes.
     """
-    condition, mesh = generator.policy.condition, generator.pixels.mesh
-    if not isinstance(condition, Caption):
+    condition = generator.condition
+    if isinstance(condition, Prompt):
+        if text_encoder is not None:
+            condition = dataclasses.replace(condition, tokenizer=str(text_encoder))
+        make = partial(_by_tokens, condition)
+    elif isinstance(condition, Caption):
+        if text_encoder is None:
+            raise PromptError(
+                "--prompts wants --text_encoder, the folder of the encoder of the checkpoint"
+            )
+        make = partial(_by_features, generator, condition, text_encoder, options)
+    else:
         kind = generator.facts["policy"]["kind"]
         raise PromptError(
             f"--prompts: this checkpoint is a generator of kind {kind!r}: no captions"
         )
-    assert mesh is not None, "a loaded generator has devices"
     prompts = read_prompts(asked, layout)
-    encoder = TextEncoder(
-        text_encoder, mesh, length=condition.length, width=condition.width, **options
-    )
-    facts = {
-        **prompts.facts,
-        "per_prompt": per_prompt,
-        "layout": layout,
-        "encoder": encoder.describe(),
-    }
+    encode, fed, encoder = make(prompts.texts)
+    facts = {**prompts.facts, "per_prompt": per_prompt, "layout": layout, "encoder": encoder}
     rows = np.repeat(np.arange(len(prompts.texts)), per_prompt)
     return PromptRequests(
-        False, rows, facts, prompts=prompts, per_prompt=per_prompt, encoder=encoder
+        False, rows, facts, prompts=prompts, per_prompt=per_prompt, encode=encode, fed=fed
     )
+
+
+_Encoding = tuple[Callable[[Int[np.ndarray, " B"]], Tree], Callable[[str], str], dict[str, Any]]
+"""`PromptRequests.encode`, its `fed`, and what encodes, for the recipe."""
+
+
+def _by_features(
+    generator: Generator,
+    condition: Caption,
+    folder: Path,
+    options: Mapping[str, Any],
+    texts: tuple[str, ...],
+) -> _Encoding:
+    """Features of a text encoder, of the prompts of a batch when they are drawn."""
+    mesh = generator.pixels.mesh
+    assert mesh is not None, "a loaded generator has devices"
+    encoder = TextEncoder(folder, mesh, length=condition.length, width=condition.width, **options)
+
+    def encode(wanted: Int[np.ndarray, " B"]) -> Tree:
+        rows, place = np.unique(wanted, return_inverse=True)
+        found = encoder([texts[row] for row in rows], rows=len(wanted))
+        return {
+            "features": found.features[place],
+            "mask": found.left_mask[place],
+            "dropped": np.zeros(len(wanted), bool),
+        }
+
+    return encode, encoder.clean, encoder.describe()
+
+
+def _by_tokens(condition: Prompt, texts: tuple[str, ...]) -> _Encoding:
+    """Tokens, all of one length, so that no sample depends on which others are in its batch."""
+    found = condition.prepare(np.array(texts))
+    return (
+        lambda rows: jax.tree.map(lambda leaf: leaf[rows], found), str.strip, condition.describe()
+    )  # fmt: skip
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -301,9 +338,9 @@ class PromptFiles(SampleFiles):
 
     def describe(self) -> None:
         """Writes what the images are of: the prompts, what the encoder is given, GenEval's metadata."""
-        clean = self.requests.encoder.clean
+        fed = self.requests.fed
         lines = (
-            json.dumps({"prompt": text, "fed": clean(text)}) for text in self.requests.prompts.texts
+            json.dumps({"prompt": text, "fed": fed(text)}) for text in self.requests.prompts.texts
         )
         write_atomically(self.directory / LIST, "".join(f"{line}\n" for line in lines))
         for prompt, line in enumerate(self.requests.prompts.lines):

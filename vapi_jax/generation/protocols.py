@@ -14,10 +14,15 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "layout": "geneval", "per_prompt": 4, "cfg": 7.5, "cfg_schedule": "constant",
         "temperature": 1.0, "top_k": 2000, "top_p": 1.0,
     },
+    "geneval_janus": {
+        "layout": "geneval", "per_prompt": 4, "cfg": 5.0, "cfg_schedule": "constant",
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+    },
 }  # fmt: skip
 """Name -> flags of `vapi_jax.sample`. "adm50k" is LlamaGen's and ADM's: FID of 50,000 images of random
 classes at 256 px, in the evaluator's own layout. Guidance is free, and told with the number. "geneval" is
-what VA-π's figures of LlamaGen's text-to-image generators are of: four images of each prompt."""
+what VA-π's figures of LlamaGen's text-to-image generators are of, "geneval_janus" what those of Janus-Pro
+are of: four images of each prompt."""
 
 _PLACES = {
     "layout": "captions.layout",
@@ -28,7 +33,7 @@ _PLACES = {
     "top_k": "sampling.top_k",
     "top_p": "sampling.top_p",
 }
-"""Flags of "geneval" and where a recipe tells them."""
+"""Flags of "geneval" and "geneval_janus", and where a recipe tells them."""
 
 _SAME = (
     "count",
@@ -77,7 +82,7 @@ def differences(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 def departures(recipe: Mapping[str, Any] | None, count: int, side: int) -> str | None:
     """A sentence where samples are not those of the protocol that published numbers are of.
 
-    For samples in GenEval's layout that is "geneval", for all others "adm50k".
+    For samples in GenEval's layout that is "geneval" or "geneval_janus", for all others "adm50k".
 
     Args:
       recipe: the sampler's, where there is one.
@@ -96,11 +101,12 @@ def departures(recipe: Mapping[str, Any] | None, count: int, side: int) -> str |
 
 
 def departures_from_geneval(recipe: Mapping[str, Any]) -> str | None:
-    """A sentence where a recipe tells of other samples than "geneval" draws."""
-    told = facts(recipe)
-    return _departures(
-        "geneval", {flag: told.get(place, "nothing") for flag, place in _PLACES.items()}
-    )
+    """A sentence where a recipe tells of other samples than "geneval" draws, or of Janus "geneval_janus"."""
+    told, checkpoint = facts(recipe), recipe.get("checkpoint")
+    policy = checkpoint.get("policy") if isinstance(checkpoint, Mapping) else None
+    janus = isinstance(policy, Mapping) and policy.get("kind") == "janus"
+    found = {flag: told.get(place, "nothing") for flag, place in _PLACES.items()}
+    return _departures("geneval_janus" if janus else "geneval", found)
 
 
 def _departures(name: str, found: Mapping[str, Any]) -> str | None:

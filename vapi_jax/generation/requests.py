@@ -100,8 +100,7 @@ def make_requests(
         return _by_label(rule, count, seed, generator.num_classes, generator.class_names)
     if not isinstance(generator.policy.condition, Caption):
         raise RequestError(
-            f"this checkpoint is a generator of kind {generator.facts['policy']['kind']!r}; only "
-            "class labels and caption features can be sampled from here"
+            f"this checkpoint is a generator of kind {generator.facts['policy']['kind']!r}: give --prompts"
         )
     if labels is not None:
         raise RequestError("--labels: this checkpoint is text-conditional; give --conditions")

@@ -76,6 +76,10 @@ class GeneratorMethod(Method):
     def init_from(self) -> WeightsSource | None:
         return generator_source(self.config, self.policy)
 
+    @property
+    def trained_parts(self) -> str:
+        return self.policy.trained_parts
+
     def init(self, rng: PRNGKeyArray) -> Any:
         return self.policy.init(rng)
 
@@ -146,7 +150,7 @@ class GeneratorMethod(Method):
         return {"policy": self.policy.compute_dtype, **super().precision}
 
     def sampled(self) -> SampledPolicy:
-        return SampledPolicy(self.policy, lambda params: params, self.pixels)
+        return SampledPolicy(self.policy.for_sampling(), lambda params: params, self.pixels)
 
     def reconstruct(
         self, params: Any, frozen: Mapping[str, Any], images: Float[Array, "B H W 3"]

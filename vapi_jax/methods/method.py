@@ -186,6 +186,11 @@ class Method(abc.ABC):
         """The weights to start from instead, if any."""
         return None
 
+    @property
+    def trained_parts(self) -> str:
+        """What of a published model is trained, and what is not; "" where that needs no saying."""
+        return ""
+
     def start_like(self, params: Params) -> Params:
         """The part of the parameters that `init_from` replaces: all of them."""
         return params

@@ -96,19 +96,21 @@ def _section(method: type[Method]) -> str:
 
 
 def _with_preset(raw: dict[str, Any], method: type[Method], errors: Errors) -> dict[str, Any]:
-    """The recipe over its preset's fragment."""
-    preset = raw.get("preset", "paper")
+    """The recipe over what its preset means to itself ("presets"), and that over what to its method."""
+    preset, own = raw.get("preset", "paper"), raw.pop("presets", {})
     if preset not in method.PRESETS:
         errors.append(f"preset={preset!r}: choose one of {tuple(method.PRESETS)}")
         raw = {**raw, "preset": "paper"}
         preset = "paper"
-    merged = dict(raw)
-    for name, value in method.PRESETS[preset].items():
-        given = raw.get(name)
-        if isinstance(value, Mapping) and isinstance(given, Mapping):
-            merged[name] = {**value, **given}
-        else:
-            merged.setdefault(name, value)
+    return _over(raw, _over(own.get(preset, {}), method.PRESETS[preset]))
+
+
+def _over(chosen: Mapping[str, Any], under: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options over others."""
+    merged = {**under, **chosen}
+    for name in chosen.keys() & under.keys():
+        if isinstance(chosen[name], Mapping) and isinstance(under[name], Mapping):
+            merged[name] = _over(chosen[name], under[name])
     return merged
 
 

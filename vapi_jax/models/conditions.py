@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -291,12 +291,14 @@ class Prompt(Condition):
       tokenizer: folder of the tokenizer that captions go through; "" where the data bring tokens.
       lengths: P is the shortest of these that has room for a batch, so that few programs are
         compiled; the longest where several processes have to agree. Longer captions lose their end.
+      side: of the padding. On the right is how the reference trains, and with policy.padding="counted".
     """
 
     pad_id: int = 100015
     vocab: Count = 102400
     tokenizer: PathText = ""
     lengths: tuple[Count, ...] = (32, 64, 128, 256)
+    side: Literal["left", "right"] = "left"
 
     def prepare(self, raw: Any) -> Tree:
         """From captions, an array of strings [B], through the tokenizer; or tokens as they are.
@@ -313,7 +315,7 @@ class Prompt(Condition):
             )
         tokenizer = self.load()
         static = jax.process_count() > 1
-        tokens, mask, cut = tokenizer(raw.tolist(), self.lengths, static)
+        tokens, mask, cut = tokenizer(raw.tolist(), self.lengths, static, self.side)
         if cut.any():
             logger.warning(
                 "%d of %d captions are longer than %d tokens and lose their end, such as %r "
@@ -334,7 +336,8 @@ class Prompt(Condition):
     def describe(self) -> dict[str, Any]:
         if not self.tokenizer:
             return {}
-        return {"tokenizer": digest_of(self.load().path), "lengths": list(self.lengths)}
+        lengths = list(self.lengths)
+        return {"tokenizer": digest_of(self.load().path), "lengths": lengths, "side": self.side}
 
     def example(self, batch: int) -> Tree:
         tokens = jnp.zeros((batch, 2), dtype=jnp.int32)

@@ -99,15 +99,20 @@ class PromptTokenizer:
         return found
 
     def __call__(
-        self, captions: Sequence[str], lengths: Sequence[int], static: bool = False
+        self,
+        captions: Sequence[str],
+        lengths: Sequence[int],
+        static: bool = False,
+        side: str = "left",
     ) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"], Bool[np.ndarray, " B"]]:
-        """Prompts of one length, padded on the LEFT with `pad_id`.
+        """Prompts of one length, padded with `pad_id`.
 
         Args:
           captions: of a batch.
           lengths: the shortest of these that has room for all is P. A prompt longer than the longest
             loses the end of its caption, never its frame.
           static: take the longest whatever the captions are.
+          side: "left" or "right", of the padding.
 
         Returns:
           Tokens, their mask (True where there is one), and whose caption was cut.
@@ -132,7 +137,8 @@ class PromptTokenizer:
         tokens = np.full((len(found), width), self.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, seen, ids in zip(tokens, mask, found, strict=True):
-            row[width - len(ids) :], seen[width - len(ids) :] = ids, True
+            place = slice(width - len(ids), None) if side == "left" else slice(len(ids))
+            row[place], seen[place] = ids, True
         return tokens, mask, cut
 
 

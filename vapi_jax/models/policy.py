@@ -88,6 +88,9 @@ class Policy(abc.ABC):
           TypeError: an unknown field.
         """
 
+    trained_parts: ClassVar[str] = ""
+    """What of a published model is trained, and what is not, for people; "" where all of it is."""
+
     length_option: ClassVar[str] = "num_tokens"
     """The option that says how many tokens an image has."""
 
@@ -116,6 +119,10 @@ class Policy(abc.ABC):
         what it has.
         """
         return params
+
+    def for_sampling(self) -> Policy:
+        """The policy that draws from what this one trains: with the same parameters, the model's own."""
+        return self
 
     @abc.abstractmethod
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
@@ -307,6 +314,11 @@ class JanusPolicy(Policy):
       reference does with its right-padded prompts: results depend on the batch's longest prompt.
     """
 
+    trained_parts: ClassVar[str] = (
+        "the language model, gen_embed, gen_aligner and gen_head; not its text head (lm_head), and not what "
+        "looks at images (vision_model, aligner), which no run loads and an export carries along"
+    )
+
     config: JanusConfig
     alignment: str = "shifted_by_one"
     padding: str = "exact"
@@ -358,6 +370,9 @@ class JanusPolicy(Policy):
         cls, alignment: str = "shifted_by_one", padding: str = "exact", **options: Any
     ) -> JanusPolicy:
         return cls(JanusConfig(**options), alignment, padding)
+
+    def for_sampling(self) -> JanusPolicy:
+        return dataclasses.replace(self, alignment="shifted_by_one", padding="exact")
 
     def init(self, rng: PRNGKeyArray) -> Params:
         context = jnp.zeros((1, 1), dtype=jnp.int32)

@@ -62,6 +62,7 @@ class Plan:
       device, processes: what it would run on, here.
       data: what is there to train on.
       networks: all that it loads or makes.
+      trained_parts: what of a published model is trained, and what is not; "" where that needs no saying.
       memory: parts of a device's memory in a training step; empty without a mesh.
       counts: steps, images and so on, by name.
       saved: steps of the checkpoints, and those that stay.
@@ -77,6 +78,7 @@ class Plan:
     processes: int
     data: DataFound
     networks: list[Network]
+    trained_parts: str
     memory: list[memory.Part]
     counts: dict[str, int]
     saved: list[int]
@@ -154,6 +156,7 @@ def make_plan(
         processes=jax.process_count(),
         data=data,
         networks=networks,
+        trained_parts=method.trained_parts,
         memory=[] if mesh is None else memory.estimate(method, state, frozen),
         counts=_counts(method, data),
         saved=saved,
@@ -263,6 +266,8 @@ def _facts(plan: Plan, workdir: str | None) -> list[tuple[str, str]]:
         run += f" ({counts['images'] / counts['images_of_an_epoch']:.3g} epochs)"
     if "samples" in counts:
         run += f", {counts['samples']:,} samples decoded and rewarded"
+    if plan.trained_parts:
+        facts.append(("trained", plan.trained_parts))
     facts += [("step", step), ("run", run), ("evaluation", _evaluation(config, counts))]
     facts.append(
         (

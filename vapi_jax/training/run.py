@@ -124,6 +124,8 @@ def _run(
         f"{config.name}: {config.steps} steps of {config.batch_size} images on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; writing to {workdir}"
     )
+    if method.trained_parts:
+        announce(f"{config.name} trains {method.trained_parts}")
     done = fit(method, workdir, keep_start=config.eval.compare, profile=profile, **fitting)
     summary = _summary(method, done)
     with done.timer.phase("evaluation"):
