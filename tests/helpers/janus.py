@@ -57,8 +57,8 @@ def add_marks(folder, tokenizer, marks, named=True, bos_first=True):
     (folder / "tokenizer_config.json").write_text(json.dumps(said if named else {}))
 
 
-def transformers_janus(**text):
-    """A model of transformers with random weights: 300 words, 64 codes, 16 tokens of 2x2."""
+def transformers_janus(levels=2):
+    """A model of transformers with random weights: 300 words, 64 codes, 16 tokens of 2x2 at two levels."""
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     torch.manual_seed(0)
@@ -66,15 +66,16 @@ def transformers_janus(**text):
         text_config={
             "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "initializer_range": 0.2, "rope_theta": 5000.0, **text,
+            "initializer_range": 0.2, "rope_theta": 5000.0,
         },
         vision_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
-            "patch_size": 2, "projection_dim": 32, "num_image_tokens": 16,
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 2 ** (levels + 1), "patch_size": 2 ** (levels - 1), "projection_dim": 32,
+            "num_image_tokens": 16,
         },
         vq_config={
             "embed_dim": 8, "num_embeddings": 64, "latent_channels": 16, "base_channels": 32,
-            "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32,
+            "channel_multiplier": [1] * levels, "num_res_blocks": 1, "projection_dim": 32,
             "image_token_embed_dim": 32, "initializer_range": 0.2,
         },
     )  # fmt: skip

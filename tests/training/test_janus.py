@@ -1,0 +1,86 @@
+"""A folder goes in, VA-π runs, a folder comes out: a tiny Janus on drawn scenes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.janus import transformers_janus, write_tokenizer
+from vapi_jax.generation.loading import load_generator
+from vapi_jax.methods.resolve import resolve
+from vapi_jax.models import sampling
+from vapi_jax.models.janus_folder import convert_janus
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training.export_janus import export_janus
+from vapi_jax.training.run import run
+from vapi_jax.weights.store import load_safetensors
+
+PROMPTS = ["a photo of a red circle", "a ring"]
+SIDE = 32  # scenes are no smaller
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("janus")
+    transformers_janus(levels=4).save_pretrained(folder / "published")
+    write_tokenizer(folder / "published")
+    convert_janus(folder / "published", folder / "converted", understanding=True)
+    return folder / "converted"
+
+
+def recipe(converted, **changes):
+    """VA-π on scenes, from a converted directory."""
+    told = json.loads((converted / "config.json").read_text())
+    policy, tokenizer = ({k: v for k, v in told[p].items() if k != "name"} for p in ("gpt", "vq"))
+    prompt = {"tokenizer": str(converted), "lengths": (128,)}
+    return resolve({
+        "name": "janus", "method": "vapi", "batch_size": 8, "cpu_devices": 8,
+        "mesh": {"data": 2, "fsdp": 4}, "rewards": ("mse",), "vapi": {"group_size": 3},
+        "data": {"name": "scenes", "flip": False, "image_size": SIDE, "num_threads": 0},
+        "policy": {**policy, "kind": "janus"}, "tokenizer": tokenizer,
+        "condition": {"name": "prompt", "options": prompt},
+        "init": {"gpt": str(converted), "vq": str(converted)},
+        "optimizer": {"learning_rate": 1e-3}, "eval": {"every": 4, "images": 8, "grid_classes": 2},
+        **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_folder_goes_in_and_a_trained_one_comes_out(converted, tmp_path, capsys):
+    """Taken up bit for bit; transformers loads what comes out, and draws the same tokens from it."""
+    from transformers import GenerationConfig, JanusForConditionalGeneration
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(recipe(converted, steps=4, checkpoint={"every": 0}), whole)
+    told = capsys.readouterr()
+    assert "gen_head" in told.out + told.err and "lm_head" in told.out + told.err
+    run(recipe(converted, steps=2), parts)
+    run(recipe(converted, steps=4), parts)
+    one, other = (load_safetensors(d / "weights" / "policy.safetensors") for d in (whole, parts))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+    generator = load_generator(str(parts), make_mesh())
+    assert generator.sample(PROMPTS, per_condition=2, cfg=5.0).shape == (4, SIDE, SIDE, 3)
+    prompt = generator.condition.prepare(np.array(PROMPTS))
+    ours = sampling.generate(
+        generator.policy, generator.params, prompt, jax.random.key(0), greedy=True, cfg_scale=5.0
+    )
+    done = export_janus(parts, tmp_path / "out")
+    assert done.complete and done.unchanged.float32 < done.unchanged.weights / 2
+    theirs, found = JanusForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(found.values()), found
+    bos, boi = (int(prompt["tokens"][0, prompt["mask"][0]][place]) for place in (0, -1))
+    settings = GenerationConfig(
+        bos_token_id=bos, pad_token_id=generator.policy.config.pad_id, do_sample=False,
+        guidance_scale=5.0, generation_kwargs={"boi_token_id": boi},
+    )  # fmt: skip
+    tokens = theirs.eval().generate(
+        torch.tensor(prompt["tokens"], dtype=torch.long),
+        attention_mask=torch.tensor(prompt["mask"], dtype=torch.long),
+        generation_mode="image", generation_config=settings,
+    )  # fmt: skip
+    np.testing.assert_array_equal(ours, tokens.numpy())
