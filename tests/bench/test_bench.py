@@ -19,8 +19,8 @@ from vapi_jax.bench import hlo, measure, phases, report, scaling, setup, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError
-from vapi_jax.methods import vapi
 from vapi_jax.methods.config import ConfigError
+from vapi_jax.methods.corruption import purpose_keys
 from vapi_jax.parallel.sharding import make_mesh
 
 
@@ -195,7 +195,7 @@ def test_the_phases_together_are_the_gradient_of_the_step(tiny_setup):
     parts, task, batch = phases._parts(tiny_setup), tiny_setup.method, tiny_setup.batch
     params, frozen, key = tiny_setup.state.params, tiny_setup.frozen, jax.random.key(5)
     indexed = {**batch, "index": jnp.arange(16)}
-    keys = vapi.purpose_keys(key, indexed["index"])
+    keys = purpose_keys(key, indexed["index"])
     tokens = parts.encode(frozen, batch["image"])
     hidden, pull = parts.forward(params, batch["condition"], tokens[:, :-1])
     samples, entropy = parts.sampling(hidden, task.policy.head(params), keys[1], tokens)

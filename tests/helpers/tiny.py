@@ -101,6 +101,7 @@ class Done:
     metrics: list
     params: dict
     donated: bool
+    extra: dict
 
 
 @dataclasses.dataclass
@@ -110,14 +111,17 @@ class Machine:
     data: int
     fsdp: int
     changes: dict
+    method: str = "vapi"
 
     def __post_init__(self):
         devices = jax.devices()[: self.data * self.fsdp]
         self.mesh = make_mesh(self.data, self.fsdp, devices)
-        self.task = make_tiny_method("vapi", self.mesh, **self.changes)
+        self.task = make_tiny_method(self.method, self.mesh, **self.changes)
         self.optimizer = train.make_optimizer(self.task.config.optimizer, 2)
         _, self.shardings = train.init_state(self.task, self.optimizer, 0)
         self.frozen = train.load_frozen(self.task)
+        if self.task.keeps_start:
+            self.frozen["base"] = self.state().params
         self.step = train.make_train_step(self.task, self.optimizer, self.shardings)
         rng = np.random.default_rng(0)
         self.batch = shard_batch(
@@ -142,4 +146,5 @@ class Machine:
             state, found = self.step(state, self.frozen, self.batch)
             donated &= all(leaf.is_deleted() for leaf in before)
             metrics.append({name: float(value) for name, value in found.items()})
-        return Done(metrics, flatten(jax.device_get(state.params)), donated)
+        extra = flatten(jax.device_get(state.extra))
+        return Done(metrics, flatten(jax.device_get(state.params)), donated, extra)

@@ -86,7 +86,10 @@ def test_an_unknown_option_names_the_nearest_known_one(changes, line):
         ({"steps": 2.5}, "steps=2.5: wants int, not float"),
         ({"steps": True}, "steps=True: wants int, not bool"),
         ({"vapi": {"fused": 1}}, "vapi.fused=1: wants bool, not int"),
-        ({"vapi": {"ratio": None}}, "vapi.ratio=None: choose one of ('token', 'sequence')"),
+        (
+            {"vapi": {"ratio": None}},
+            "vapi.ratio=None: choose one of ('token', 'sequence', 'sequence_mean')",
+        ),
         ({"optimizer": {"b1": "0.9"}}, "optimizer.b1='0.9': wants float, not str"),
         ({"data": "photos"}, "data='photos': wants options of its own, not a value"),
         ({"vapi": 3}, "vapi=3: wants options of its own, not a value"),
@@ -110,10 +113,25 @@ def changes_of(path, value):
         janus = {"hidden_dim", "text_vocab_size", "image_embed_dim", "num_tokens", "pad_id"}
         janus |= {"aligner_dim", "gen_head_dim"}
         changes["policy"] |= {"kind": "janus" if name in janus else "class"}
-    owners = {"base": "base", "tokenizer_training": "tokenizer"}
+    owners = {method.section: name for name, method in METHODS.items()}
     changes["method"] = owners.get(path.partition(".")[0], "vapi")
     return changes
 
+
+# Of every method that rewards groups.
+GROUPS = [
+    ("group_size", 1, "wants at least 2, for advantages"),
+    ("temperature", 0.0, "wants more than 0"),
+    ("clip_epsilon", 0.0, "wants more than 0"),
+    ("clip_epsilon_high", -0.1, "wants at least 0"),
+    ("advantage_clip", 0.0, "wants more than 0"),
+    ("kl_weight", -0.1, "wants at least 0"),
+    ("entropy_share", 0.0, "wants more than 0, at most 1"),
+    ("entropy_target", -0.1, "wants at least 0"),
+    ("entropy_rate", 0.0, "wants more than 0"),
+    ("entropy_limit", 0.0, "wants more than 0"),
+    ("ema_decay", 1.0, "wants [0, 1)"),
+]
 
 # Option, a value on the wrong side of its limit, what it wants.
 OUTSIDE = [
@@ -177,14 +195,16 @@ OUTSIDE = [
     ("policy.gen_head_dim", 0, "wants at least 1"),
     ("policy.num_tokens", 0, "wants at least 1"),
     ("policy.pad_id", -1, "wants at least 0"),
-    ("vapi.group_size", 1, "wants at least 2, for advantages"),
+    *(
+        (f"{section}.{name}", value, wants)
+        for section in ("vapi",)
+        for name, value, wants in GROUPS
+    ),
+    ("sft.noise_rate", 1.5, "wants 0 to 1"),
+    ("sft.weight", 0.0, "wants more than 0"),
     ("vapi.noise_rate", 1.5, "wants 0 to 1"),
     ("vapi.noise_rate", -0.1, "wants 0 to 1"),
-    ("vapi.temperature", 0.0, "wants more than 0"),
     ("vapi.ce_weight", -0.1, "wants at least 0"),
-    ("vapi.clip_epsilon", 0.0, "wants more than 0"),
-    ("vapi.advantage_clip", 0.0, "wants more than 0"),
-    ("vapi.kl_weight", -0.1, "wants at least 0"),
     ("vapi.token_dropout", 1.0, "wants [0, 1)"),
     ("vapi.label_dropout", 1.1, "wants 0 to 1"),
     ("optimizer.learning_rate", -1.0, "wants at least 0"),
@@ -284,7 +304,9 @@ def test_every_number_has_limits_and_a_row_above():
     [
         (
             {"method": "sing"},
-            "method='sing': there is no method 'sing'; known: vapi, tokenizer, base; or give your own "
+            "method='sing': there is no method 'sing'; known: "
+            + ", ".join(METHODS)
+            + "; or give your own "
             "as 'module:attribute'",
         ),
         ({"preset": "papr"}, "preset='papr': choose one of ('paper', 'reference', 'equations')"),
@@ -380,10 +402,39 @@ def test_every_number_has_limits_and_a_row_above():
             {"vapi": {"corruption": "none"}},
             "vapi.corruption='none': choose one of ('paper', 'full')",
         ),
-        ({"vapi": {"ratio": "word"}}, "vapi.ratio='word': choose one of ('token', 'sequence')"),
+        (
+            {"vapi": {"ratio": "word"}},
+            "vapi.ratio='word': choose one of ('token', 'sequence', 'sequence_mean')",
+        ),
         (
             {"rewards": ({"name": "mse", "options": {"reduction": "max"}},)},
             "rewards.mse.reduction='max': choose one of ('mean', 'sum')",
+        ),
+        (
+            {"vapi": {"score": "energy", "group_size": 2}},
+            "vapi.group_size=2: the energy score compares a sample with the others of its group; take at "
+            "least 3",
+        ),
+        (
+            {"vapi": {"credit": "spatial"}, "rewards": "mse, l1"},
+            "rewards.l1: is no distance to an image, which vapi.credit='spatial' is made of; leave it out",
+        ),
+        (
+            {"vapi": {"credit": "spatial", "ratio": "sequence"}},
+            "vapi.ratio='sequence': vapi.credit='spatial' wants 'token'",
+        ),
+        (
+            {"vapi": {"score": "energy", "advantage": "per_reward"}},
+            "vapi.advantage='per_reward': vapi.score='energy' has one sum of rewards",
+        ),
+        (
+            {"vapi": {"entropy_target": 1.0, "fused": False}},
+            "vapi.entropy_target: only the fused step has an entropy bonus",
+        ),
+        (
+            {"vapi": {"advantage_scale": "batch"}, "microbatch_size": 64},
+            "vapi.advantage_scale='batch': wants the whole batch at once, and microbatch_size=64 cuts it; "
+            "set it to 0",
         ),
         (
             {"vapi": {"update_dropout": True}},

@@ -84,7 +84,7 @@ def plain_surrogate(logps, old, advantages, epsilon, ratio, mask, penalty):
         if ratio == "token":
             out[b, g] = np.mean([worse(np.exp(step)) for step in steps])
         else:
-            out[b, g] = worse(np.exp(sum(steps)))
+            out[b, g] = worse(np.exp(sum(steps) if ratio == "sequence" else np.mean(steps)))
         out[b, g] += np.mean([penalty[b, g, t] for t in counted])
     return out
 

@@ -165,7 +165,9 @@ def unread():
         (kind.__name__, field.name)
         for kind in kinds
         for field in dataclasses.fields(kind)
-        if "given" not in field.metadata and (kind, field.name) not in read
+        if "given" not in field.metadata
+        # An option that a class inherits may be read of the class that it is from.
+        and not any((base, field.name) in read for base in kind.__mro__)
     }
 
 

@@ -12,6 +12,9 @@ import pytest
 from tests.helpers.compare import assert_close, assert_close_in_norm
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import vapi
+from vapi_jax.methods.corruption import make_context, purpose_keys
+from vapi_jax.methods.vapi_plain import plain_vapi_loss
+from vapi_jax.models import categorical
 from vapi_jax.models.policy import make_policy
 from vapi_jax.rewards import RewardSpec, make_terms
 
@@ -103,7 +106,10 @@ def assert_same_gradients(got, want):
         ("class", {"token_dropout": 0.4}),
         ("class", {"advantage": "per_reward"}),
         ("class", {"kl_weight": 0.05}),
-        ("class", {"policy_gradient": False, "ce_weight": 1.0}),
+        ("class", {"kl": "k2", "kl_weight": 0.5, "clip_epsilon_high": 0.28}),
+        ("class", {"kl": "forward", "kl_weight": 0.5, "entropy_share": 0.4}),
+        ("class", {"kl": "reverse", "monitor_kl": True, "advantage_scale": "rloo"}),
+        ("class", {"ratio": "sequence_mean", "advantage_scale": "batch"}),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x) or "paper",
     indirect=["toy"],
@@ -112,7 +118,7 @@ def test_fused_equals_plain(toy, change):
     config = dataclasses.replace(CONFIG, **change)
     base = jax.tree.map(lambda x: x * 1.1, toy.params)
     (fused_loss, fused), fused_grads = toy.grad(vapi.vapi_loss, config, base_params=base)
-    (plain_loss, plain), plain_grads = toy.grad(vapi.plain_vapi_loss, config, base_params=base)
+    (plain_loss, plain), plain_grads = toy.grad(plain_vapi_loss, config, base_params=base)
     assert_close(fused_loss, plain_loss, 3e-6)
     assert_same_gradients(fused_grads, plain_grads)
     assert set(plain) - set(fused) == {"ratio"}
@@ -138,13 +144,13 @@ def test_order_of_the_batch_is_nothing(toy):
 
 
 def test_the_ratio_of_the_plain_step_is_one_without_dropout(toy):
-    (_, aux), _ = toy.grad(vapi.plain_vapi_loss, CONFIG)
+    (_, aux), _ = toy.grad(plain_vapi_loss, CONFIG)
     assert_close(aux["ratio"], 1.0, 1e-5)
 
 
 def test_dropout_in_the_update_moves_the_first_ratio(toy):
     config = dataclasses.replace(CONFIG, fused=False, update_dropout=True)
-    (_, aux), _ = toy.grad(vapi.plain_vapi_loss, config, dropout_rng=jax.random.key(5))
+    (_, aux), _ = toy.grad(plain_vapi_loss, config, dropout_rng=jax.random.key(5))
     assert float(jnp.abs(aux["ratio"] - 1.0).max()) > 1e-3
 
 
@@ -156,7 +162,7 @@ def test_policy_gradient_is_sparse_in_the_logits(toy):
     advantages -= advantages.mean(axis=1, keepdims=True)
 
     def surrogate(x):
-        logps = vapi.categorical.token_log_probs(x, samples)
+        logps = categorical.token_log_probs(x, samples)
         old = jax.lax.stop_gradient(logps)
         return vapi.grpo.clipped_surrogate(logps, old, advantages).mean()
 
@@ -174,7 +180,7 @@ def test_fused_step_runs_one_policy_forward(toy):
         return f"f32[{B * G}," in text
 
     assert not widths(vapi.vapi_loss)
-    assert widths(vapi.plain_vapi_loss)
+    assert widths(plain_vapi_loss)
 
 
 def test_shuffled_advantages_are_the_same_numbers_elsewhere(toy):
@@ -189,10 +195,10 @@ def test_shuffled_advantages_are_the_same_numbers_elsewhere(toy):
 
 
 def test_noise_reaches_the_context_only(toy):
-    keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(B))
+    keys = purpose_keys(jax.random.key(0), jnp.arange(B))
     tokens = encode(toy.batch["image"])
-    clean = vapi.make_context(keys[0], tokens, V, dataclasses.replace(CONFIG, noise_rate=0.0))
-    noisy = vapi.make_context(keys[0], tokens, V, dataclasses.replace(CONFIG, noise_rate=1.0))
+    clean = make_context(keys[0], tokens, 0.0, V)
+    noisy = make_context(keys[0], tokens, 1.0, V)
     np.testing.assert_array_equal(clean, tokens)
     assert np.all(np.asarray(noisy) != np.asarray(tokens))
 

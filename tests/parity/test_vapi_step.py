@@ -13,7 +13,10 @@ from tests.helpers.compare import assert_close
 from tests.helpers.golden import assert_golden_gradients, make_generator, make_tokenizer, nhwc
 from vapi_jax.methods import grpo, vapi
 from vapi_jax.methods.config import OptimizerConfig
+from vapi_jax.methods.objective import Judged, kl_to_base, objective
+from vapi_jax.methods.rewarded import says
 from vapi_jax.models import categorical
+from vapi_jax.models.head import project
 from vapi_jax.models.lpips import load_lpips_params
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.parallel.sharding import make_mesh
@@ -35,7 +38,7 @@ class Step:
     base: object
     pixels: PixelSpace
     frozen: dict
-    judged: vapi.Judged
+    judged: Judged
     batch: dict
 
 
@@ -55,11 +58,11 @@ def step(request, golden):
     labels = jnp.asarray(z["class_ids"], jnp.int32)
     batch = {"image": images, "condition": labels}
     terms = make_terms(DEFAULT)
-    judges = {term.name: functools.partial(vapi.says, term) for term in terms}
+    judges = {term.name: functools.partial(says, term) for term in terms}
     values = jax.jit(functools.partial(pixels.judge, judges=judges))(frozen, samples, batch)
     rewards = total(values, terms)
     context = jnp.asarray(np.pad(z["noisy_context"], ((0, 0), (0, 1))), jnp.int32)
-    judged = vapi.Judged(tokens, context, samples, values, rewards, grpo.group_advantages(rewards))
+    judged = Judged(tokens, context, samples, values, rewards, grpo.group_advantages(rewards))
     batch["index"] = jnp.arange(len(images))
     args = args | {"lr": SETS[request.param]}
     return Step(z, args, policy, params, base, pixels, frozen, judged, batch)
@@ -111,18 +114,23 @@ def make_update(step):
         ),
         steps=3,
     )
-    keys = vapi.purpose_keys(jax.random.key(0), step.batch["index"])
 
     def loss_of(params, old_logps):
         fed = step.judged.context[:, :-1]
-        logits = step.policy.logits(params, step.batch["condition"], fed)
-        logps = categorical.token_log_probs(logits, step.judged.samples, config.temperature)
+        hidden, head = (
+            step.policy.hidden(params, step.batch["condition"], fed), step.policy.head(params)
+        )  # fmt: skip
+        logits = project(hidden, head)
+        samples = step.judged.samples
+        logps = categorical.token_log_probs(logits, samples, config.temperature)
         ce = categorical.cross_entropy(logits, step.judged.tokens)
         entropy = categorical.entropy(logits, config.temperature)
-        loss, aux = vapi.objective(
-            logps, old_logps, ce, entropy, step.judged, step.batch, keys, step.policy, config,
-            step.base,
-        )  # fmt: skip
+        kl = None
+        if step.base is not None:
+            where = step.batch["condition"], fed, hidden, head, samples, logps
+            kl = kl_to_base(config, step.policy, step.base, *where)
+        loss, aux = objective(logps, old_logps, entropy, step.judged.advantages, config, kl=kl)
+        loss, aux = vapi.with_prior(loss, aux, ce, step.judged, config)
         return loss, aux | {"ratio": jnp.exp(logps - old_logps)}
 
     @jax.jit

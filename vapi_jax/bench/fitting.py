@@ -17,7 +17,7 @@ from vapi_jax.bench.measure import say
 from vapi_jax.bench.scaling import Link, count_parameters, predict
 from vapi_jax.bench.targets import Figures, compile_program, lower_step, on_mesh, open_mesh
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.vapi import VAPi
+from vapi_jax.methods.vapi_method import VAPi
 from vapi_jax.parallel.fsdp import AXIS
 from vapi_jax.parallel.targets import Target
 from vapi_jax.training import memory, train

@@ -18,6 +18,8 @@ import optax
 
 from vapi_jax.bench.setup import Setup, Spread, spread, timed
 from vapi_jax.methods import vapi
+from vapi_jax.methods.corruption import purpose_keys
+from vapi_jax.methods.objective import Judged, objective
 from vapi_jax.models.head import Head, draw
 from vapi_jax.parallel import compiler
 from vapi_jax.training import train
@@ -52,16 +54,16 @@ def _parts(setup: Setup) -> _Parts:
     def backward(
         pull: Callable[..., Any], hidden: Any, params: Any, found: Any, entropy: Any, keys: Any
     ) -> Any:
-        judged = vapi.Judged(**found)
+        judged = Judged(**found)
 
         def loss(hidden: Any, params: Any) -> Any:
             head = policy.head(params)
             logps, true_logps = vapi.score(hidden, head, judged.samples, judged.tokens, method)
             no_base = dataclasses.replace(method, kl_weight=0.0, monitor_kl=False)
-            return vapi.objective(
-                logps, jax.lax.stop_gradient(logps), -true_logps.mean(axis=-1), entropy,
-                judged, {}, keys, policy, no_base, None,
-            )[0]  # fmt: skip
+            old_logps, ce = jax.lax.stop_gradient(logps), -true_logps.mean(axis=-1)
+            mask = vapi.token_mask(keys[3], judged.samples, no_base)
+            lost = objective(logps, old_logps, entropy, judged.advantages, no_base, mask=mask)
+            return vapi.with_prior(*lost, ce, judged, no_base)[0]
 
         to_hidden, to_head = jax.grad(loss, argnums=(0, 1))(hidden, params)
         return jax.tree.map(jnp.add, to_head, pull(to_hidden)[0])
@@ -103,7 +105,7 @@ class PhaseTimer:
         self._repeats = config.batch_size // micro
         batch = train.split_microbatches(setup.batch, self._repeats, setup.method.mesh)
         self._batch = {name: jax.tree.map(lambda x: x[0], part) for name, part in batch.items()}
-        self._keys = vapi.purpose_keys(jax.random.key(0), jnp.arange(micro))
+        self._keys = purpose_keys(jax.random.key(0), jnp.arange(micro))
         self._policy, self._frozen, self._parts = setup.method.policy, setup.frozen, _parts(setup)
 
     def once(self, state: train.TrainState) -> dict[str, float]:

@@ -19,7 +19,7 @@ from vapi_jax.methods import Method
 from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import changed
-from vapi_jax.methods.vapi import VAPi
+from vapi_jax.methods.vapi_method import VAPi
 from vapi_jax.parallel.sharding import batch_sharding, shard_batch, tree_shardings
 from vapi_jax.training import train
 from vapi_jax.weights.names import WeightsError

@@ -13,7 +13,7 @@ from vapi_jax.common.recipes import read_recipe, shipped
 
 SECTIONS = (
     "mesh", "data", "tokenizer", "tokenizer_training", "policy", "condition", "vapi", "base",
-    "method_options", "optimizer", "init", "eval", "checkpoint",
+    "sft", "method_options", "optimizer", "init", "eval", "checkpoint",
 )  # fmt: skip
 
 

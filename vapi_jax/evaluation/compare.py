@@ -111,7 +111,7 @@ class Judge:
             "name": entry.name,
             "kind": entry.kind,
             "temperature": round(entry.temperature, 4),
-            "reward": forced["reward"],
+            "reward": forced.get("reward"),
             "ce": forced["ce"],
             "entropy": float(np.mean(entropies)),
             "frechet": estimate(found[self._seen]),
@@ -174,7 +174,7 @@ def compare(
             progress.update(done, config.eval.samples)
 
         known = known or {}
-        vapi = Entry("VA-π, T=1", "vapi", tuned, held_out=known.get(TUNED))
+        vapi = Entry(f"{judge.method.label}, T=1", "vapi", tuned, held_out=known.get(TUNED))
         vapi_row, vapi_features = judge.row(vapi, tick)
         matched = judge.match_entropy(base, vapi_row["entropy"], seed=10_000)
         at_one = Entry("base, T=1", "base", base, held_out=known.get(BASE))

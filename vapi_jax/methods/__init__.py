@@ -11,8 +11,9 @@ from vapi_jax.common.plugins import find
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.method import HealthError, Method
 from vapi_jax.methods.next_token import NextToken
+from vapi_jax.methods.sft import SFT
 from vapi_jax.methods.tokenizer import TokenizerTraining
-from vapi_jax.methods.vapi import VAPi
+from vapi_jax.methods.vapi_method import VAPi
 
 __all__ = ["METHODS", "HealthError", "Method", "find_method", "make_method"]
 
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "vapi": VAPi,
     "tokenizer": TokenizerTraining,
     "base": NextToken,
+    "sft": SFT,
 }
 
 

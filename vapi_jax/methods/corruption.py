@@ -1,10 +1,31 @@
 """The context noise K_ξ of the paper (Eq. 28-29): random tokens in place of some true ones."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 VARIANTS = ("paper", "full")
+Variant = Literal["paper", "full"]
+"""Eq. 28, without the true token | all of V."""
+
+
+def purpose_keys(rng: PRNGKeyArray, index: Int[Array, " B"]) -> PRNGKeyArray:
+    """Keys [4, B] that belong to an image and a purpose, whatever microbatch or device it is on."""
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(rng, i), 4))(index)
+    return jnp.swapaxes(keys, 0, 1)
+
+
+def make_context(
+    keys: PRNGKeyArray,
+    tokens: Int[Array, "B T"],
+    noise_rate: float,
+    vocab_size: int,
+    variant: str = "paper",
+) -> Int[Array, "B T"]:
+    """x̃ ~ K_ξ(. | x*), Eq. 28, a key for each image."""
+    return jax.vmap(lambda key, x: corrupt(key, x, noise_rate, vocab_size, variant))(keys, tokens)
 
 
 def corrupt(

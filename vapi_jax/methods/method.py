@@ -43,6 +43,10 @@ Curve = tuple[str, str, str]
 """(metric, title, axis label) of a chart."""
 
 
+EMA = "ema"
+"""In the extra state: a copy of the parameters that follows them, laid out as they are; no loss sees it."""
+
+
 class HealthError(ExpectedError, RuntimeError):
     """A run that can no longer learn anything, stopped with the reason and what to look at."""
 
@@ -102,6 +106,8 @@ class Method(abc.ABC):
     # --- what it says of itself -------------------------------------------------------------------
 
     title: ClassVar[str] = "training"
+    label: ClassVar[str] = "post-trained"
+    """What a table calls the policy that it has trained."""
     section: ClassVar[str] = ""
     """Where a recipe has its options; a user's method may leave it out and use "method_options"."""
     Options: ClassVar[type] = NoOptions
@@ -201,7 +207,10 @@ class Method(abc.ABC):
         return loaded
 
     def init_extra(self, params: Params) -> Any:
-        """State beside the parameters that gradients do not touch (running statistics)."""
+        """State beside the parameters that gradients do not touch (running statistics, `EMA`).
+
+        Of a method with `independent_images` a loss may read it, and `after_update` alone may change it.
+        """
         del params
         return {}
 
@@ -285,10 +294,15 @@ class Method(abc.ABC):
         return {name: jnp.mean(value) for name, value in aux.items()}
 
     def after_update(
-        self, params: Params, extra: Any, rng: PRNGKeyArray, step: Array
+        self,
+        params: Params,
+        extra: Any,
+        rng: PRNGKeyArray,
+        step: Array,
+        metrics: Mapping[str, Array],
     ) -> tuple[Params, Any]:
-        """What happens to parameters outside the gradient."""
-        del rng, step
+        """What happens to parameters and extra state outside the gradient, given `summarize`'s metrics."""
+        del rng, step, metrics
         return params, extra
 
     def check_health(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -245,8 +245,14 @@ class TokenizerTraining(Method):
         return _USAGE_DECAY * usage + (1.0 - _USAGE_DECAY) * counts * usage.size / indices.size
 
     def after_update(
-        self, params: Any, extra: Any, rng: PRNGKeyArray, step: Array
+        self,
+        params: Any,
+        extra: Any,
+        rng: PRNGKeyArray,
+        step: Array,
+        metrics: Mapping[str, Array],
     ) -> tuple[Any, Any]:
+        del metrics
         training = self.options
         if "usage" not in extra:
             return params, extra

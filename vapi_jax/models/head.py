@@ -63,6 +63,52 @@ def _over_blocks(function: Callable[..., Any], size: int, carry: Any, *arrays: A
     return carry, jax.tree.map(join, outputs)
 
 
+def blockwise(
+    function: Callable[..., Any], vocab: int, *arrays: Array, limit: int = BLOCK_LOGITS
+) -> Any:
+    """`function(*blocks)` of arrays [B, T, ...], a block of positions at a time, and differentiable.
+
+    For functions that make logits of `vocab` tokens and return a tree of [B, T, ...]. The backward pass
+    computes a block again.
+    """
+    size = block_length(arrays[0].shape[0], arrays[0].shape[1], vocab, limit)
+    again = jax.checkpoint(function)
+    return _over_blocks(lambda carry, *blocks: (carry, again(*blocks)), size, None, *arrays)[1]
+
+
+def token_entropy(
+    hidden: Float[Array, "B T D"], head: Head, temperature: float | Float[Array, ""] = 1.0
+) -> Float[Array, "B T"]:
+    """The entropy of softmax(logits / temperature) at every position, in nats; differentiable."""
+
+    def block(hidden: Array) -> Array:
+        return categorical.entropy(project(hidden, head), temperature)
+
+    return blockwise(block, head.kernel.shape[1], hidden)
+
+
+def exact_kl(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    base_hidden: Float[Array, "B T D"],
+    base_head: Head,
+    direction: str = "reverse",
+    temperature: float | Float[Array, ""] = 1.0,
+    limit: int = BLOCK_LOGITS,
+) -> Float[Array, "B T"]:
+    """KL(π || base), "reverse", or KL(base || π), "forward", at every position; differentiable in π."""
+
+    def block(hidden: Array, base_hidden: Array) -> Array:
+        own, base = (
+            jax.nn.log_softmax(project(x, h) / temperature, axis=-1)
+            for x, h in ((hidden, head), (base_hidden, base_head))
+        )
+        p, q = (own, base) if direction == "reverse" else (base, own)
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+    return blockwise(block, head.kernel.shape[1], hidden, base_hidden, limit=limit)
+
+
 def draw(
     hidden: Float[Array, "B T D"],
     head: Head,

@@ -85,6 +85,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def split_axes() -> tuple[str, ...]:
+    """The axes that the batch is split over inside the `jax.shard_map` around the caller; () outside."""
+    try:
+        return tuple(name for name in BATCH_AXES if jax.lax.axis_size(name))
+    except NameError:  # of an axis that nothing has bound
+        return ()
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

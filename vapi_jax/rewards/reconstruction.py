@@ -20,6 +20,7 @@ from vapi_jax.common.options import Count, Dtype
 from vapi_jax.common.paths import PathText
 from vapi_jax.models import lpips
 from vapi_jax.models.discriminator import PatchGAN
+from vapi_jax.rewards.pairs import pooled_inner
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
 from vapi_jax.weights.names import WeightsError, check_like
 from vapi_jax.weights.store import load_metadata, load_safetensors
@@ -69,10 +70,19 @@ def gan(fake_logits: Float[Array, "*b h w c"]) -> Float[Array, "*b"]:
 class MSE(Reward):
     """-MSE of pixels, the first term of Eq. 10."""
 
+    has_inner: ClassVar[bool] = True
+
     reduction: Literal["mean", "sum"] = "mean"  # "sum": Eq. 31 as written
 
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
         return -mse(pixels, batch["image"][:, None], self.reduction)
+
+    def inner(
+        self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch, cells: int
+    ) -> Float[Array, "B G G C"]:
+        height, width, channels = pixels.shape[-3:]
+        share = height * width if self.reduction == "sum" else 1 / channels
+        return share * pooled_inner(pixels - batch["image"][:, None], cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +98,7 @@ class LPIPS(Reward):
     """-LPIPS, the second term of Eq. 10 (Eq. 32). An image's features are computed once for its G samples."""
 
     width: ClassVar[int] = 64
+    has_inner: ClassVar[bool] = True
 
     net: Literal["vgg", "alex"] = (
         "vgg"  # the paper: VGG; the reference implementation for Janus: AlexNet
@@ -118,17 +129,31 @@ class LPIPS(Reward):
         return perceptual_origin(self.net, self.files)
 
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
-        group = pixels.shape[1]
-        flat = rearrange(pixels, "b g h w c -> (b g) h w c")
         with jax.named_scope("lpips"):
-            real = lpips.lpips_features(weights, batch["image"], self.net, self.dtype)
-            fake = lpips.lpips_features(weights, flat, self.net, self.dtype)
             return -lpips.lpips_from_features(
-                weights,
-                tuple(f[:, None] for f in real),
-                tuple(rearrange(f, "(b g) h w c -> b g h w c", g=group) for f in fake),
-                self.net,
+                weights, *self._features(weights, pixels, batch), self.net
             )
+
+    def _features(self, weights: Any, pixels: Array, batch: Batch) -> tuple[Any, Any]:
+        """Of images [B, 1, h, w, C] and samples [B, G, h, w, C], every layer."""
+        flat = rearrange(pixels, "b g h w c -> (b g) h w c")
+        real = lpips.lpips_features(weights, batch["image"], self.net, self.dtype)
+        fake = lpips.lpips_features(weights, flat, self.net, self.dtype)
+        return (
+            tuple(f[:, None] for f in real),
+            tuple(rearrange(f, "(b g) h w c -> b g h w c", g=pixels.shape[1]) for f in fake),
+        )
+
+    def inner(
+        self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch, cells: int
+    ) -> Float[Array, "B G G C"]:
+        with jax.named_scope("lpips"):
+            layers = zip(*self._features(weights, pixels, batch), strict=True)
+            found = [
+                pooled_inner((b - a) * jnp.sqrt(weights["heads"][f"layer_{i}"]), cells)
+                for i, (a, b) in enumerate(layers)
+            ]
+            return sum(found[1:], start=found[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,9 @@ class Reward(abc.ABC):
     width: ClassVar[int] = 0
     """Channels of its widest map at full resolution, for estimates of memory."""
 
+    has_inner: ClassVar[bool] = False
+    """Whether it is minus a squared distance to the image, of which `inner` tells more."""
+
     tokenizer: VQModel | None = given()
 
     @property
@@ -91,6 +94,15 @@ class Reward(abc.ABC):
           pixels: decoded samples, float32, unclamped, about [-1, 1].
           batch: see `Batch`.
         """
+
+    def inner(
+        self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch, cells: int
+    ) -> Float[Array, "B G G C"]:
+        """<y_g - x, y_j - x> of samples and their image, in each of C = cells² cells of a grid.
+
+        In the space whose squared distance is minus this reward, the mean over cells of the diagonal.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no distance to an image")
 
 
 @dataclasses.dataclass(frozen=True)

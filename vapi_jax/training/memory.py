@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import Method
+from vapi_jax.methods.method import EMA
 from vapi_jax.parallel import fsdp
 from vapi_jax.parallel.sharding import tree_shardings
 from vapi_jax.training import train
@@ -75,6 +76,8 @@ def estimate(method: Method, state: train.TrainState, frozen: Mapping[str, Any])
     ]
     if method.keeps_start:
         parts.append(Part("base generator", shares, "frozen, for the KL term"))
+    if EMA in state.extra:
+        parts.append(Part("average", shares, "of the parameters, which follows them"))
     several = config.microbatch_size not in (0, config.batch_size)
     held = "a sum, and one microbatch's" if several else "in the parameters' layout"
     parts.append(Part("gradients", shares * (2 if several else 1), held))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import OptimizerConfig
+from vapi_jax.methods.method import EMA
 from vapi_jax.models.loading import load_weights
 from vapi_jax.parallel import compiler, fsdp
 from vapi_jax.parallel.sharding import (
@@ -117,12 +118,14 @@ def _state_of(
 
 
 def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
-    """The layout of the whole state: parameters and moments by name, the rest replicated."""
+    """The layout of the whole state: parameters, moments and averages by name, the rest replicated."""
     whole = jax.tree.map(lambda _: replicated(mesh), state)
+    params = tree_shardings(state.params, mesh, rules)
     return dataclasses.replace(
         whole,
-        params=tree_shardings(state.params, mesh, rules),
+        params=params,
         opt_state=tree_shardings(state.opt_state, mesh, rules),
+        extra={**whole.extra, EMA: params} if EMA in state.extra else whole.extra,
     )
 
 
@@ -191,14 +194,14 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
     dtype = jnp.dtype(method.compute_dtype)
 
     def on_device(
-        params: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
+        params: Any, extra: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
     ) -> tuple[Any, Any]:
         if "base" in frozen:
             frozen = {**frozen, "base": fsdp.view(frozen["base"], specs, dtype)}
 
         def loss(params: Any, part: Any) -> Any:
             tree = fsdp.view(params, specs, dtype)
-            value, (aux, _) = local.loss(tree, {}, frozen, part, rng, step)
+            value, (aux, _) = local.loss(tree, extra, frozen, part, rng, step)
             return value, aux
 
         def body(total: Any, part: Any) -> Any:
@@ -219,11 +222,13 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
         frozen_specs = jax.tree.map(
             lambda s: s.spec, tree_shardings(frozen, mesh, method.partition_rules)
         )
+        seen = {name: value for name, value in state.extra.items() if name != EMA}
         grads, aux = jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=(
                 specs,
+                PartitionSpec(),
                 frozen_specs,
                 PartitionSpec(BATCH_AXES),
                 PartitionSpec(),
@@ -231,7 +236,7 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
             ),
             out_specs=(specs, PartitionSpec(None, BATCH_AXES)),
             check_vma=False,
-        )(state.params, frozen, batch, rng, state.step)
+        )(state.params, seen, frozen, batch, rng, state.step)
         return grads, aux, state.extra
 
     return gradients
@@ -351,9 +356,12 @@ def make_update(
             norm = optax.tree.norm(grads)
             changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
-        params, extra = method.after_update(params, extra, jax.random.fold_in(rng, 1), state.step)
+        summary = method.summarize(aux)
+        params, extra = method.after_update(
+            params, extra, jax.random.fold_in(rng, 1), state.step, summary
+        )
         metrics = {
-            **method.summarize(aux),
+            **summary,
             "grad_norm": norm,
             "nonfinite": 1.0 - jnp.isfinite(norm),
             "learning_rate": jnp.asarray(schedule(number), jnp.float32),
