@@ -12,6 +12,7 @@ to a folder. Masters are float32, products bfloat16: at this learning rate bfloa
 
 `--config.preset=reference` is the released trainer: it scores a token where that token itself has been fed,
 counts positions through padding on the right, and feeds noise alone (rate 1). Samples are drawn as ever.
+":lora" trains adapters over a frozen generator, for one GPU; its learning rate is a guess.
 ":tiny" runs the same path in seconds on a CPU: drawn scenes, the demo's tokenizer, a generator from scratch.
 """
 
@@ -37,7 +38,7 @@ PRESETS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; variant "tiny"."""
+    """The recipe; variants "lora" and "tiny"."""
     return make_config("janus_pro_1b", 100002, variant)
 
 
@@ -47,7 +48,7 @@ def make_config(name: str, pad_id: int, variant: str, **sizes: int) -> ConfigDic
     Args:
       name: of the recipe and of the directory of its weights.
       pad_id: of its tokenizer.
-      variant: "" or "tiny".
+      variant: "", "lora" or "tiny".
       sizes: of the generator, where they are not the 1B's.
     """
     config = ConfigDict(load_recipe(__file__, "c2i_xxl").get_config().to_dict())
@@ -74,8 +75,12 @@ def make_config(name: str, pad_id: int, variant: str, **sizes: int) -> ConfigDic
     config.optimizer.learning_rate = 1e-7
     if variant == "tiny":
         _shrink(config)
+    elif variant == "lora":
+        config.policy.lora = ConfigDict({"rank": 16, "alpha": 32.0})
+        config.optimizer.learning_rate = 1e-5
+        config.microbatch_size = 16
     elif variant:
-        raise ValueError(f"configs/{name}.py:{variant}: known variants are '', 'tiny'")
+        raise ValueError(f"configs/{name}.py:{variant}: known variants are '', 'lora', 'tiny'")
     return config
 
 

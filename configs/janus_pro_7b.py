@@ -6,7 +6,7 @@
 Hardware: 8 x H100 80 GB by the plan (docs/janus.md). Time: not measured.
 Published: nothing; the paper trains the 1B. Not run with this code yet.
 
-What the 1B's recipe says of weights, presets and ":tiny" holds here, too.
+What the 1B's recipe says of weights, presets, ":lora" and ":tiny" holds here, too.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from vapi_jax.common.recipes import load_recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; variant "tiny"."""
+    """The recipe; variants "lora" and "tiny"."""
     made: ConfigDict = load_recipe(__file__, "janus_pro_1b").make_config(
         "janus_pro_7b", 100015, variant, dim=4096, n_layer=30, n_head=32, hidden_dim=11008
     )

@@ -30,7 +30,7 @@ def converted(tmp_path_factory):
     return folder / "converted"
 
 
-def recipe(converted, **changes):
+def recipe(converted, policy_more=(), **changes):
     """VA-π on scenes, from a converted directory."""
     told = json.loads((converted / "config.json").read_text())
     policy, tokenizer = ({k: v for k, v in told[p].items() if k != "name"} for p in ("gpt", "vq"))
@@ -39,7 +39,7 @@ def recipe(converted, **changes):
         "name": "janus", "method": "vapi", "batch_size": 8, "cpu_devices": 8,
         "mesh": {"data": 2, "fsdp": 4}, "rewards": ("mse",), "vapi": {"group_size": 3},
         "data": {"name": "scenes", "flip": False, "image_size": SIDE, "num_threads": 0},
-        "policy": {**policy, "kind": "janus"}, "tokenizer": tokenizer,
+        "policy": {**policy, "kind": "janus", **dict(policy_more)}, "tokenizer": tokenizer,
         "condition": {"name": "prompt", "options": prompt},
         "init": {"gpt": str(converted), "vq": str(converted)},
         "optimizer": {"learning_rate": 1e-3}, "eval": {"every": 4, "images": 8, "grid_classes": 2},
@@ -50,7 +50,7 @@ def recipe(converted, **changes):
 @pytest.mark.slow
 def test_a_folder_goes_in_and_a_trained_one_comes_out(converted, tmp_path, capsys):
     """Taken up bit for bit; transformers loads what comes out, and draws the same tokens from it."""
-    from transformers import GenerationConfig, JanusForConditionalGeneration
+    from transformers import JanusForConditionalGeneration
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(converted, steps=4, checkpoint={"every": 0}), whole)
@@ -73,14 +73,47 @@ def test_a_folder_goes_in_and_a_trained_one_comes_out(converted, tmp_path, capsy
         tmp_path / "out", output_loading_info=True
     )
     assert not any(found.values()), found
+    np.testing.assert_array_equal(ours, their_greedy_tokens(theirs, generator, prompt))
+
+
+def their_greedy_tokens(theirs, generator, prompt):
+    from transformers import GenerationConfig
+
     bos, boi = (int(prompt["tokens"][0, prompt["mask"][0]][place]) for place in (0, -1))
     settings = GenerationConfig(
         bos_token_id=bos, pad_token_id=generator.policy.config.pad_id, do_sample=False,
         guidance_scale=5.0, generation_kwargs={"boi_token_id": boi},
     )  # fmt: skip
-    tokens = theirs.eval().generate(
+    return theirs.eval().generate(
         torch.tensor(prompt["tokens"], dtype=torch.long),
         attention_mask=torch.tensor(prompt["mask"], dtype=torch.long),
         generation_mode="image", generation_config=settings,
-    )  # fmt: skip
-    np.testing.assert_array_equal(ours, tokens.numpy())
+    ).numpy()  # fmt: skip
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_come_out_merged(converted, tmp_path, capsys):
+    from transformers import JanusForConditionalGeneration
+
+    config = recipe(converted, steps=2, policy_more={"lora": {"rank": 2, "alpha": 64.0}})
+    workdir = tmp_path / "run"
+    summary = run(config, workdir)
+    told = capsys.readouterr()
+    assert "adapters of rank 2" in told.out + told.err
+    assert summary["reward"]["first"] != summary["reward"]["last"]
+    assert list(summary["weights"]) == ["lora.safetensors"]
+    generator = load_generator(str(workdir), make_mesh())
+    assert generator.policy.config.lora is None
+    prompt = generator.condition.prepare(np.array(PROMPTS))
+    ours = sampling.generate(
+        generator.policy, generator.params, prompt, jax.random.key(0), greedy=True, cfg_scale=5.0
+    )
+    done = export_janus(workdir, tmp_path / "out")
+    kernels = sum(
+        leaf.size for leaf in jax.tree.leaves(generator.params["layers"]) if leaf.ndim == 3
+    )
+    assert done.unchanged.weights - done.unchanged.float32 > 0.9 * kernels
+    theirs = JanusForConditionalGeneration.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(ours, their_greedy_tokens(theirs, generator, prompt))
+    begun = export_janus(workdir, tmp_path / "again", step=2)
+    assert begun.digests == done.digests

@@ -157,11 +157,11 @@ def lower_evaluation(method: Method) -> tuple[Lowered, dict[str, int]]:
     """The metrics of the held-out batch, as `vapi_jax.evaluation.held_out` computes them."""
     mesh = method.mesh
     _, state, _, frozen = shapes(method)
-    params = _whole(jax.eval_shape(method.narrowed, state.params), mesh)
+    frozen = {name: tree for name, tree in frozen.items() if name != "base"}
+    params = _whole(jax.eval_shape(method.narrowed, method.whole(state.params, frozen)), mesh)
     program = jax.jit(method.held_out, compiler_options=compiler.options(mesh))
     batch = _batch(method, method.config.eval.images)
     temperature = _whole(jax.ShapeDtypeStruct((), jnp.float32), mesh)
-    frozen = {name: tree for name, tree in frozen.items() if name != "base"}
     lowered = program.lower(params, frozen, batch, _key(mesh), temperature)
     return lowered, _bytes(parameters=params, **{"frozen networks": frozen})
 
@@ -172,10 +172,12 @@ def lower_sampling(method: Method) -> tuple[Lowered, dict[str, int]] | None:
     if drawn is None:
         return None
     rows = -(-SAMPLES // mesh.size) * mesh.size
-    _, state, _, _ = shapes(method)
+    _, state, _, frozen = shapes(method)
     policy = drawn.policy
     params = jax.eval_shape(
-        lambda params: policy.unstacked(policy.narrowed(drawn.params(params))), state.params
+        lambda params, frozen: policy.unstacked(policy.narrowed(drawn.params(params, frozen))),
+        state.params,
+        frozen,
     )
     params = _whole(params, mesh)
     given = {

@@ -166,6 +166,13 @@ def coerce(value: Any, hint: Any, where: str, errors: list[str], whole: Any = No
         if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
             errors.append(f"{where}={value!r}: choose one of {choices}")
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        found = Errors()
+        made = build(hint, value, f"{where}.", found)
+        errors += found
+        return made
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             errors.append(f"{where}={value!r}: wants a tuple, not {type(value).__name__}")

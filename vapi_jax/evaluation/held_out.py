@@ -29,6 +29,7 @@ class HeldOut:
         self._rng = replicate(jax.random.key(config.seed), method.mesh)
         self._metrics = jax.jit(method.held_out, compiler_options=compiler.options(method.mesh))
         self._narrowed = jax.jit(method.narrowed)  # kept, or it would be compiled at every call
+        self._whole = method.whole
         self._mesh, self._temperature = method.mesh, method.temperature
 
     def __call__(self, params: Any, temperature: float | None = None) -> dict[str, float]:
@@ -36,5 +37,6 @@ class HeldOut:
         drawn_at = self._temperature if temperature is None else temperature
         drawn_at = replicate(np.float32(drawn_at), self._mesh)
         params = whole_copy(params, self._mesh, self._narrowed)
+        params = self._whole(params, self._frozen)
         metrics = self._metrics(params, self._frozen, self._batch, self._rng, drawn_at)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}

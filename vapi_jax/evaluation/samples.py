@@ -118,7 +118,7 @@ class SampleJudge:
     ):
         found = method.sampled()
         assert found is not None, "a method that trains no generator has no samples"
-        self._params = found.params
+        self._params = lambda params: found.params(params, frozen)
         self.method, self.frozen, self.batch = method, frozen, batch
         self.sampler = sampler_of(method, frozen, batch)
         self._stream: FeatureStream = stream_of(features, method.mesh, batch)

@@ -36,6 +36,7 @@ from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.classes import ClassesError, read_class_list
 from vapi_jax.models.conditions import Condition, Prompt
 from vapi_jax.models.loading import (
+    ADAPTERS,
     MANIFEST,
     PARTS,
     ClassTable,
@@ -44,8 +45,9 @@ from vapi_jax.models.loading import (
     load_weights,
     read_manifest,
 )
+from vapi_jax.models.lora import merged, split, union
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.models.policy import Policy, make_policy, on_devices
+from vapi_jax.models.policy import Policy, make_policy, on_devices, without_adapters
 from vapi_jax.models.text_tokens import FAST
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import host_array, shard_whole, tree_shardings
@@ -235,11 +237,13 @@ class _Found:
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
     prompt: Prompt | None = None
+    adapters: Path | None = None  # that go into the policy's weights
 
 
 def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
     """Reads the weights, each device its own slices."""
     policy, side = on_devices(found.policy, mesh, dtype), found.image_size
+    lora = getattr(getattr(policy, "config", None), "lora", None)
     tokenizer = dataclasses.replace(found.tokenizer, decoder_dtype=dtype)
     grid = side // tokenizer.downsample_factor
     if (policy.num_tokens, policy.vocab_size) != (grid * grid, tokenizer.codebook_size):
@@ -248,15 +252,23 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
             f"codes, and a {grid}x{grid} grid of {tokenizer.codebook_size} codes"
         )
     pixels = PixelSpace(tokenizer=VQModel(tokenizer), mesh=mesh)
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    shapes, adapters = split(jax.eval_shape(policy.init, jax.random.key(0)))
     image = jnp.zeros((1, side, side, 3))
     frozen = jax.eval_shape(
         lambda: {"tokenizer": pixels.tokenizer.init(jax.random.key(0), image)["params"]}
     )
     layout = tree_shardings(frozen, mesh)["tokenizer"]
+    own = tree_shardings(shapes, mesh)
+    params, digests = load_weights(found.weights, shapes, own), {}
+    if lora is not None and found.adapters is not None:
+        source = dataclasses.replace(found.weights, path=str(found.adapters))
+        added = load_weights(source, adapters, tree_shardings(adapters, mesh))
+        merge = jax.jit(lambda base, added: merged(union(base, added), lora), out_shardings=own)
+        params, digests = merge(params, added), {ADAPTERS: _digests(source)}
+        policy = without_adapters(policy)
     return Generator(
         policy=policy,
-        params=load_weights(found.weights, shapes, tree_shardings(shapes, mesh)),
+        params=params,
         mesh=mesh,
         pixels=pixels,
         frozen={"tokenizer": load_weights(found.tokenizer_weights, frozen["tokenizer"], layout)},
@@ -271,7 +283,8 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
             "sha256": {
                 PARTS[source.part]: _digests(source)
                 for source in (found.weights, found.tokenizer_weights)
-            },
+            }
+            | digests,
         },
     )
 
@@ -302,7 +315,10 @@ def _demo() -> _Found:
 def _trained(directory: Path) -> _Found:
     """What a run of `vapi_jax.main` has trained."""
     summary = _read_summary(directory / SUMMARY)
-    weights = directory / "weights" / "policy.safetensors"
+    folder, adapters = directory / "weights", None
+    weights = folder / "policy.safetensors"
+    if (folder / f"{ADAPTERS}.safetensors").is_file():
+        weights = adapters = folder / f"{ADAPTERS}.safetensors"
     if not weights.is_file():
         raise WeightsError(
             f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}: it trained no "
@@ -325,13 +341,22 @@ def _trained(directory: Path) -> _Found:
             f"{directory / SUMMARY} names the tokenizer init.vq={tokenizer.path!r}, and there is nothing at "
             f"{place.absolute()}; the run was started in {summary.get('directory', 'another folder')}"
         )
+    source = _policy_source(str(weights), policy)
+    if adapters is not None:
+        source = _policy_source(config.init.gpt, policy)
+        if source.path != DEMO and not (place := Path(source.path)).exists():
+            raise WeightsError(
+                f"{directory / SUMMARY} adapts init.gpt={source.path!r}, and there is nothing at "
+                f"{place.absolute()}"
+            )
     told = summary["config"]
     trained = {name: told.get(name) for name in ("name", "method", "preset", "steps", "seed")}
     return _Found(
         policy=policy,
         tokenizer=config.tokenizer,
-        weights=_policy_source(str(weights), policy),
+        weights=source,
         tokenizer_weights=tokenizer,
+        adapters=adapters,
         image_size=config.data.image_size,
         class_names=_listed_names(str(directory), policy) or _class_names(config.data, policy),
         facts={

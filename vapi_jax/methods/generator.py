@@ -17,13 +17,15 @@ from vapi_jax.data.pipeline import encoder_of
 from vapi_jax.data.sources import Encoder
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.method import Method, Network, SampledPolicy, tokenizer_source
-from vapi_jax.models import conditions
+from vapi_jax.models import conditions, lora
 from vapi_jax.models.conditions import CONDITIONS, Condition
 from vapi_jax.models.conversion import model_shapes
-from vapi_jax.models.loading import ClassTable, WeightsSource, load_weights
+from vapi_jax.models.loading import ADAPTERS, ClassTable, WeightsSource, load_weights
+from vapi_jax.models.lora import LoRA
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy, find_policy, make_policy, on_devices
 from vapi_jax.models.vq import VQModel
+from vapi_jax.parallel.sharding import replicated
 from vapi_jax.weights.names import WeightsError
 
 
@@ -74,14 +76,32 @@ class GeneratorMethod(Method):
 
     @property
     def init_from(self) -> WeightsSource | None:
-        return generator_source(self.config, self.policy)
+        return generator_source(self.config, self.policy) if self.lora is None else None
+
+    @property
+    def lora(self) -> LoRA | None:
+        """Adapters that are trained over a frozen generator, frozen["backbone"]; None where it is trained."""
+        return getattr(getattr(self.policy, "config", None), "lora", None)
 
     @property
     def trained_parts(self) -> str:
-        return self.policy.trained_parts
+        if self.lora is None:
+            return self.policy.trained_parts
+        where = ", ".join(self.lora.targets) or "all linear maps"
+        return (
+            f"adapters of rank {self.lora.rank} on {where} of each layer; the generator is frozen"
+        )
 
     def init(self, rng: PRNGKeyArray) -> Any:
-        return self.policy.init(rng)
+        params = self.policy.init(rng)
+        return params if self.lora is None else lora.split(params)[1]
+
+    def whole(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+        return params if self.lora is None else lora.union(frozen["backbone"], params)
+
+    def _base_shapes(self) -> Any:
+        """Of the generator without adapters."""
+        return lora.split(jax.eval_shape(self.policy.init, jax.random.key(0)))[0]
 
     def load_tokenizer(self) -> Any:
         """The frozen tokenizer's weights, checked against its configuration.
@@ -107,16 +127,25 @@ class GeneratorMethod(Method):
         return params
 
     def load_frozen(self) -> dict[str, Any]:
-        return {"tokenizer": self.load_tokenizer()}
+        found = {"tokenizer": self.load_tokenizer()}
+        source = generator_source(self.config, self.policy)
+        if self.lora is not None and source is not None:
+            found["backbone"] = load_weights(source, self.frozen_shapes()["backbone"])
+        return found
 
     def frozen_shapes(self) -> dict[str, Any]:
-        return {"tokenizer": model_shapes(self.config.tokenizer)}
+        found = {"tokenizer": model_shapes(self.config.tokenizer)}
+        if (
+            self.lora is not None
+        ):  # nothing is added to it, so what products round is rounded at once
+            found["backbone"] = jax.eval_shape(self.policy.narrowed, self._base_shapes())
+        return found
 
     def networks(self) -> list[Network]:
-        policy = partial(jax.eval_shape, self.policy.init, jax.random.key(0))
         tokenizer = partial(model_shapes, self.config.tokenizer)
+        source = generator_source(self.config, self.policy)
         found = [
-            Network("policy", "init.gpt", policy, self.init_from),
+            Network("policy", "init.gpt", self._base_shapes, source),
             Network("tokenizer", "init.vq", tokenizer, tokenizer_source(self.config)),
         ]
         kind, option = self.condition, self.condition.network_option
@@ -140,7 +169,7 @@ class GeneratorMethod(Method):
 
     def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
         del extra
-        return {"policy": params}
+        return {"policy" if self.lora is None else ADAPTERS: params}
 
     def narrowed(self, params: Any) -> Any:
         return self.policy.narrowed(params)
@@ -150,7 +179,12 @@ class GeneratorMethod(Method):
         return {"policy": self.policy.compute_dtype, **super().precision}
 
     def sampled(self) -> SampledPolicy:
-        return SampledPolicy(self.policy.for_sampling(), lambda params: params, self.pixels)
+        return SampledPolicy(self.policy.for_sampling(), self._drawn_from, self.pixels)
+
+    def _drawn_from(self, params: Any, frozen: Mapping[str, Any]) -> Any:
+        if self.lora is None:
+            return params
+        return self.whole(jax.device_put(params, replicated(self.mesh)), frozen)
 
     def reconstruct(
         self, params: Any, frozen: Mapping[str, Any], images: Float[Array, "B H W 3"]
@@ -162,6 +196,11 @@ class GeneratorMethod(Method):
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super().check(config, errors)
         check_policy(config, errors)
+        if config.policy.get("lora") is not None:
+            if not config.init.gpt:
+                errors.append("policy.lora: adapters want weights to adapt; name them in init.gpt")
+            if config.init.classes == "new":
+                errors.append("policy.lora: init.classes='new' wants rows that are trained, too")
 
 
 def make_condition(config: TrainConfig, policy: Policy) -> Condition:

@@ -84,12 +84,12 @@ class SampledPolicy:
 
     Attributes:
       policy: the generator.
-      params: of the method's parameters, the generator's.
+      params: (the method's parameters, frozen) -> the generator's, on the method's devices.
       pixels: from its tokens to images, with frozen["tokenizer"].
     """
 
     policy: Policy
-    params: Callable[[Params], Params]
+    params: Callable[[Params, Mapping[str, Any]], Params]
     pixels: PixelSpace
 
 
@@ -196,6 +196,11 @@ class Method(abc.ABC):
     def trained_parts(self) -> str:
         """What of a published model is trained, and what is not; "" where that needs no saying."""
         return ""
+
+    def whole(self, params: Params, frozen: Mapping[str, Any]) -> Params:
+        """The parameters as `rollout`, `loss` and `held_out` take them: with what of a network is frozen."""
+        del frozen
+        return params
 
     def start_like(self, params: Params) -> Params:
         """The part of the parameters that `init_from` replaces: all of them."""

@@ -91,7 +91,7 @@ _NOT_ARCHITECTURE = frozenset(
     {
         "dtype", "encoder_dtype", "decoder_dtype", "remat", "attention", "initializer_range",
         "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
-        "commit_loss_beta", "entropy_loss_ratio", "entropy_temperature", "dropout_p",
+        "lora", "commit_loss_beta", "entropy_loss_ratio", "entropy_temperature", "dropout_p",
     }
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from vapi_jax.common.options import (
     Positive,
     Vocabulary,
 )
+from vapi_jax.models.lora import LoRA, settled
 from vapi_jax.models.transformer import (
     BlockConfig,
     Kernel,
@@ -70,8 +71,10 @@ class JanusConfig:
     dtype: Dtype = "float32"
     remat: Remat = "none"
     attention: Kernel = "auto"
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", settled(self.lora, fused_qkv=False))
         if self.dim % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
             raise ValueError("n_head must divide dim, and n_kv_head must divide n_head")
         if not 0 <= self.pad_id < self.text_vocab_size:
@@ -90,6 +93,7 @@ class JanusConfig:
             interleaved_rope=False,
             dtype=self.dtype,
             attention=self.attention,
+            lora=self.lora,
         )
 
 

@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.common.options import Count, Dtype, NotNegative, Positive, Rate, Share, Vocabulary
+from vapi_jax.models.lora import LoRA, settled
 from vapi_jax.models.transformer import (
     BlockConfig,
     Kernel,
@@ -74,8 +75,10 @@ class LlamaConfig:
     dtype: Dtype = "float32"
     remat: Remat = "none"
     attention: Kernel = "auto"
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", settled(self.lora, fused_qkv=True))
         if self.model_type not in ("c2i", "t2i"):
             raise ValueError(f"model_type must be 'c2i' or 't2i', not {self.model_type!r}")
         if self.model_type == "c2i" and self.cls_token_num != 1:
@@ -109,6 +112,7 @@ class LlamaConfig:
             ffn_dropout_p=self.ffn_dropout_p,
             dtype=self.dtype,
             attention=self.attention,
+            lora=self.lora,
         )
 
 

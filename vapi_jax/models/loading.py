@@ -59,6 +59,9 @@ BUFFERS = ".buffers/"
 PARTS = {"gpt": "policy", "vq": "tokenizer"}
 """Part of a model -> what a run calls it: RUN/weights/policy.safetensors."""
 
+ADAPTERS = "lora"
+"""What a run calls adapters that it has trained: RUN/weights/lora.safetensors."""
+
 Read = Callable[[str, Any], np.ndarray]
 
 

@@ -471,6 +471,14 @@ def on_devices(
     return dataclasses.replace(cast(Any, policy), config=config)
 
 
+def without_adapters(policy: Policy) -> Policy:
+    """The policy of weights that adapters have been merged into; one that has none stays as it is."""
+    config: Any = getattr(policy, "config", None)
+    if getattr(config, "lora", None) is None:
+        return policy
+    return dataclasses.replace(cast(Any, policy), config=dataclasses.replace(config, lora=None))
+
+
 POLICIES: dict[str, type[Policy]] = {
     "class": ClassPolicy,
     "text": TextPolicy,

@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from vapi_jax.models.lora import Adapted, LoRA
 from vapi_jax.models.splash import LANES, attend_splash
 from vapi_jax.parallel import fsdp
 
@@ -44,6 +45,7 @@ class BlockConfig:
     ffn_dropout_p: float = 0.0
     dtype: str = "float32"
     attention: str = "auto"
+    lora: LoRA | None = None
 
     @property
     def head_dim(self) -> int:
@@ -231,6 +233,13 @@ def dense(features: int, std: float, dtype: str, name: str | None = None) -> nn.
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
+def layer_dense(c: BlockConfig, which: str, features: int, name: str | None = None) -> nn.Module:
+    """The linear map `which` of a layer, with an adapter where one is asked for."""
+    if c.lora is None or not c.lora.adapts(which):
+        return dense(features, c.initializer_range, c.dtype, name)
+    return Adapted(features, c.lora, c.initializer_range, c.dtype, name=name)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -240,12 +249,12 @@ class Attention(nn.Module):
         c = self.config
         kv_dim = c.n_kv_head * c.head_dim
         if c.fused_qkv:
-            self.wqkv = dense(c.dim + 2 * kv_dim, c.initializer_range, c.dtype)
+            self.wqkv = layer_dense(c, "wqkv", c.dim + 2 * kv_dim)
         else:
-            self.wq = dense(c.dim, c.initializer_range, c.dtype)
-            self.wk = dense(kv_dim, c.initializer_range, c.dtype)
-            self.wv = dense(kv_dim, c.initializer_range, c.dtype)
-        self.wo = dense(c.dim, c.initializer_range, c.dtype)
+            self.wq = layer_dense(c, "wq", c.dim)
+            self.wk = layer_dense(c, "wk", kv_dim)
+            self.wv = layer_dense(c, "wv", kv_dim)
+        self.wo = layer_dense(c, "wo", c.dim)
         self.resid_dropout = nn.Dropout(c.resid_dropout_p)
 
     def project(self, x: Array, rope: Array) -> tuple[Array, Array, Array]:
@@ -293,9 +302,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         c = self.config
-        gate = dense(c.hidden_dim, c.initializer_range, c.dtype, "w1")(x)
-        up = dense(c.hidden_dim, c.initializer_range, c.dtype, "w3")(x)
-        out = dense(c.dim, c.initializer_range, c.dtype, "w2")(nn.silu(gate) * up)
+        gate = layer_dense(c, "w1", c.hidden_dim, "w1")(x)
+        up = layer_dense(c, "w3", c.hidden_dim, "w3")(x)
+        out = layer_dense(c, "w2", c.dim, "w2")(nn.silu(gate) * up)
         return nn.Dropout(c.ffn_dropout_p)(out, deterministic=deterministic)
 
 

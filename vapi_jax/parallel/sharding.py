@@ -32,6 +32,7 @@ PARTITION_RULES: Rules = (
     (r"layers/attention/wo/kernel$", PartitionSpec(None, None, "fsdp")),
     (r"layers/feed_forward/(w1|w3)/kernel$", PartitionSpec(None, "fsdp", None)),
     (r"layers/feed_forward/w2/kernel$", PartitionSpec(None, None, "fsdp")),
+    (r"/lora_[ab]$", PartitionSpec()),
     (r"embed\w*/embedding$", PartitionSpec(None, "fsdp")),
     (r"uncond_embedding$", PartitionSpec()),
     (r"/kernel$", PartitionSpec("fsdp", None)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from vapi_jax.models import vq
 from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.conversion import name_rules, whole
 from vapi_jax.models.janus import JanusConfig
-from vapi_jax.models.loading import MANIFEST, Weights, WeightsSource, open_weights, read_manifest
+from vapi_jax.models.loading import (
+    ADAPTERS,
+    MANIFEST,
+    Weights,
+    WeightsSource,
+    open_weights,
+    read_manifest,
+)
+from vapi_jax.models.lora import A, B, LoRA
 from vapi_jax.models.policy import make_policy
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import Origin, Rule, WeightsError, origin_of
@@ -95,9 +103,9 @@ def _piece(
     yield np.asarray(origin.to_theirs(part), dtype=dtype, order="C")
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_trained(
-    ckpt: Path, part: str | None = None, step: int | None = None
+    ckpt: Path, part: str | None = None, step: int | None = None, base: Path | None = None
 ) -> Iterator[tuple[Weights, tuple[Rule, ...]]]:
     """Weights to export, and the table of names that belongs to them.
 
@@ -105,6 +113,7 @@ def open_trained(
       ckpt: a run's workdir, or a converted directory.
       part: "gpt" or "vq"; None for what the run trained, or the generator of a converted directory.
       step: of the run's checkpoints, -1 for the newest; None for its final weights.
+      base: what a run that trains adapters adapts, which they are merged into; None for what its recipe says.
 
     Raises:
       WeightsError: if there is nothing of that kind.
@@ -121,35 +130,64 @@ def open_trained(
         with open_weights(WeightsSource(str(ckpt), part, *table)) as weights:
             yield weights, table[0]
         return
-    trained, rules = _trained_part(ckpt)
+    trained, rules, lora, adapted = _trained_part(ckpt)
     if part not in (None, trained):
         raise WeightsError(f"{ckpt} trained the {trained}; its {part} is where it came from")
     shapes = vq.BUFFER_SHAPES if trained == "vq" else {}
     buffers = {name: _zeros(shape) for name, shape in shapes.items()}
-    if step is None:
-        with open_weights(WeightsSource(str(ckpt), trained, rules, ())) as weights:
-            yield dataclasses.replace(weights, buffers=buffers), rules
-    else:
-        weights = _checkpointed(ckpt / "checkpoints", trained, step)
+    with contextlib.ExitStack() as stack:
+        if step is not None:
+            weights = _checkpointed(ckpt / "checkpoints", trained, step)
+        else:
+            place = ckpt if lora is None else ckpt / "weights" / f"{ADAPTERS}.safetensors"
+            weights = stack.enter_context(
+                open_weights(WeightsSource(str(place), trained, rules, ()))
+            )
+        if lora is not None:
+            source = WeightsSource(str(base or adapted), trained, rules, ())
+            weights = _merged(stack.enter_context(open_weights(source)), weights, lora)
         yield dataclasses.replace(weights, buffers=buffers), rules
+
+
+def _merged(base: Weights, adapters: Weights, lora: LoRA) -> Weights:
+    """Weights with adapters in them: float32 where there are any, for bfloat16 would round them away."""
+    stems = {path.removesuffix(f"/{A}") for path in adapters.leaves if path.endswith(f"/{A}")}
+    if absent := [stem for stem in sorted(stems) if f"{stem}/kernel" not in base.leaves]:
+        raise WeightsError(f"these weights have no {absent[0]}, which adapters were trained for")
+
+    def read(path: str, index: Any) -> np.ndarray:
+        array, stem = base.read(path, index), path.removesuffix("/kernel")
+        if stem not in stems:
+            return array
+        a, b = (adapters.read(f"{stem}/{name}", index) for name in (A, B))
+        return np.asarray(array, np.float32) + np.float32(lora.scale) * np.matmul(a, b)
+
+    wide = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.float32)
+        for path, leaf in base.leaves.items()
+        if path.removesuffix("/kernel") in stems
+    }
+    return dataclasses.replace(base, leaves={**base.leaves, **wide}, read=read)
 
 
 def _zeros(shape: tuple[int, ...]) -> LazyTensor:
     return LazyTensor(shape, np.dtype(np.float32), lambda index: np.zeros(shape, np.float32))
 
 
-def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...]]:
-    """Which part of a model a run trains, and its table of names."""
+def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...], LoRA | None, str]:
+    """Which part of a model a run trains, its table of names, and adapters and what they adapt."""
     try:
         config = read_json(workdir / "config.json", WeightsError)
         method, policy = config["method"], dict(config["policy"])
+        begun = str(config.get("init", {}).get("gpt", ""))
     except (WeightsError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{workdir} is neither the workdir of a run nor a converted directory: {error}"
         ) from error
     if method == "tokenizer":
-        return "vq", name_rules("vq")[0]
-    return "gpt", make_policy(**policy).name_rules
+        return "vq", name_rules("vq")[0], None, ""
+    made = make_policy(**policy)
+    return "gpt", made.name_rules, getattr(getattr(made, "config", None), "lora", None), begun
 
 
 def _checkpointed(directory: Path, part: str, step: int) -> Weights:

@@ -116,7 +116,7 @@ def export_janus(
         )
         weights, unchanged = start, None
         if trained:
-            weights, theirs = stack.enter_context(open_trained(ckpt, "gpt", step))
+            weights, theirs = stack.enter_context(open_trained(ckpt, "gpt", step, source))
             if theirs != rules[0] or _shapes(weights) != _shapes(start):
                 raise WeightsError(f"{ckpt} did not train the model that is in {source}")
             unchanged = _compare(weights, start)

@@ -112,14 +112,15 @@ def _kept_for_backward(
     alone = dataclasses.replace(method, local=True)
     weights = dict(frozen)
     if method.keeps_start:
-        weights["base"] = state.params
+        weights["base"] = alone.whole(state.params, weights)
 
     if method.rolls_out:
-        batch = jax.eval_shape(alone.rollout, state.params, weights, batch, state.rng, state.step)
+        whole = alone.whole(state.params, weights)
+        batch = jax.eval_shape(alone.rollout, whole, weights, batch, state.rng, state.step)
 
     def pullback(params: Any, extra: Any, weights: Any, batch: Any, rng: Any, step: Any) -> Any:
         def loss(params: Any) -> Any:
-            return alone.loss(params, extra, weights, batch, rng, step)[0]
+            return alone.loss(alone.whole(params, weights), extra, weights, batch, rng, step)[0]
 
         return jax.vjp(loss, params)[1]
 

@@ -215,8 +215,8 @@ def _pictures(
         # Thousands are drawn in large batches; a picture alone needs no more than it shows.
         judged = on_judging_devices(method, done.frozen)
         sampler = sampler_of(*judged, even_batch(len(labels), judged[0].mesh.size))
-        return {"samples": _samples(method, sampler, labels, done.params), **images}
-    draw = partial(_samples, method, judge.judge.sampler, labels)
+        return {"samples": _samples(*judged, sampler, labels, done.params), **images}
+    draw = partial(_samples, judge.judge.method, judge.judge.frozen, judge.judge.sampler, labels)
     samples = draw(done.params)
     images["samples_after"] = samples
     images |= _real_of_classes(config, labels)
@@ -231,13 +231,14 @@ def _held_out_captions(config: TrainConfig) -> np.ndarray:
 
 
 def _samples(
-    method: Method, sampler: Sampler, labels: np.ndarray, params: Any
+    method: Method, frozen: Mapping[str, Any], sampler: Sampler, labels: np.ndarray, params: Any
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """A sample of each label, or caption."""
     found = method.sampled()
     assert found is not None, "asked before"
     batches = in_batches(len(labels), sampler.rows)
-    drawn = sampler(found.params(params), by_label(method, labels), batches, 7, temperature=1.0)
+    params = found.params(params, frozen)
+    drawn = sampler(params, by_label(method, labels), batches, 7, temperature=1.0)
     return np.concatenate([part.images for part in drawn])
 
 

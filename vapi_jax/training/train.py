@@ -194,13 +194,23 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
     dtype = jnp.dtype(method.compute_dtype)
 
     def on_device(
-        params: Any, extra: Any, frozen: dict[str, Any], batch: Any, rng: PRNGKeyArray, step: Array
+        layout: Any,
+        params: Any,
+        extra: Any,
+        frozen: dict[str, Any],
+        batch: Any,
+        rng: PRNGKeyArray,
+        step: Array,
     ) -> tuple[Any, Any]:
+        if "backbone" in frozen:
+            backbone = fsdp.view(frozen["backbone"], layout["backbone"], dtype)
+            frozen = {**frozen, "backbone": backbone}
         if "base" in frozen:
-            frozen = {**frozen, "base": fsdp.view(frozen["base"], specs, dtype)}
+            base = local.whole(fsdp.view(frozen["base"], specs, dtype), frozen)
+            frozen = {**frozen, "base": base}
 
         def loss(params: Any, part: Any) -> Any:
-            tree = fsdp.view(params, specs, dtype)
+            tree = local.whole(fsdp.view(params, specs, dtype), frozen)
             value, (aux, _) = local.loss(tree, extra, frozen, part, rng, step)
             return value, aux
 
@@ -224,7 +234,7 @@ def per_device_gradients(method: Method, shardings: Any, count: int) -> Gradient
         )
         seen = {name: value for name, value in state.extra.items() if name != EMA}
         grads, aux = jax.shard_map(
-            on_device,
+            functools.partial(on_device, frozen_specs),
             mesh=mesh,
             in_specs=(
                 specs,
@@ -317,7 +327,8 @@ def _rollout_of(method: Method) -> Callable[..., dict[str, Any]]:
         rng = jax.random.fold_in(state.rng, state.step)
         batch = {**batch, "index": jnp.arange(method.config.batch_size)}
         with jax.named_scope("rollout"):
-            found = method.rollout(state.params, frozen, batch, rng, state.step)
+            params = method.whole(state.params, frozen)
+            found = method.rollout(params, frozen, batch, rng, state.step)
         return jax.lax.with_sharding_constraint(
             jax.lax.stop_gradient(found), batch_sharding(method.mesh)
         )
