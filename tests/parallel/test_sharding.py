@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.policies import CASES
+from tests.helpers.policies import CASES, LLAMA
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods.config import OptimizerConfig
@@ -126,7 +126,8 @@ def test_unknown_names_and_ranks_are_errors(mesh):
 def test_no_row_is_dead(mesh):
     """Each row of the table is the first match of some parameter of some model."""
     names = {"tokenizer/x", "a/count"}
-    for kind, config in CASES.values():
+    adapted = ("class", {**LLAMA, "lora": {"rank": 2}})
+    for kind, config in (*CASES.values(), adapted):
         names |= flatten(jax.eval_shape(make_policy(kind, **config).init, jax.random.key(0))).keys()
     first = {
         next(pattern for pattern, _ in PARTITION_RULES if re.search(pattern, name))

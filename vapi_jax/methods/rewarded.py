@@ -140,7 +140,8 @@ class RewardedMethod(GeneratorMethod):
 
     def weights_of(self, params: Any, extra: Any) -> dict[str, Any]:
         found = super().weights_of(params, extra)
-        return {**found, "policy_ema": extra[EMA]} if EMA in extra else found
+        [name] = found
+        return {**found, f"{name}_ema": extra[EMA]} if EMA in extra else found
 
     def summarize(self, aux: Aux) -> Scalars:
         rewards = aux["reward"]
