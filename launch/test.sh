@@ -5,16 +5,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-usage: launch/test.sh [--isa AVX2|SSE4_2 | --targets] [OPTION...]
+usage: launch/test.sh [--all | --isa AVX2|SSE4_2 | --targets] [OPTION...]
 
-Runs the whole test suite on the CPU (8 virtual devices). Needs Python 3.11 or newer; makes an
-environment in .venv, which the next call uses again. OPTION is passed on to pytest, for example:
-  -m "not slow"                           leave out what takes long
+Runs the tests on the CPU (8 virtual devices), without the slow ones. Needs Python 3.11 or newer;
+makes an environment in .venv, which the next call uses again. OPTION is passed on to pytest, for
+example:
   tests/methods/test_grpo.py -n 0         one file, in one process
   tests/parity --golden DIR               another set of golden arrays
+  -m slow                                 the slow ones alone
 
---isa, before the others, runs what compares floats, compiled for an x86 processor that has AVX2 or
-SSE 4.2 at the most: other instructions add in another order and round elsewhere.
+--all, before the others, runs the slow ones as well: whole runs of every recipe, runs of several
+processes, runs that are killed anywhere.
+
+--isa, before the others, runs one case of every test that compares floats, compiled for an x86
+processor that has AVX2 or SSE 4.2 at the most: other instructions add in another order and round
+elsewhere.
 
 --targets, before the others, runs what is compiled for GPUs and TPUs that are not here. It brings
 their compilers (2 GB, Linux on x86) into a folder beside the environment's packages, because JAX
@@ -30,15 +35,20 @@ for argument in "$@"; do
   esac
 done
 
+case "${1:-}" in
+  --all) shift ;;
+  --isa | --targets) ;;
+  *) set -- -m "not slow" "$@" ;;
+esac
 if [ "${1:-}" = --isa ]; then
   case "${2:-}" in  # for XLA, for PyTorch, for the linear algebra of NumPy
-    AVX2) export ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell ;;
-    SSE4_2) export ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem ;;
+    AVX2) cases=first; export ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell ;;
+    SSE4_2) cases=last; export ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem ;;
     *) die "--isa takes AVX2 or SSE4_2, not '${2:-}'" ;;
   esac
   export XLA_FLAGS="--xla_cpu_max_isa=$2 ${XLA_FLAGS:-}"
   shift 2
-  set -- -m "floats and not slow" "$@"
+  set -- -m "floats and not slow" --cases "$cases" "$@"
 fi
 
 prepare test,text

@@ -1,6 +1,7 @@
 """Test setup: eight CPU devices, and the golden arrays of `--golden DIR`."""
 
 import collections
+import gc
 import os
 import signal
 import tempfile
@@ -47,7 +48,13 @@ def pytest_unconfigure(config):
         config.compilation_cache.cleanup()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_finish():
+    """Tracing makes objects by the million, and garbage is looked for among all of them."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_modifyitems(config, items):
     """Marks what compares floats, for runs on other processors; files of slow tests come first.
 
     Processes that take one file after the other, so that none makes another's fixtures again, then
@@ -59,6 +66,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("floats")
         lengths[item.path] += 20 if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: -lengths[item.path])
+    if cases := config.getoption("--cases"):
+        ordered = items if cases == "last" else reversed(items)
+        kept = set(
+            {item.nodeid.split("[")[0]: item for item in ordered}.values()
+        )  # the last of each
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def pytest_addoption(parser):
@@ -67,6 +81,11 @@ def pytest_addoption(parser):
         type=Path,
         default=GOLDEN,
         help="directory of golden arrays for the parity tests (default: tests/golden)",
+    )
+    parser.addoption(
+        "--cases",
+        choices=("first", "last"),
+        help="run one case alone of every function that has several",
     )
 
 

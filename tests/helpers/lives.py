@@ -8,6 +8,7 @@ hook from this file has laid its mine.
 import contextlib
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -100,6 +101,8 @@ def live(life, timeout=240):
 
 
 def _live(life):
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     with life.log.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
