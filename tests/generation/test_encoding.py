@@ -1,6 +1,8 @@
 """Images encoded once: the same pixels and tokens, the same steps, and nothing else taken for them."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -236,6 +238,7 @@ def test_stored_features_are_what_a_t5_in_front_makes_of_the_captions(captioned)
     again = without_encoder(config, out)
     front, stored = (make_method(one, make_mesh()) for one in (config, again))
     batches = [iter(make_dataset(one.data, "train", 8, one.seed)) for one in (config, again)]
+    more = iter(make_dataset(config.data, "train", 8, config.seed))
     for _ in range(5):
         want, got = (m.prepare(next(b)) for m, b in zip((front, stored), batches, strict=True))
         assert got.keys() == want.keys() == {"image", "condition"}
@@ -249,6 +252,13 @@ def test_stored_features_are_what_a_t5_in_front_makes_of_the_captions(captioned)
     facts = json.loads((out / "train" / "encoded.json").read_text())
     assert facts["captions"]["empty"] == facts["captions"]["other_script"] > 0
     assert facts["captions"]["cut"] > 0
+    lines = [p.read_text().splitlines() for p in sorted((out / "train").glob("*/listed.jsonl"))]
+    found = [(part, json.loads(line)) for part, rows in enumerate(lines) for line in rows]
+    whys = collections.Counter(why for _, one in found for why in one["why"])
+    assert whys == {why: facts["captions"][why] for why in whys}
+    texts = itertools.chain.from_iterable(batch["condition"] for batch in more)
+    in_order = list(itertools.islice(texts, 44))
+    assert all(one["caption"] == in_order[16 * part + one["row"]] for part, one in found)
     assert facts["condition"]["text_encoder"].keys() >= {"config.json", "model.safetensors"}
     sizes = [np.load(p, mmap_mode="r").shape for p in sorted(out.rglob("features.npy"))]
     lengths = [np.load(p).sum() for p in sorted(out.rglob("lengths.npy"))]

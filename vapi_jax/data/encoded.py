@@ -25,6 +25,7 @@ from vapi_jax.data.sources import Encoder, Source
 from vapi_jax.models.conditions import CAPTION_FLAGS, stored_caption
 
 FACTS = "encoded.json"
+LISTED = "listed.jsonl"  # captions of a part that are flagged
 COMMAND = "python -m vapi_jax.encode dataset"
 
 _TYPES = {
@@ -54,6 +55,8 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
     rows: dict[str, list[np.ndarray]] = {}
     found: Counter[str] = Counter()
     sizes = {"length": 0, "letters": 1}
+    listed: list[str] = []
+    count = 0
     for batch in batches:
         # Pixels were 8 bit before they were floats: this brings them back exactly.
         new = {"images": np.rint((batch["image"] + 1.0) * 127.5).astype(np.uint8)}
@@ -75,6 +78,11 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
             new["captions"] = np.frombuffer("".join(f"{t}\0" for t in texts).encode(), np.uint8)
             sizes["letters"] = max(sizes["letters"], *map(len, texts))
             found.update({flag: int(condition[flag].sum()) for flag in CAPTION_FLAGS})
+            for row in np.flatnonzero(np.any([condition[flag] for flag in CAPTION_FLAGS], axis=0)):
+                why = [flag for flag in CAPTION_FLAGS if condition[flag][row]]
+                one = {"row": count + int(row), "why": why, "caption": texts[row]}
+                listed.append(json.dumps(one, ensure_ascii=False))
+        count += len(condition)
         for name, values in new.items():
             rows.setdefault(name, []).append(values)
     with new_folder(folder) as partial:
@@ -83,6 +91,7 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
         if "lengths" in rows:
             text = json.dumps({**sizes, **found}, indent=2, sort_keys=True)
             (partial / FACTS).write_text(f"{text}\n", encoding="utf-8")
+            (partial / LISTED).write_text("".join(f"{one}\n" for one in listed), encoding="utf-8")
 
 
 def finish_split(

@@ -23,7 +23,7 @@ from vapi_jax.common.files import FolderExistsError, make_folder, read_json, wri
 from vapi_jax.common.progress import ProgressBar, announce
 from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
-from vapi_jax.data.encoded import finish_split, part_folder, write_part
+from vapi_jax.data.encoded import LISTED, finish_split, part_folder, write_part
 from vapi_jax.data.sources import Encoder, source_class
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
@@ -110,7 +110,7 @@ def encode_dataset(
             facts: dict[str, Any] = {"encoder": encoder, "class_names": names, "more": more}
             if found := finish_split(out / name, many, count=counts[name], **facts):
                 listed = ", ".join(f"{n} {flag.replace('_', ' ')}" for flag, n in found.items())
-                announce(f"captions of {name}: {listed}")
+                announce(f"captions of {name}: {listed} (in {out / name}/*/{LISTED})")
         (out / ASKED).unlink()
     return counts
 
