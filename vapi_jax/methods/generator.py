@@ -53,7 +53,7 @@ class GeneratorMethod(Method):
         return {**batch, "condition": self.condition.prepare(batch["condition"])}
 
     def example_batch(self, rows: int) -> dict[str, Any]:
-        condition = jax.eval_shape(lambda: self.policy.condition.example(rows))
+        condition = jax.eval_shape(lambda: self.condition.longest(rows))
         return {**super().example_batch(rows), "condition": condition}
 
     def drop_conditions(self, rng: PRNGKeyArray, batch: Mapping[str, Any], rate: float) -> Any:

@@ -55,6 +55,10 @@ class Condition(abc.ABC):
     def example(self, batch: int) -> Tree:
         """A valid condition of this batch size, for initialisation and shape inference."""
 
+    def longest(self, batch: int) -> Tree:
+        """The `example` of the most room that a batch can take, for plans."""
+        return self.example(batch)
+
     def prepare(self, raw: Any) -> Tree:
         """What a data source gives for B samples, as the policy takes it; NumPy, on the host.
 
@@ -341,6 +345,10 @@ class Prompt(Condition):
 
     def example(self, batch: int) -> Tree:
         tokens = jnp.zeros((batch, 2), dtype=jnp.int32)
+        return {"tokens": tokens, "mask": jnp.ones_like(tokens, dtype=bool)}
+
+    def longest(self, batch: int) -> Tree:
+        tokens = jnp.zeros((batch, max(self.lengths)), dtype=jnp.int32)
         return {"tokens": tokens, "mask": jnp.ones_like(tokens, dtype=bool)}
 
     def _unconditional(self, condition: Tree) -> Tree:
