@@ -5,6 +5,8 @@ token's logits are read at the last column, padding or not: `padding="counted"`.
 compared at batch 1, where the reference pairs its two halves rightly.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from tests.helpers.compare import assert_close
 from vapi_jax.models import janus
+from vapi_jax.models.janus_folder import infer_janus
 from vapi_jax.models.policy import make_policy
 from vapi_jax.weights import names as weights
 
@@ -26,23 +29,15 @@ def make(golden, arrays):
     args = golden.args("janus")
 
     def build(**options):
-        policy = make_policy(
-            "janus",
-            dim=args["d"],
-            n_layer=args["L"],
-            n_head=args["H"],
-            n_kv_head=args["KV"],
-            hidden_dim=args["I"],
-            text_vocab_size=args["TV"],
-            vocab_size=args["V"],
-            image_embed_dim=args["E"],
-            num_tokens=arrays["gt_tokens"].shape[1],
-            pad_id=int(arrays["pad_id"]),
-            **options,
-        )
+        tensors = golden.tensors("janus")
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        heads = {"num_attention_heads": args["H"], "num_key_value_heads": args["KV"]}
+        tokens, pad_id = arrays["gt_tokens"].shape[1], int(arrays["pad_id"])
+        config = infer_janus(shapes, heads, tokens, pad_id).config
+        policy = make_policy("janus", **dataclasses.asdict(config), **options)
         target = jax.eval_shape(policy.init, jax.random.key(0))
         return policy, weights.from_reference(
-            golden.tensors("janus"), target, policy.name_rules, policy.ignored_names
+            tensors, target, policy.name_rules, policy.ignored_names
         )
 
     return build

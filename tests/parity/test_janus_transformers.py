@@ -11,6 +11,7 @@ from tests.helpers.compare import assert_close
 from tests.helpers.janus import assert_holds, load, transformers_janus, write_tokenizer
 from vapi_jax.models import sampling
 from vapi_jax.models.conditions import Prompt
+from vapi_jax.models.head import project
 from vapi_jax.models.janus_folder import convert_janus
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQModel
@@ -42,13 +43,16 @@ def converted(folder, tmp_path_factory):
 
 
 @torch.no_grad()
-def their_logits(model, prompt, context):
-    """Of every image token after a prompt without padding, as the port's own sampler feeds them."""
+def their_numbers(model, prompt, context):
+    """Of every image token after a prompt without padding, as the port's own sampler feeds them: what the
+    last linear map sees, and logits."""
     words = model.get_input_embeddings()(torch.tensor(prompt))
     codes = model.prepare_embeddings_for_image_generation(torch.tensor(context))
     fed = torch.cat([words, codes], dim=1)
     hidden = model.model.language_model(inputs_embeds=fed).last_hidden_state
-    return model.model.generation_head(hidden[:, words.shape[1] - 1 :]).numpy()
+    hidden, head = hidden[:, words.shape[1] - 1 :], model.model.generation_head
+    inner = head.activation_fn(head.proj_out(hidden))
+    return inner.numpy()[0], head(hidden).numpy()[0]
 
 
 def test_logits_with_and_without_a_caption_whatever_else_is_in_the_batch(theirs, converted):
@@ -59,14 +63,22 @@ def test_logits_with_and_without_a_caption_whatever_else_is_in_the_batch(theirs,
     without = condition.unconditional(prompt)
     rng = np.random.default_rng(0)
     context = rng.integers(0, config.vocab_size, (len(CAPTIONS), policy.context_length), np.int32)
-    forward = jax.jit(policy.logits)
-    given, dropped = (np.asarray(forward(params, c, context)) for c in (prompt, without))
+
+    @jax.jit
+    def forward(params, condition, context):
+        hidden = policy.hidden(params, condition, context)
+        return hidden, project(hidden, policy.head(params))
+
+    (hidden, given), (_, dropped) = (forward(params, c, context) for c in (prompt, without))
+    given, dropped = np.asarray(given), np.asarray(dropped)
     for row, mask in enumerate(prompt["mask"]):
         ids = prompt["tokens"][row : row + 1, mask].astype(np.int64)
         empty = ids.copy()
         empty[:, 1:-1] = config.pad_id
         rest = context[row : row + 1].astype(np.int64)
-        want, want_dropped = (their_logits(theirs, x, rest)[0] for x in (ids, empty))
+        seen, want = their_numbers(theirs, ids, rest)
+        _, want_dropped = their_numbers(theirs, empty, rest)
+        assert_close(hidden[row], seen, 2e-5)
         assert_close(given[row], want, 2e-5)
         assert_close(dropped[row], want_dropped, 2e-5)
         guided = want_dropped + GUIDANCE * (want - want_dropped)
@@ -75,7 +87,7 @@ def test_logits_with_and_without_a_caption_whatever_else_is_in_the_batch(theirs,
         assert np.abs(want - want_dropped).max() > 0.01
     right = dataclasses.replace(condition, side="right").prepare(np.array(CAPTIONS))
     assert right["mask"][1, 0] and not prompt["mask"][1, 0]
-    assert_close(forward(params, right, context), given, 2e-5)
+    assert_close(forward(params, right, context)[1], given, 2e-5)
 
 
 @torch.no_grad()
