@@ -1,4 +1,4 @@
-"""Scores of generated images from what a detector says of them: `python -m vapi_jax.score geneval ...`.
+"""Scores of generated images: by a detector's boxes, or by a reward model that reads images and prompts.
 
   python -m vapi_jax.score geneval --detections=detections.jsonl --metadata=evaluation_metadata.jsonl \\
       --out=scores.jsonl
@@ -21,6 +21,11 @@ made: where its images are not of `--protocol geneval`, whose figures are publis
 
 does the same for images of drawn scenes (`data.name="scenes"`), which need no detector of yours: what is
 found in DIR is written to scores.detections.jsonl first.
+
+  python -m vapi_jax.score clip --weights=PATH --images=DIR --prompts=FILE --out=scores.jsonl
+
+and `hpsv2`, `pickscore`, `aesthetic` score each image with its prompt (docs/rewards.md): a line an image in
+scores.jsonl; the mean, its interval by bootstrap over prompts, and what it depends on in scores.json.
 """
 
 from __future__ import annotations
@@ -33,9 +38,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vapi_jax.common.digests import sha256_file
-from vapi_jax.common.errors import exit_status
+from vapi_jax.common.errors import ExpectedError, exit_status
 from vapi_jax.common.files import write_atomically
-from vapi_jax.common.paths import local_path
+from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.tables import format_table
 from vapi_jax.evaluation.geneval import Prompt, Rules
@@ -49,6 +54,14 @@ from vapi_jax.evaluation.geneval_scores import (
     score,
 )
 from vapi_jax.generation.protocols import departures_from_geneval
+
+MODELS = {
+    "clip": "cosine of image and prompt by a CLIP",
+    "hpsv2": "Human Preference Score v2 or v2.1, a cosine",
+    "pickscore": "PickScore v1, exp(logit_scale) times a cosine",
+    "aesthetic": "LAION's aesthetic predictor; needs no prompts",
+}
+"""Reward models of `vapi_jax.rewards`, by their names there."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,6 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     scenes = commands.add_parser("scenes", help="the same of drawn scenes, detected here")
     geneval.add_argument("--detections", type=local_path, required=True, metavar="FILE.jsonl")
     scenes.add_argument("--images", type=local_path, required=True, metavar="DIR")
+    for name, text in MODELS.items():
+        _add_model(commands.add_parser(name, help=text), name)
     _add_shared(geneval)
     _add_shared(scenes)
     args = parser.parse_args(argv)
@@ -94,6 +109,73 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
         kind = int if field.name == "max_objects" else float
         add(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")
     add_process_flags(command)
+
+
+def _add_model(command: argparse.ArgumentParser, name: str) -> None:
+    add = command.add_argument
+    add(
+        "--weights",
+        type=local_text,
+        required=True,
+        metavar="PATH",
+        help="of a CLIP, see docs/rewards.md",
+    )
+    add("--images", type=local_path, required=True, metavar="DIR")
+    if name == "aesthetic":
+        add("--head", type=local_text, required=True, metavar="FILE", help="the predictor's layers")
+    else:
+        add(
+            "--prompts", type=local_path, required=True, metavar="FILE",
+            help="a prompt a line, GenEval's or HPSv2's, or .jsonl with filename and prompt",
+        )  # fmt: skip
+        add(
+            "--tokenizer", type=local_text, metavar="PATH",
+            help="folder or file (default: beside the weights)",
+        )  # fmt: skip
+    add(
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="replaced if it is there",
+    )
+    add("--activation", choices=("auto", "quick_gelu", "gelu"), default="auto")
+    add("--fit", choices=("auto", "crop", "crop_floor", "pad"), help="default: the model's own")
+    add("--resize", choices=("pillow", "torch_antialias", "torch"), help="default: the model's own")
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="default %(default)s")
+    add_process_flags(command)
+
+
+def by_model(args: argparse.Namespace) -> None:
+    """Scores images by a reward model, and writes them and what they depend on."""
+    import numpy as np
+
+    from vapi_jax.evaluation.prompt_scores import find_pictures, receipt, score_pictures
+    from vapi_jax.rewards import RewardSpec, make_terms
+
+    names = {"tokenizer": "tokenizer_path"}
+    asked = ("weights", "head", "tokenizer", "activation", "fit", "resize", "dtype")
+    given = {names.get(name, name): getattr(args, name, None) for name in asked}
+    options = {name: value for name, value in given.items() if value is not None}
+    reward = make_terms([RewardSpec(args.command, options=options)])[0].reward
+    if problems := reward.problems(1 << 10):
+        raise ExpectedError(f"score {args.command}: " + "; ".join(problems))
+    prompts = getattr(args, "prompts", None)
+    pictures = find_pictures(args.images, prompts)
+    lines, scores = [], []
+    for name, prompt, value in score_pictures(reward, pictures):
+        line = {"filename": name, **({"prompt": prompt} if prompts else {}), "score": value}
+        lines.append(json.dumps(line) + "\n")
+        scores.append(value)
+    found = receipt(args.command, reward, pictures, prompts, np.array(scores))
+    write_atomically(args.out, "".join(lines))
+    path = args.out.with_suffix(".json")
+    write_atomically(path, json.dumps(found, indent=2) + "\n")
+    print(
+        f"{args.command}: {found['mean']:.5g} ({found['low']:.5g} to {found['high']:.5g}, 95 %) over "
+        f"{found['images']} images of {found['prompts']} prompts; {found['model']['resize']}, "
+        f"{found['model']['fit']}\nscores are in {args.out}, what they depend on in {path}"
+    )
 
 
 def geneval(args: argparse.Namespace) -> None:
@@ -189,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args = parse(argv)
-        command = {"geneval": geneval, "scenes": scenes}[args.command]
+        command = {"geneval": geneval, "scenes": scenes}.get(args.command, by_model)
         # After the command line, so that --help needs no JAX.
         from vapi_jax.parallel import distributed
 

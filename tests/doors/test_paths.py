@@ -38,6 +38,14 @@ DOORS = {
         ["--detections=d", "--metadata=m", "--out=o.jsonl"],
         ["--detections", "--metadata", "--out", "--against", "--samples"],
     ),
+    "score clip": (
+        ["--weights=w", "--images=i", "--prompts=p", "--out=o.jsonl"],
+        ["--weights", "--images", "--prompts", "--tokenizer", "--out"],
+    ),
+    "score aesthetic": (
+        ["--weights=w", "--images=i", "--head=h", "--out=o.jsonl"],
+        ["--head"],
+    ),
     "score scenes": (["--images=i", "--metadata=m", "--out=o.jsonl"], ["--images"]),
     "encode captions": (
         ["--text_encoder=t", "--captions=c", "--out=o.npz"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -45,6 +46,22 @@ class Golden:
         for key in ("model", "module", "state_dict"):
             state = state.get(key, state)
         return {key: value.numpy() for key, value in state.items() if hasattr(value, "numpy")}
+
+    def with_open_clip_config(self, folder: Path) -> Path:
+        """A folder with `clip_open.pt` and the configuration that open_clip would have beside it."""
+        args = self.args("clip")
+        vision, text = args["vision"], args["text"]
+        sizes = {
+            "vision_cfg": {
+                "width": vision["width"],
+                "head_width": vision["width"] // vision["heads"],
+            },
+            "text_cfg": {"heads": text["heads"]},
+            "quick_gelu": args["act"] == "quick_gelu",
+        }
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
+        shutil.copy(self.directory / "clip_open.pt", folder / "open_clip_pytorch_model.bin")
+        return folder
 
     def args(self, name: str) -> dict:
         """The hyper-parameters of `<name>_args.json`."""

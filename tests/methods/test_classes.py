@@ -91,7 +91,7 @@ def test_imagenets_ids_are_in_the_order_of_their_labels():
     assert [names[label] for label in IMAGENETTE.values()] == list(IMAGENETTE)
     assert names[999] == "n15075141"
     assert read_class_list("demo").names == PhotoSource.class_names
-    assert SHIPPED == ("imagenet", "demo")
+    assert SHIPPED == ("imagenet", "imagenet_words", "demo")
 
 
 def test_a_list_is_read_as_it_was_written(tmp_path):

@@ -1,7 +1,8 @@
 """What labels of generators are called: lists of names in the order of their numbers.
 
-`imagenet` (the 1000 ids of ILSVRC 2012, such as n01440764) and `demo` ship with the package. A converted
-directory and the workdir of a run may hold a list of their own, classes.txt.
+`imagenet` (the 1000 ids of ILSVRC 2012, such as n01440764), `imagenet_words` (the same in WordNet's words,
+such as "tench, Tinca tinca") and `demo` ship with the package. A converted directory and the workdir of a run
+may hold a list of their own, classes.txt.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FILE = "classes.txt"
 _FOLDER = Path(__file__).parents[1] / "assets" / "classes"
 _DIGESTS = _FOLDER.parent / "digests.json"
 
-SHIPPED = ("imagenet", "demo")
+SHIPPED = ("imagenet", "imagenet_words", "demo")
 """Lists known by name."""
 
 IMAGENET_CLASSES = 1000

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vapi_jax.common.options import Errors, build
 from vapi_jax.common.plugins import UnknownNameError, find
 from vapi_jax.models.vq import VQModel
+from vapi_jax.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from vapi_jax.rewards.reconstruction import GAN, L1, LPIPS, MSE, CodebookCosine
 from vapi_jax.rewards.reward import Batch, FunctionReward, Reward
 
@@ -35,6 +36,10 @@ REWARDS: dict[str, type[Reward]] = {
     "l1": L1,
     "codebook_cosine": CodebookCosine,
     "gan": GAN,
+    "clip": CLIPScore,
+    "hpsv2": HPSv2,
+    "pickscore": PickScore,
+    "aesthetic": Aesthetic,
 }
 
 

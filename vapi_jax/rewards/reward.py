@@ -31,7 +31,8 @@ from vapi_jax.models.vq import VQModel
 
 Batch = Mapping[str, Any]
 """What is known of the images: "image" [B, H, W, 3] in [-1, 1] where there are any, "condition" as the
-policy takes it, and "samples" int [B, G, T], the tokens that were decoded."""
+policy takes it, "samples" int [B, G, T], the tokens that were decoded, and "prompt", what the reward's
+`prepare` made of the raw conditions, where it made anything."""
 
 Rewards = Float[Array, "B G"]
 
@@ -84,6 +85,17 @@ class Reward(abc.ABC):
           WeightsError: as `load`, as far as can be told without reading all.
         """
         return None
+
+    def prepare(self, raw: Any) -> Any:
+        """What it needs of a batch's raw conditions (labels, captions) that the policy's own do not tell.
+
+        On the host; every leaf [B, ...]. None for nothing. A call then finds it as batch["prompt"].
+        """
+        del raw
+
+    def example(self, rows: int) -> Any:
+        """Shapes of what `prepare` makes of `rows` conditions."""
+        del rows
 
     @abc.abstractmethod
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
