@@ -20,6 +20,9 @@ from vapi_jax.methods.objective import GRPOOptions
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.rewards import Term, check_rewards, make_terms
 
+PROMPTS = "prompts"
+"""In a batch: reward -> what it made of the raw conditions (`Reward.prepare`)."""
+
 ENTROPY_WEIGHT = "entropy_weight"
 """In the extra state, where a bonus holds entropy at a target."""
 
@@ -84,6 +87,16 @@ class RewardedMethod(GeneratorMethod):
         rewards = {term.name: getattr(term.reward, "dtype", "float32") for term in self.terms}
         return {**super().precision, "rewards": rewards}
 
+    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        made = {term.name: term.reward.prepare(batch["condition"]) for term in self.terms}
+        prompts = {name: made_of for name, made_of in made.items() if made_of is not None}
+        return {**super().prepare(batch), **({PROMPTS: prompts} if prompts else {})}
+
+    def example_batch(self, rows: int) -> dict[str, Any]:
+        shapes = {term.name: term.reward.example(rows) for term in self.terms}
+        prompts = {name: shape for name, shape in shapes.items() if shape is not None}
+        return {**super().example_batch(rows), **({PROMPTS: prompts} if prompts else {})}
+
     def load_frozen(self) -> dict[str, Any]:
         rewards = {term.name: term.reward.load() for term in self.terms}
         return {**super().load_frozen(), "rewards": {n: w for n, w in rewards.items() if w}}
@@ -99,7 +112,7 @@ class RewardedMethod(GeneratorMethod):
         seen = {name: frozen[name] for name in ("tokenizer", "rewards")}
 
         def judge(samples: Array, batch: Mapping[str, Any]) -> dict[str, Array]:
-            known = {name: batch[name] for name in ("image", "condition") if name in batch}
+            known = {name: batch[name] for name in ("image", "condition", PROMPTS) if name in batch}
             return self.judged_pixels.judge(seen, samples, known, judges)
 
         return judge
@@ -185,7 +198,10 @@ def _weights_for(term: Term, frozen: Mapping[str, Any]) -> Any:
 
 def says(term: Term, frozen: Mapping[str, Any], pixels: Array, batch: Mapping[str, Any]) -> Array:
     """What a reward says, given its own weights and the networks that it shares."""
-    return term.reward(_weights_for(term, frozen), pixels, batch)
+    known = {name: value for name, value in batch.items() if name != PROMPTS}
+    if (prompt := batch.get(PROMPTS, {}).get(term.name)) is not None:
+        known["prompt"] = prompt
+    return term.reward(_weights_for(term, frozen), pixels, known)
 
 
 def inner_products(

@@ -15,6 +15,7 @@ from vapi_jax.common.options import Errors, build
 from vapi_jax.common.plugins import UnknownNameError, find
 from vapi_jax.models.vq import VQModel
 from vapi_jax.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
+from vapi_jax.rewards.http import HTTP
 from vapi_jax.rewards.reconstruction import GAN, L1, LPIPS, MSE, CodebookCosine
 from vapi_jax.rewards.reward import Batch, FunctionReward, Reward
 
@@ -40,6 +41,7 @@ REWARDS: dict[str, type[Reward]] = {
     "hpsv2": HPSv2,
     "pickscore": PickScore,
     "aesthetic": Aesthetic,
+    "http": HTTP,
 }
 
 

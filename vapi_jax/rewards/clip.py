@@ -173,8 +173,7 @@ class CLIPScore(_Images):
 
     def class_prompts(self) -> tuple[str, ...]:
         """The prompt of every label."""
-        which = "imagenet_words" if self.prompts == IMAGENET else self.prompts
-        return tuple(self.template.replace("{}", name) for name in read_class_list(which).names)
+        return class_prompts(self.prompts, self.template)
 
     def embed_prompts(self, text: Any, prompts: Sequence[str]) -> Float[np.ndarray, "N E"]:
         """Embeddings of prompts, of length 1, on this process's first device."""
@@ -310,6 +309,12 @@ def in_words(config: clip.CLIPConfig) -> str:
     """ "ViT 24 x 1024 / 14, 224 px, quick_gelu" """
     tower = config.vision
     return f"ViT {tower.layers} x {tower.width} / {config.patch}, {config.image} px, {config.activation}"
+
+
+def class_prompts(names: str, template: str) -> tuple[str, ...]:
+    """The prompt of every label: a list of classes, each name in the place of {} in a template."""
+    which = "imagenet_words" if names == IMAGENET else names
+    return tuple(template.replace("{}", name) for name in read_class_list(which).names)
 
 
 def texts_of(raw: Any) -> list[str]:

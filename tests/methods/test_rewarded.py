@@ -1,0 +1,62 @@
+"""Rewards that read prompts, from a method's batches to a sample's worth."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.clip_files import make_model, write_tokenizer
+from tests.helpers.compare import assert_close
+from tests.helpers.tiny import make_tiny_method
+from vapi_jax.models.conditions import stored_caption
+from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.rewards.clip import CLIPScore
+from vapi_jax.training.train import load_frozen
+
+ROWS, LENGTH, WIDTH = 2, 3, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    make_model(side=16).save_pretrained(path)
+    write_tokenizer(path)
+    return str(path)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+
+def test_captions_of_a_batch_reach_the_reward_that_asks_for_them(folder):
+    clip = {"name": "clip", "options": {"weights": folder, "dtype": "float32"}}
+    policy = {"kind": "text", "cls_token_num": LENGTH, "caption_dim": WIDTH}
+    method = make_tiny_method(
+        "vapi",
+        make_mesh(devices=jax.devices()[:1]),
+        policy=policy,
+        condition={"name": "caption"},
+        rewards=("mse", clip),
+    )
+    raw = np.zeros(ROWS, stored_caption(LENGTH, WIDTH, 20))
+    raw["caption"] = ["the cat", "a photo of the cat"] * (ROWS // 2)
+    raw["length"] = 2
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (ROWS, 8, 8, 3)).astype(np.float32)
+    batch = method.prepare({"image": image, "condition": raw})
+    assert shapes(batch) == shapes(method.example_batch(ROWS))
+    samples = rng.integers(0, 16, (ROWS, 2, 16)).astype(np.int32)
+    frozen = load_frozen(method)
+
+    @jax.jit
+    def both(frozen, samples, batch):
+        decoded = method.pixels.decode(frozen, samples.reshape(-1, 16))
+        return method.judge(frozen, method.judges)(samples, batch), decoded
+
+    found, decoded = both(frozen, samples, batch)
+    reward = CLIPScore(weights=folder, dtype="float32")
+    pixels = np.asarray(decoded).reshape(ROWS, 2, 8, 8, 3)
+    asked = {"prompt": reward.prepare(raw["caption"])}
+    want = jax.jit(lambda w, x, b: reward(w, x, b))(reward.load(), pixels, asked)
+    # A value that is rounded to another 8-bit level moves a score by as much.
+    assert_close(found["clip"], want, 1e-3)
+    assert np.ptp(np.asarray(want)) > 1e-3 and found["mse"].shape == (ROWS, 2)

@@ -1,0 +1,156 @@
+"""A reward on another machine, with a real server that answers, is slow, fails and lies."""
+
+import base64
+import http.server
+import io
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vapi_jax.rewards.http import HTTP, LETTERS, HTTPRewardError
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with each image's mean pixel and its prompt's length, or as it is told."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.answers = [], []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/score"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.asked.append("GET")
+        self.reply(200, b'{"scores": [0]}')
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        images = [Image.open(io.BytesIO(base64.b64decode(x))) for x in body["images"]]
+        assert all(image.format == "PNG" for image in images)
+        self.server.asked.append((len(images), body["prompts"]))
+        scores = [
+            np.asarray(x).mean() / 8 + len(p) for x, p in zip(images, body["prompts"], strict=True)
+        ]
+        status, data = self.server.answers.pop(0) if self.server.answers else (200, None)
+        if status == "slow":
+            time.sleep(data)
+            status, data = 200, None
+        self.reply(status, json.dumps({"scores": scores}).encode() if data is None else data)
+
+    def reply(self, status, data):
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", self.server.url)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server():
+    with Server() as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
+PROMPTS = ["a", "zwei", "", "ünï🐈", "a b"]
+WANT = [image.mean() / 8 + len(text) for image, text in zip(IMAGES, PROMPTS, strict=True)]
+
+
+def reward(server, **options):
+    return HTTP(url=server.url, backoff=0.01, **options)
+
+
+def test_scores_come_back_in_parts_and_in_order(server):
+    found = reward(server, at_once=2).ask(IMAGES, PROMPTS)
+    np.testing.assert_array_equal(found, np.float32(WANT))
+    assert [count for count, _ in server.asked] == [2, 2, 1]
+
+
+def test_captions_and_labels_go_through_a_compiled_step(server, tmp_path):
+    pixels = IMAGES[:4].reshape(2, 2, 6, 7, 3).astype(np.float32) / 127.5 - 1
+    asked = reward(server)
+    texts = np.array(["a red cat", "ünï🐈"])
+    batch = {"prompt": asked.prepare(texts)}
+    assert batch["prompt"].shape == asked.example(2).shape
+    found = jax.jit(lambda x, b: asked({}, x, b))(pixels, batch)
+    means = IMAGES[:4].mean(axis=(1, 2, 3)).reshape(2, 2) / 8
+    np.testing.assert_allclose(found, means + np.array([[9], [4]]), rtol=1e-6)
+    (tmp_path / "names.txt").write_text("one\nthree\n")
+    named = reward(server, prompts=str(tmp_path / "names.txt"), template="{}!")
+    assert named.prepare(np.array([1, 0])) is None
+    found = jax.jit(lambda x, b: named({}, x, b))(pixels, {"condition": np.array([1, 0])})
+    np.testing.assert_allclose(found, means + np.array([[6], [4]]), rtol=1e-6)
+    assert {text for _, texts in server.asked for text in texts} == {*texts, "one!", "three!"}
+
+
+def test_a_long_prompt_loses_its_end_between_letters(server):
+    row = reward(server).prepare(np.array(["ü" * LETTERS]))[0]
+    assert bytes(row).decode() == "ü" * (LETTERS // 2)
+
+
+def test_what_may_pass_is_tried_again(server):
+    server.answers = [(503, b"busy"), (429, b"later"), ("slow", 0.4)]
+    found = reward(server, timeout=0.2, retries=3).ask(IMAGES, PROMPTS)
+    np.testing.assert_array_equal(found, np.float32(WANT))
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("answers", "told", "tries"),
+    [
+        ([(500, b"out of memory")] * 3, "3 tries.*500.*out of memory", 3),
+        ([("slow", 0.4)] * 3, "3 tries.*(time|answer)", 3),
+        ([(404, b"no such page")], "404.*no such page", 1),
+        ([(302, b"")], "302", 1),
+        ([(200, b"<html>")], "no JSON.*html", 1),
+        ([(200, b'{"scores": [1, 2]}')], "5 images", 1),
+        ([(200, b'{"scores": [1, 2, 3, NaN, 5]}')], "nan of image 3", 1),
+        ([(200, b'{"scores": [1, 2, null, 4, 5]}')], "None of image 2", 1),
+        ([(200, b'{"scores": [1, 2, true, 4, 5]}')], "True of image 2", 1),
+        ([(200, b"[1, 2, 3, 4, 5]")], "5 images", 1),
+        ([(200, b" " * 100_000)], "more than 65856 bytes", 1),
+    ],
+)
+def test_no_failure_is_worth_nothing(server, answers, told, tries):
+    server.answers = answers
+    with pytest.raises(HTTPRewardError, match=f"(?is)127.0.0.1.*{told}"):
+        reward(server, timeout=0.2, retries=2).ask(IMAGES, PROMPTS)
+    assert len(server.asked) == tries
+
+
+def test_a_failure_stops_a_compiled_step_with_its_reason(server):
+    server.answers = [(404, b"no such page")]
+    asked = reward(server)
+    pixels, batch = (
+        np.zeros((1, 1, 4, 4, 3), np.float32),
+        {"prompt": asked.prepare(np.array(["a"]))},
+    )
+    with pytest.raises(Exception, match="404.*no such page"):
+        jax.block_until_ready(jax.jit(lambda x, b: asked({}, x, b))(pixels, batch))
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(HTTPRewardError, match="2 tries.*refused"):
+        HTTP(url="http://127.0.0.1:9/", retries=1, backoff=0.01).ask(IMAGES, PROMPTS)
+    for url in ("", "file:///etc/passwd", "ftp://host/x", "http://"):
+        assert "url" in HTTP(url=url).problems(8)[0]
+    assert HTTP(url="https://host/score").problems(8) == []
