@@ -149,7 +149,8 @@ NAMES = {
     ("TrainConfig", "name"), ("TrainConfig", "preset"), ("TrainConfig", "method"), ("DataConfig", "name"),
     ("DataConfig", "dataset"), ("DataConfig", "train_split"), ("DataConfig", "val_split"),
     ("DataConfig", "test_split"), ("DataConfig", "image_feature"), ("DataConfig", "label_feature"),
-    ("ConditionConfig", "name"), ("RewardSpec", "name"),
+    ("ConditionConfig", "name"), ("RewardSpec", "name"), ("HTTP", "url"),
+    *((kind, "template") for kind in ("CLIPScore", "HPSv2", "PickScore", "HTTP")),
 }  # fmt: skip
 
 
@@ -174,6 +175,18 @@ RECIPES = {
     },
     "rewards.gan.weights": lambda path: {
         "rewards": [{"name": "gan", "options": {"weights": path}}]
+    },
+    "rewards.clip.weights": lambda path: {
+        "rewards": [{"name": "clip", "options": {"weights": path}}]
+    },
+    "rewards.hpsv2.tokenizer_path": lambda path: {
+        "rewards": [{"name": "hpsv2", "options": {"tokenizer_path": path}}]
+    },
+    "rewards.pickscore.prompts": lambda path: {
+        "rewards": [{"name": "pickscore", "options": {"prompts": path}}]
+    },
+    "rewards.aesthetic.head": lambda path: {
+        "rewards": [{"name": "aesthetic", "options": {"head": path}}]
     },
     "tokenizer_training.perceptual_files": lambda path: {
         "method": "tokenizer", "tokenizer_training": {"perceptual_files": (path, "b.pth")},
