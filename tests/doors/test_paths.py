@@ -180,13 +180,13 @@ RECIPES = {
         "rewards": [{"name": "clip", "options": {"weights": path}}]
     },
     "rewards.hpsv2.tokenizer_path": lambda path: {
-        "rewards": [{"name": "hpsv2", "options": {"tokenizer_path": path}}]
+        "rewards": [{"name": "hpsv2", "options": {"weights": "w", "tokenizer_path": path}}]
     },
     "rewards.pickscore.prompts": lambda path: {
-        "rewards": [{"name": "pickscore", "options": {"prompts": path}}]
+        "rewards": [{"name": "pickscore", "options": {"weights": "w", "prompts": path}}]
     },
     "rewards.aesthetic.head": lambda path: {
-        "rewards": [{"name": "aesthetic", "options": {"head": path}}]
+        "rewards": [{"name": "aesthetic", "options": {"weights": "w", "head": path}}]
     },
     "tokenizer_training.perceptual_files": lambda path: {
         "method": "tokenizer", "tokenizer_training": {"perceptual_files": (path, "b.pth")},

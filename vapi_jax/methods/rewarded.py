@@ -18,7 +18,8 @@ from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import EMA, Aux, HealthError, Network, Scalars, mean_of
 from vapi_jax.methods.objective import GRPOOptions
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.rewards import Term, check_rewards, make_terms
+from vapi_jax.rewards import Reward, Term, check_rewards, make_terms
+from vapi_jax.weights.names import WeightsError
 
 PROMPTS = "prompts"
 """In a batch: reward -> what it made of the raw conditions (`Reward.prepare`)."""
@@ -74,7 +75,7 @@ class RewardedMethod(GeneratorMethod):
         found = super().networks()
         for term in self.terms:
             reward = term.reward
-            if jax.tree.leaves(reward.shapes()):
+            if _has_weights(reward):
                 name = f"reward {term.name}"
                 option = f"rewards.{term.name}"
                 found.append(
@@ -188,6 +189,13 @@ class RewardedMethod(GeneratorMethod):
                 "the entropy), or the tokenizer decodes everything to the same image."
             )
         super().check_health(step, metrics)
+
+
+def _has_weights(reward: Reward) -> bool:
+    try:
+        return bool(jax.tree.leaves(reward.shapes()))
+    except WeightsError:
+        return True  # and `origin` says what is wrong with them
 
 
 def _weights_for(term: Term, frozen: Mapping[str, Any]) -> Any:

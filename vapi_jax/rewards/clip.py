@@ -67,8 +67,6 @@ class _Images(Reward):
         lines = super().problems(side)
         if not self.weights:
             lines.append("weights='': name a folder or a file of a CLIP")
-        elif not Path(self.weights).exists():
-            lines.append(f"weights={self.weights!r}: there is no such file or folder")
         return lines
 
     @property
@@ -254,8 +252,8 @@ class Aesthetic(_Images):
 
     def problems(self, side: int) -> list[str]:
         lines = super().problems(side)
-        if not Path(self.head).is_file():
-            lines.append(f"head={self.head!r}: wants the file of the predictor's layers")
+        if not self.head:
+            lines.append("head='': name the file of the predictor's layers")
         return lines
 
     def shapes(self) -> Any:
