@@ -15,6 +15,8 @@ writes a folder of Janus instead; `janus --help` tells what it takes.
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 from vapi_jax.common.errors import exit_status
 from vapi_jax.common.paths import local_folder, local_path
@@ -92,32 +94,40 @@ def parse_janus(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"),
         help="of the weights (default: each as it is, bit for bit)",
     )  # fmt: skip
+    add(
+        "--adapters", action="store_true",
+        help="of a run with policy.lora: its adapters apart, as PEFT reads them, in place of the whole model",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier export at DIR")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.adapters and args.dtype:
+        parser.error("--adapters are written in float32: leave --dtype out")
+    return args
 
 
 def export_folder(args: argparse.Namespace) -> None:
     """Exports a folder of Janus, and says what was written."""
     import jax
 
-    from vapi_jax.training.export_janus import export_janus
+    from vapi_jax.training.export_janus import export_adapters, export_janus
 
     jax.config.update("jax_platforms", "cpu")
-    done = export_janus(
-        args.ckpt,
-        args.out,
-        source=args.source,
-        step=args.step,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
-    for name, digest in done.digests.items():
-        path = args.out / name
-        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB  SHA-256 {digest}")
+    where = {"source": args.source, "step": args.step, "overwrite": args.overwrite}
+    if args.adapters:
+        _tell(export_adapters(args.ckpt, args.out, **where), args.out)
+        return
+    done = export_janus(args.ckpt, args.out, dtype=args.dtype, **where)
+    _tell(done.digests, args.out)
     if done.unchanged is not None:
         print(done.unchanged.describe())
     if not done.complete:
         print("It draws images and does not look at them: convert with --understanding for that")
+
+
+def _tell(digests: Mapping[str, str], out: Path) -> None:
+    for name, digest in digests.items():
+        size = (out / name).stat().st_size / 1e6
+        print(f"{out / name}  {size:,.1f} MB  SHA-256 {digest}")
 
 
 def main() -> int:

@@ -1,11 +1,13 @@
 """A folder goes in, VA-π runs, a folder comes out: a tiny Janus on drawn scenes."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from tests.helpers.janus import transformers_janus, write_tokenizer
 from vapi_jax.generation.loading import load_generator
@@ -13,7 +15,7 @@ from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import sampling
 from vapi_jax.models.janus_folder import convert_janus
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.training.export_janus import export_janus
+from vapi_jax.training.export_janus import export_adapters, export_janus
 from vapi_jax.training.run import run
 from vapi_jax.weights.store import load_safetensors
 
@@ -115,5 +117,21 @@ def test_adapters_are_trained_and_come_out_merged(converted, tmp_path, capsys):
     assert done.unchanged.weights - done.unchanged.float32 > 0.9 * kernels
     theirs = JanusForConditionalGeneration.from_pretrained(tmp_path / "out")
     np.testing.assert_array_equal(ours, their_greedy_tokens(theirs, generator, prompt))
-    begun = export_janus(workdir, tmp_path / "again", step=2)
-    assert begun.digests == done.digests
+    again = export_janus(workdir, tmp_path / "again", step=2)
+    assert again.digests == done.digests
+
+    export_adapters(workdir, tmp_path / "apart")
+    settings = json.loads((tmp_path / "apart" / "adapter_config.json").read_text())
+    adapters = load_file(tmp_path / "apart" / "adapter_model.safetensors")
+    begun = transformers_janus(levels=4)
+    for name, module in begun.named_modules():
+        targeted = bool(re.fullmatch(settings["target_modules"], name))
+        assert targeted == (f"base_model.model.{name}.lora_A.weight" in adapters), name
+        if targeted:  # as PEFT computes it
+            a, b = (adapters.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+            change = settings["lora_alpha"] / settings["r"] * (b @ a)
+            merged = module.weight.detach().numpy() + change
+            np.testing.assert_allclose(
+                theirs.get_submodule(name).weight.detach(), merged, atol=1e-6
+            )
+    assert not adapters

@@ -136,17 +136,30 @@ def open_trained(
     shapes = vq.BUFFER_SHAPES if trained == "vq" else {}
     buffers = {name: _zeros(shape) for name, shape in shapes.items()}
     with contextlib.ExitStack() as stack:
-        if step is not None:
+        if lora is not None:
+            adapters, _ = stack.enter_context(open_adapters(ckpt, step))
+            source = WeightsSource(str(base or adapted), trained, rules, ())
+            weights = _merged(stack.enter_context(open_weights(source)), adapters, lora)
+        elif step is not None:
             weights = _checkpointed(ckpt / "checkpoints", trained, step)
         else:
-            place = ckpt if lora is None else ckpt / "weights" / f"{ADAPTERS}.safetensors"
-            weights = stack.enter_context(
-                open_weights(WeightsSource(str(place), trained, rules, ()))
-            )
-        if lora is not None:
-            source = WeightsSource(str(base or adapted), trained, rules, ())
-            weights = _merged(stack.enter_context(open_weights(source)), weights, lora)
+            source = WeightsSource(str(ckpt), trained, rules, ())
+            weights = stack.enter_context(open_weights(source))
         yield dataclasses.replace(weights, buffers=buffers), rules
+
+
+@contextlib.contextmanager
+def open_adapters(ckpt: Path, step: int | None = None) -> Iterator[tuple[Weights, LoRA]]:
+    """The adapters alone that a run has trained; arguments and errors as `open_trained`'s."""
+    part, rules, lora, _ = _trained_part(ckpt)
+    if lora is None:
+        raise WeightsError(f"{ckpt} trained no adapters (policy.lora)")
+    if step is not None:
+        yield _checkpointed(ckpt / "checkpoints", part, step), lora
+        return
+    place = ckpt / "weights" / f"{ADAPTERS}.safetensors"
+    with open_weights(WeightsSource(str(place), part, rules, ())) as weights:
+        yield weights, lora
 
 
 def _merged(base: Weights, adapters: Weights, lora: LoRA) -> Weights:

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,9 +31,10 @@ from vapi_jax.models.loading import (
     open_weights,
     read_manifest,
 )
-from vapi_jax.training.export import open_trained, reference_tensors
+from vapi_jax.models.lora import A, B
+from vapi_jax.training.export import open_adapters, open_trained, reference_tensors
 from vapi_jax.weights.names import WeightsError, origin_of
-from vapi_jax.weights.tensors import Outgoing, write_sharded
+from vapi_jax.weights.tensors import Outgoing, write_safetensors, write_sharded
 
 RECORD = "vapi_jax.json"
 """In the folder: what wrote it, and the SHA-256 of its weights."""
@@ -136,8 +139,62 @@ def export_janus(
             digests = write_sharded(folder, "model", tensors, shard_bytes, {"format": "pt"}, tick)
             _copy(source, kept, folder, dtype)
             record = {"exporter": f"vapi_jax {__version__}", "sha256": digests, "step": step}
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            _write_json(folder / RECORD, record)
     return Exported(digests, bool(manifest.get(COMPLETE)), unchanged)
+
+
+def export_adapters(
+    ckpt: Path,
+    out: Path,
+    *,
+    source: Path | None = None,
+    step: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Writes the adapters of a run apart, in PEFT's layout; returns file -> SHA-256.
+
+    Arguments and errors as `export_janus` has them. Names are those of the layout of `source`, so
+    that adapters go onto the folder that was converted.
+    """
+    if out.exists() and not (overwrite and (out / RECORD).is_file()):
+        raise WeightsError(f"{out} exists: choose another place, or --overwrite an earlier export")
+    layout = read_manifest(source or _began_with(ckpt))[1].get(LAYOUT)
+    if layout not in (DEEPSEEK, TRANSFORMERS):
+        raise WeightsError(
+            f"{source or ckpt} was not made by, or did not begin with, convert_janus"
+        )
+    rules, tensors, maps = name_rules("gpt", JanusConfig())[0], [], set()
+    with open_adapters(ckpt, step) as (weights, lora), new_folder(out, replace=overwrite) as folder:
+        for path, leaf in weights.leaves.items():
+            stem, _, own = path.rpartition("/")
+            kernel = jax.ShapeDtypeStruct((leaf.shape[0], 1, 1), leaf.dtype)
+            shape, theirs = leaf.shape[:0:-1], {A: "lora_A", B: "lora_B"}[own]
+            for i, name in enumerate(origin_of(f"{stem}/kernel", kernel, rules).names):
+                module = from_deepseek(name, layout).removesuffix(".weight")
+                maps.add(module.rpartition(".")[2])
+                pieces = partial(_transposed, weights, path, i)
+                name = f"base_model.model.{module}.{theirs}.weight"
+                tensors.append(Outgoing(name, shape, leaf.dtype, pieces))
+        file = "adapter_model.safetensors"
+        digests = {file: write_safetensors(folder / file, tensors, {"format": "pt"})}
+        settings = {
+            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none",
+            "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "inference_mode": True,
+            "fan_in_fan_out": False, "init_lora_weights": True,
+            # The side that looks at images has maps of the same names.
+            "target_modules": rf".*language_model\..*\.({'|'.join(sorted(maps))})",
+        }  # fmt: skip
+        _write_json(folder / "adapter_config.json", settings)
+        _write_json(folder / RECORD, {"exporter": f"vapi_jax {__version__}", "sha256": digests})
+    return digests
+
+
+def _transposed(weights: Weights, path: str, layer: int) -> Iterator[np.ndarray]:
+    yield np.ascontiguousarray(weights.read(path, (slice(layer, layer + 1),))[0].T)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _leaving(tensor: Outgoing, layout: str, dtype: str | None) -> Outgoing:
@@ -187,5 +244,4 @@ def _copy(source: Path, kept: Mapping[str, Any], folder: Path, dtype: str | None
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             if "torch_dtype" in part:
                 part["torch_dtype"] = dtype
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        _write_json(folder / CONFIG, settings)
