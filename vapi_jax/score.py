@@ -26,6 +26,11 @@ found in DIR is written to scores.detections.jsonl first.
 
 and `hpsv2`, `pickscore`, `aesthetic` score each image with its prompt (docs/rewards.md): a line an image in
 scores.jsonl; the mean, its interval by bootstrap over prompts, and what it depends on in scores.json.
+
+  python -m vapi_jax.score colors --weights=PATH --detections=boxes.jsonl --images=DIR \\
+      --metadata=evaluation_metadata.jsonl --out=detections.jsonl
+
+adds to boxes the colours that `geneval` wants, by a CLIP (the published one: OpenAI's L/14).
 """
 
 from __future__ import annotations
@@ -77,6 +82,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     scenes = commands.add_parser("scenes", help="the same of drawn scenes, detected here")
     geneval.add_argument("--detections", type=local_path, required=True, metavar="FILE.jsonl")
     scenes.add_argument("--images", type=local_path, required=True, metavar="DIR")
+    colors = commands.add_parser("colors", help="GenEval's colors of detected objects, by a CLIP")
+    colors.add_argument("--detections", type=local_path, required=True, metavar="FILE.jsonl")
+    colors.add_argument("--metadata", type=local_path, required=True, metavar="FILE.jsonl")
+    colors.add_argument(
+        "--background", choices=("grey", "original"), default="grey",
+        help="around an object's mask (default: %(default)s, as published)",
+    )  # fmt: skip
+    _add_network(colors)
     for name, text in MODELS.items():
         _add_model(commands.add_parser(name, help=text), name)
     _add_shared(geneval)
@@ -111,27 +124,16 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     add_process_flags(command)
 
 
-def _add_model(command: argparse.ArgumentParser, name: str) -> None:
+def _add_network(command: argparse.ArgumentParser, reads: bool = True) -> None:
     add = command.add_argument
     add(
         "--weights",
         type=local_text,
         required=True,
         metavar="PATH",
-        help="of a CLIP, see docs/rewards.md",
+        help="of a CLIP: docs/rewards.md",
     )
     add("--images", type=local_path, required=True, metavar="DIR")
-    if name == "aesthetic":
-        add("--head", type=local_text, required=True, metavar="FILE", help="the predictor's layers")
-    else:
-        add(
-            "--prompts", type=local_path, required=True, metavar="FILE",
-            help="a prompt a line, GenEval's or HPSv2's, or .jsonl with filename and prompt",
-        )  # fmt: skip
-        add(
-            "--tokenizer", type=local_text, metavar="PATH",
-            help="folder or file (default: beside the weights)",
-        )  # fmt: skip
     add(
         "--out",
         type=local_path,
@@ -140,10 +142,60 @@ def _add_model(command: argparse.ArgumentParser, name: str) -> None:
         help="replaced if it is there",
     )
     add("--activation", choices=("auto", "quick_gelu", "gelu"), default="auto")
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="default %(default)s")
+    if reads:
+        add(
+            "--tokenizer", type=local_text, metavar="PATH",
+            help="folder or file (default: beside the weights)",
+        )  # fmt: skip
+    add_process_flags(command)
+
+
+def _add_model(command: argparse.ArgumentParser, name: str) -> None:
+    add = command.add_argument
+    _add_network(command, reads=name != "aesthetic")
+    if name == "aesthetic":
+        add("--head", type=local_text, required=True, metavar="FILE", help="the predictor's layers")
+    else:
+        add(
+            "--prompts", type=local_path, required=True, metavar="FILE",
+            help="a prompt a line, GenEval's or HPSv2's, or .jsonl with filename and prompt",
+        )  # fmt: skip
     add("--fit", choices=("auto", "crop", "crop_floor", "pad"), help="default: the model's own")
     add("--resize", choices=("pillow", "torch_antialias", "torch"), help="default: the model's own")
-    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="default %(default)s")
-    add_process_flags(command)
+
+
+def _reward(args: argparse.Namespace, name: str) -> Any:
+    """The reward model of a command line, which loads nothing yet."""
+    from vapi_jax.rewards import RewardSpec, make_terms
+
+    names = {"tokenizer": "tokenizer_path"}
+    asked = ("weights", "head", "tokenizer", "activation", "fit", "resize", "dtype")
+    given = {names.get(option, option): getattr(args, option, None) for option in asked}
+    options = {option: value for option, value in given.items() if value is not None}
+    reward = make_terms([RewardSpec(name, options=options)])[0].reward
+    if problems := reward.problems(1 << 10):
+        raise ExpectedError(f"score {args.command}: " + "; ".join(problems))
+    return reward
+
+
+def colors(args: argparse.Namespace) -> None:
+    """Adds colours to detections, and says what by."""
+    from vapi_jax.evaluation.geneval_colors import ColorClassifier, color_detections
+
+    reward = _reward(args, "clip")
+    prompts, classifier = read_prompts(args.metadata), ColorClassifier(reward)
+    found = color_detections(args.detections, args.images, prompts, classifier, args.background)
+    write_atomically(args.out, "".join(found))
+    record = {
+        "model": reward.describe(),
+        "background": args.background,
+        "detections": {"file": args.detections.name, "sha256": sha256_file(args.detections)},
+        "metadata": {"file": args.metadata.name, "sha256": sha256_file(args.metadata)},
+    }
+    path = args.out.with_suffix(".json")
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    print(f"detections with colors are in {args.out}, what they depend on in {path}")
 
 
 def by_model(args: argparse.Namespace) -> None:
@@ -151,15 +203,8 @@ def by_model(args: argparse.Namespace) -> None:
     import numpy as np
 
     from vapi_jax.evaluation.prompt_scores import find_pictures, receipt, score_pictures
-    from vapi_jax.rewards import RewardSpec, make_terms
 
-    names = {"tokenizer": "tokenizer_path"}
-    asked = ("weights", "head", "tokenizer", "activation", "fit", "resize", "dtype")
-    given = {names.get(name, name): getattr(args, name, None) for name in asked}
-    options = {name: value for name, value in given.items() if value is not None}
-    reward = make_terms([RewardSpec(args.command, options=options)])[0].reward
-    if problems := reward.problems(1 << 10):
-        raise ExpectedError(f"score {args.command}: " + "; ".join(problems))
+    reward = _reward(args, args.command)
     prompts = getattr(args, "prompts", None)
     pictures = find_pictures(args.images, prompts)
     lines, scores = [], []
@@ -271,7 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args = parse(argv)
-        command = {"geneval": geneval, "scenes": scenes}.get(args.command, by_model)
+        command = {"geneval": geneval, "scenes": scenes, "colors": colors}.get(
+            args.command, by_model
+        )
         # After the command line, so that --help needs no JAX.
         from vapi_jax.parallel import distributed
 

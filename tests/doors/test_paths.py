@@ -42,6 +42,10 @@ DOORS = {
         ["--weights=w", "--images=i", "--prompts=p", "--out=o.jsonl"],
         ["--weights", "--images", "--prompts", "--tokenizer", "--out"],
     ),
+    "score colors": (
+        ["--weights=w", "--images=i", "--detections=d", "--metadata=m", "--out=o.jsonl"],
+        ["--detections", "--metadata"],
+    ),
     "score aesthetic": (
         ["--weights=w", "--images=i", "--head=h", "--out=o.jsonl"],
         ["--head"],

@@ -60,7 +60,7 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, JSON object) of every line."""
     try:
         lines = read_text(path).split("\n")
@@ -94,7 +94,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
       GenevalError: it cannot be read, or a line is none of GenEval's.
     """
-    prompts = [parse_prompt(value, where) for where, value in _objects_of(path)]
+    prompts = [parse_prompt(value, where) for where, value in lines_of(path)]
     if not prompts:
         raise GenevalError(
             f"{path} holds no prompts; GenEval's evaluation_metadata.jsonl is wanted"
@@ -189,7 +189,7 @@ def _is_number(value: Any) -> bool:
 # --- images ---------------------------------------------------------------------------------------
 
 
-def _place(value: Mapping[str, Any], where: str) -> tuple[str, int, int]:
+def place_of(value: Mapping[str, Any], where: str) -> tuple[str, int, int]:
     """File, number of the prompt, number of the sample."""
     name = value.get("filename")
     found = _PLACE.search(name.replace("\\", "/")) if isinstance(name, str) else None
@@ -215,8 +215,8 @@ def judge_file(path: Path, prompts: list[Prompt], rules: Rules) -> list[Image]:
       GenevalError: the file or a line of it cannot be used, or it is of other prompts.
     """
     seen: dict[tuple[int, int], Image] = {}
-    for where, value in _objects_of(path):
-        file, number, sample = _place(value, where)
+    for where, value in lines_of(path):
+        file, number, sample = place_of(value, where)
         if number >= len(prompts):
             raise GenevalError(
                 f"{where}: prompt {number}, but the metadata have {len(prompts)}: files of two sets"
