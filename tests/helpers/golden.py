@@ -60,7 +60,11 @@ class Golden:
             "quick_gelu": args["act"] == "quick_gelu",
         }
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
-        shutil.copy(self.directory / "clip_open.pt", folder / "open_clip_pytorch_model.bin")
+        path = self.directory / "clip_open.safetensors"
+        if path.exists():
+            shutil.copy(path, folder / "open_clip_model.safetensors")
+        else:
+            shutil.copy(self.directory / "clip_open.pt", folder / "open_clip_pytorch_model.bin")
         return folder
 
     def args(self, name: str) -> dict:
