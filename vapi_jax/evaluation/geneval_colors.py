@@ -1,7 +1,7 @@
 """GenEval's colours: what a CLIP says of each detected object, from its pixels and its mask.
 
-The published classifier is OpenAI's ViT-L/14. An object is cut out by its box, what its mask leaves out is
-painted grey (153), and the cut is fitted as CLIP wants it: shorter side to 224, bicubic as Pillow has it, middle.
+The published classifier is OpenAI's ViT-L/14. An object is cut out by its box, with what its mask leaves out
+painted grey (153). The cut is fitted as CLIP wants it: shorter side to 224, bicubic as Pillow has it, middle.
 Of the ten colours that one wins whose prompts are nearest: the mean of three, each of length 1.
 """
 
