@@ -24,7 +24,7 @@ from vapi_jax.common.recipes import RecipeError, read_recipe
 
 if TYPE_CHECKING:
     import numpy as np
-    from jaxtyping import Array, Float, UInt8
+    from jaxtyping import Array, UInt8
     from ml_collections import ConfigDict
 
     from vapi_jax.common.options import Dtype
@@ -178,20 +178,22 @@ def evaluate(
 
 def reward(
     rewards: str | Sequence[Any] = "mse, lpips",
-) -> Callable[[Float[Array, "B G H W 3"], Float[Array, "B H W 3"]], dict[str, Array]]:
+) -> Callable[..., dict[str, Array]]:
     """A function that says what samples are worth, each reward by its name and "total" (Eq. 10).
 
     Args:
       rewards: as in a recipe: "mse, 0.5*lpips", or a list of names and of {name, weight, options}.
 
     Returns:
-      (samples [B, G, H, W, 3], images [B, H, W, 3]), both float in [-1, 1], -> float32 [B, G] each.
+      (samples [B, G, H, W, 3], images [B, H, W, 3] or None, conditions=None) -> float32 [B, G] each; pixels
+      are floats in [-1, 1], conditions B captions or labels, for rewards that read them.
       Rewards that look at tokens ("codebook_cosine") are not to be had here.
 
     Raises:
       ConfigError: listing what is wrong with the rewards.
     """
     import jax
+    import numpy as np
 
     from vapi_jax.common.options import Errors
     from vapi_jax.methods.resolve import raise_all
@@ -204,12 +206,24 @@ def reward(
     weights = {term.name: jax.device_put(term.reward.load()) for term in terms}
 
     @jax.jit
-    def values(weights: Any, samples: Array, images: Array) -> dict[str, Array]:
-        batch = {"image": images}
-        found = {t.name: t.reward(weights[t.name], samples, batch) for t in terms}
+    def values(weights: Any, samples: Array, known: Any, prompts: Any) -> dict[str, Array]:
+        found = {
+            t.name: t.reward(weights[t.name], samples, {**known, **prompts[t.name]}) for t in terms
+        }
         return {**found, "total": total(found, terms)}
 
-    return lambda samples, images: values(weights, samples, images)
+    def judge(samples: Any, images: Any, conditions: Any = None) -> dict[str, Array]:
+        known = {} if images is None else {"image": images}
+        prompts: dict[str, Any] = {term.name: {} for term in terms}
+        if conditions is not None:
+            raw = np.asarray(conditions)
+            made = {term.name: term.reward.prepare(raw) for term in terms}
+            prompts = {name: {} if x is None else {"prompt": x} for name, x in made.items()}
+            if raw.dtype.kind in "iu":
+                known["condition"] = raw.astype(np.int32)
+        return values(weights, samples, known, prompts)
+
+    return judge
 
 
 # --- names that are commands, too -----------------------------------------------------------------

@@ -141,6 +141,11 @@ def test_the_command_asks_the_clip_about_what_the_mask_shows(model, folder, tmp_
     verdict = json.loads((tmp_path / "s.jsonl").read_text())
     assert verdict["correct"] == (want[0] == "red")
 
+    for place in (f"{tmp_path}/", "../x/"):  # names must not lead out of the folder
+        elsewhere = {**line, "filename": f"{place}00000/samples/0000.png"}
+        (tmp_path / "boxes.jsonl").write_text(json.dumps(elsewhere) + "\n")
+        assert score.main(["colors", *argv]) != 0
+        assert "leads out" in capsys.readouterr().err
     del of_cat["masks"]
     (tmp_path / "boxes.jsonl").write_text(json.dumps(line) + "\n")
     assert score.main(["colors", *argv]) != 0

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPTokenizerFast
 
+import vapi_jax as vj
 from tests.helpers.clip_files import MERGES, as_open_clip, make_model, vocabulary, write_tokenizer
 from tests.helpers.compare import assert_close
 from vapi_jax.common.options import Errors
@@ -71,7 +72,11 @@ def test_scores_of_captions(folder, images, theirs):
     reward = CLIPScore(weights=str(folder), dtype="float32", chunk=3)
     batch = {"prompt": reward.prepare(np.array(PROMPTS[:2]))}
     assert batch["prompt"].shape == reward.example(2).shape
-    assert_close(score(reward, images, batch), want, 2e-5)
+    options = {"weights": str(folder), "dtype": "float32", "chunk": 3}
+    judge = vj.reward([{"name": "clip", "weight": 2.0, "options": options}])
+    found = judge(floats(images), None, PROMPTS[:2])
+    assert_close(found["clip"], want, 2e-5)
+    assert_close(found["total"], 2 * want, 2e-5)
     factor = PickScore(weights=str(folder)).factor(reward.load())
     assert float(factor) == pytest.approx(1 / 0.07, rel=1e-3)
     with pytest.raises(ValueError, match="prompts='imagenet'"):

@@ -163,6 +163,8 @@ def color_detections(
         if number >= len(prompts):
             raise GenevalError(f"{where}: prompt {number}, but the metadata have {len(prompts)}")
         asked = {clause.name for clause in prompts[number].include if clause.color}
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise GenevalError(f"{where}: {name!r:.80} leads out of {images}")
         try:
             found = _colored(value.get("detections"), asked, images / name, classifier, background)
         except GenevalError as error:
@@ -180,8 +182,6 @@ def _colored(
         if name not in asked or not len(objects):
             continue
         if image is None:
-            if ".." in path.parts:
-                raise GenevalError(f"{path} leads out of its folder")
             try:
                 image = read_rgb(path, PILLOW_PIXELS)
             except UnreadableImage as error:
