@@ -44,6 +44,19 @@ _FOLDER = tempfile.TemporaryDirectory()
 @functools.cache
 def tokenizer_file():
     """Random weights of a tokenizer, drawn by numpy so that nothing is compiled for them."""
+    model, image = VQModel(VQConfig(**TOKENIZER)), jnp.zeros((1, SIDE, SIDE, 3))
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    return _random_file("tokenizer", shapes)
+
+
+@functools.cache
+def policy_file(side=SIDE):
+    """Random weights of a generator for images of this side."""
+    policy = make_tiny_method("base", make_mesh(1, 1, jax.devices()[:1]), image_size=side).policy
+    return _random_file(f"policy_{side}", flatten(jax.eval_shape(policy.init, jax.random.key(0))))
+
+
+def _random_file(name, shapes):
     rng = np.random.default_rng(7)
 
     def draw(name, shape):
@@ -52,9 +65,7 @@ def tokenizer_file():
         fan_in = 1 if name.startswith("codebook/") else max(1, math.prod(shape[:-1]))
         return (rng.normal(size=shape) * fan_in**-0.5).astype(np.float32)
 
-    model, image = VQModel(VQConfig(**TOKENIZER)), jnp.zeros((1, SIDE, SIDE, 3))
-    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
-    path = Path(_FOLDER.name) / "tokenizer.safetensors"
+    path = Path(_FOLDER.name) / f"{name}.safetensors"
     save_safetensors(path, unflatten({name: draw(name, s.shape) for name, s in shapes.items()}))
     return str(path)
 
@@ -123,18 +134,17 @@ class Machine:
         if self.task.keeps_start:
             self.frozen["base"] = self.state().params
         self.step = train.make_train_step(self.task, self.optimizer, self.shardings)
-        rng = np.random.default_rng(0)
-        self.batch = shard_batch(
-            {
-                "image": rng.uniform(-1, 1, (BATCH, SIDE, SIDE, 3)).astype(np.float32),
-                "condition": rng.integers(0, 12, BATCH).astype(np.int32),
-            },
-            self.mesh,
-        )
+        rng, side = np.random.default_rng(0), self.task.config.data.image_size
+        batch = {
+            "image": rng.uniform(-1, 1, (BATCH, side, side, 3)).astype(np.float32),
+            "condition": rng.integers(0, 12, BATCH).astype(np.int32),
+        }
+        self.batch = shard_batch(self.task.prepare(batch), self.mesh)
 
     def state(self, seed=0, step=0):
         state, _ = train.init_state(self.task, self.optimizer, seed)
-        host = flatten(with_random_head(jax.device_get(state.params), 3))
+        host = jax.device_get(state.params)
+        host = flatten(with_random_head(host, 3) if "output" in host else host)
         params = put_sharded(host, state.params, self.shardings.params)
         at = jax.device_put(np.int32(step), self.shardings.step)
         return dataclasses.replace(state, params=params, step=at)

@@ -49,6 +49,11 @@ def contrast(pixels, batch, power=1):
     return jnp.std(pixels, axis=(2, 3, 4)) ** power
 
 
+def low_tokens(pixels, batch):
+    """The share of tokens in the first half of 16 codes, which looks at no picture."""
+    return jnp.mean(batch["samples"] < 8, axis=-1)
+
+
 def contrast_on_host(pixels, batch):
     """The same by NumPy, which no compiler sees."""
     assert isinstance(pixels, np.ndarray)

@@ -115,6 +115,8 @@ def changes_of(path, value):
         changes["policy"] |= {"kind": "janus" if name in janus else "class"}
     owners = {method.section: name for name, method in METHODS.items()}
     changes["method"] = owners.get(path.partition(".")[0], "vapi")
+    if changes["method"] == "tokenizer_post":
+        changes["init"] = {"gpt": "demo", "vq": "demo"}
     return changes
 
 
@@ -197,11 +199,34 @@ OUTSIDE = [
     ("policy.pad_id", -1, "wants at least 0"),
     *(
         (f"{section}.{name}", value, wants)
-        for section in ("vapi",)
+        for section in ("vapi", "ar_grpo")
         for name, value, wants in GROUPS
     ),
     ("sft.noise_rate", 1.5, "wants 0 to 1"),
     ("sft.weight", 0.0, "wants more than 0"),
+    ("ste.tau", 0.0, "wants more than 0"),
+    ("ste.temperature", 0.0, "wants more than 0"),
+    ("ste.ce_weight", -0.1, "wants at least 0"),
+    ("ste.noise_rate", 1.5, "wants 0 to 1"),
+    ("ste.label_dropout", 1.5, "wants 0 to 1"),
+    ("tokenizer_post.loss.reconstruction", -1.0, "wants at least 0"),
+    ("tokenizer_post.loss.perceptual", -1.0, "wants at least 0"),
+    ("tokenizer_post.loss.codebook", -1.0, "wants at least 0"),
+    ("tokenizer_post.loss.adversarial", -1.0, "wants at least 0"),
+    ("tokenizer_post.discriminator_start", -1, "wants at least 0"),
+    ("tokenizer_post.discriminator_ndf", 0, "wants at least 1"),
+    ("tokenizer_post.discriminator_layers", 0, "wants at least 1"),
+    ("tokenizer_post.true_share", 1.1, "wants 0 to 1"),
+    ("tokenizer_post.temperature", 0.0, "wants more than 0"),
+    ("tokenizer_post.cfg_scale", -1.0, "wants at least 0"),
+    ("ar_grpo.updates", 0, "wants at least 1"),
+    ("ar_grpo.cfg_scale", -1.0, "wants at least 0"),
+    ("ar_grpo.top_k", -1, "wants at least 0"),
+    ("ar_grpo.top_p", 0.0, "wants more than 0 and at most 1"),
+    ("ar_grpo.importance_cap", -1.0, "wants at least 0"),
+    ("cca.beta", 0.0, "wants more than 0"),
+    ("cca.negative_weight", -1.0, "wants at least 0"),
+    ("cca.unconditional", 1.0, "wants [0, 1)"),
     ("vapi.noise_rate", 1.5, "wants 0 to 1"),
     ("vapi.noise_rate", -0.1, "wants 0 to 1"),
     ("vapi.ce_weight", -0.1, "wants at least 0"),
@@ -650,7 +675,8 @@ def test_rewards_are_written_in_several_ways():
 def test_a_resolved_configuration_resolves_to_itself():
     changes = {"preset": "reference", "rewards": "mse, 0.5*l1", "eval": {"temperatures": (0.5,)}}
     for method in METHODS:
-        config = resolve({**MINIMAL, **(changes if method == "vapi" else {}), "method": method})
+        own = changes if method == "vapi" else {"init": {"gpt": "demo", "vq": "demo"}}
+        config = resolve({**MINIMAL, **own, "method": method})
         assert resolve(json.loads(json.dumps(to_dict(config)))) == config
 
 

@@ -112,7 +112,7 @@ class Judge:
             "kind": entry.kind,
             "temperature": round(entry.temperature, 4),
             "reward": forced.get("reward"),
-            "ce": forced["ce"],
+            "ce": forced.get("ce"),
             "entropy": float(np.mean(entropies)),
             "frechet": estimate(found[self._seen]),
             "frechet_unseen": estimate(found[self._unseen]),

@@ -319,12 +319,16 @@ def _trained(directory: Path) -> _Found:
     weights = folder / "policy.safetensors"
     if (folder / f"{ADAPTERS}.safetensors").is_file():
         weights = adapters = folder / f"{ADAPTERS}.safetensors"
+    config, decoder = _run_config(directory, summary), folder / "tokenizer.safetensors"
+    # A run that trained a decoder for a generator, which it names.
+    for_another = decoder.is_file() and bool(config.init.gpt) and not weights.is_file()
+    if for_another:
+        weights = decoder
     if not weights.is_file():
         raise WeightsError(
             f"{directory} has a {SUMMARY} but no {weights.relative_to(directory)}: it trained no "
             "generator"
         )
-    config = _run_config(directory, summary)
     policy = make_policy(**sized_policy(config)).for_sampling()
     prompt = make_condition(config, policy)
     found, noted = digest_of(weights), summary.get("weights", {}).get(weights.name)
@@ -342,11 +346,13 @@ def _trained(directory: Path) -> _Found:
             f"{place.absolute()}; the run was started in {summary.get('directory', 'another folder')}"
         )
     source = _policy_source(str(weights), policy)
-    if adapters is not None:
+    if for_another:
+        tokenizer = dataclasses.replace(tokenizer, path=str(decoder))
+    if adapters is not None or for_another:
         source = _policy_source(config.init.gpt, policy)
         if source.path != DEMO and not (place := Path(source.path)).exists():
             raise WeightsError(
-                f"{directory / SUMMARY} adapts init.gpt={source.path!r}, and there is nothing at "
+                f"{directory / SUMMARY} builds on init.gpt={source.path!r}, and there is nothing at "
                 f"{place.absolute()}"
             )
     told = summary["config"]

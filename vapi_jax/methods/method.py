@@ -129,8 +129,6 @@ class Method(abc.ABC):
     """Whether it post-trains a generator, so that before and after can be compared (`eval.compare`)."""
     partition_rules: ClassVar[Rules] = ()
     """Layouts of parameters whose names the table of `vapi_jax.parallel.sharding` does not have."""
-    wants_images: ClassVar[bool] = True
-    """Whether its batches bring "image"."""
 
     config: TrainConfig
     mesh: Mesh
@@ -155,6 +153,11 @@ class Method(abc.ABC):
     def samples_per_image(self) -> int:
         """Samples that a step decodes and rewards for each image; 0 for a method without."""
         return 0
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether its batches bring "image"."""
+        return True
 
     @property
     def keeps_start(self) -> bool:

@@ -116,7 +116,7 @@ def kl_to_base(
 def objective(
     logps: Float[Array, "B G T"],
     old_logps: Float[Array, "B G T"],
-    entropy: Float[Array, "B T"],
+    entropy: Float[Array, "BR T"],
     advantages: Float[Array, "B G *t"],
     config: GRPOOptions,
     *,
@@ -130,8 +130,8 @@ def objective(
     Args:
       logps: log-probabilities under the policy being updated.
       old_logps: the same tokens' under the policy that drew them.
-      entropy: of the distributions of an image's tokens, for masks and metrics; differentiable where
-        `entropy_weight` is given.
+      entropy: of the distributions of an image's tokens, or of each sample's, for masks and metrics;
+        differentiable where `entropy_weight` is given.
       advantages: A of each sample, or of each of its tokens.
       config: the method's hyper-parameters.
       kl: from `kl_to_base`.
@@ -146,6 +146,7 @@ def objective(
         penalty = config.kl_weight * kl if config.kl_weight > 0.0 else None
     if config.entropy_share < 1.0:
         highest = grpo.highest_entropy(jax.lax.stop_gradient(entropy), config.entropy_share)
+        highest = highest.reshape(logps.shape[0], -1, logps.shape[-1])
         mask = highest if mask is None else mask & highest
     loss = grpo.clipped_surrogate(
         logps, old_logps, advantages, config.clip_epsilon, config.ratio, mask, penalty,

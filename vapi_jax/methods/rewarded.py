@@ -30,23 +30,7 @@ ENTROPY_WEIGHT = "entropy_weight"
 
 @dataclasses.dataclass(frozen=True)
 class RewardedMethod(GeneratorMethod):
-    """Groups of samples, decoded and rewarded; its options are `GRPOOptions` and more."""
-
-    @property
-    def options(self) -> GRPOOptions:
-        return self.config.options
-
-    @property
-    def samples_per_image(self) -> int:
-        return self.options.group_size
-
-    @property
-    def keeps_start(self) -> bool:
-        return self.options.needs_base
-
-    @property
-    def temperature(self) -> float:
-        return self.options.temperature
+    """A generator, a frozen tokenizer, and rewards of decoded images."""
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -63,13 +47,6 @@ class RewardedMethod(GeneratorMethod):
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super().check(config, errors)
         check_rewards(config.rewards, config.data.image_size, errors)
-        options = config.options
-        several = config.microbatch_size not in (0, config.batch_size)
-        if options.advantage_scale == "batch" and several and not cls.rolls_out:
-            errors.append(
-                f"{cls.section}.advantage_scale='batch': wants the whole batch at once, and "
-                f"microbatch_size={config.microbatch_size} cuts it; set it to 0"
-            )
 
     def networks(self) -> list[Network]:
         found = super().networks()
@@ -122,6 +99,38 @@ class RewardedMethod(GeneratorMethod):
     def judges(self) -> dict[str, Callable[..., Any]]:
         """Each reward, as `PixelSpace.judge` calls it."""
         return {term.name: partial(says, term) for term in self.terms}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMethod(RewardedMethod):
+    """Groups of samples and their advantages; its options are `GRPOOptions` and more."""
+
+    @property
+    def options(self) -> GRPOOptions:
+        return self.config.options
+
+    @property
+    def samples_per_image(self) -> int:
+        return self.options.group_size
+
+    @property
+    def keeps_start(self) -> bool:
+        return self.options.needs_base
+
+    @property
+    def temperature(self) -> float:
+        return self.options.temperature
+
+    @classmethod
+    def check(cls, config: TrainConfig, errors: Errors) -> None:
+        super().check(config, errors)
+        options = config.options
+        several = config.microbatch_size not in (0, config.batch_size)
+        if options.advantage_scale == "batch" and several and not cls.rolls_out:
+            errors.append(
+                f"{cls.section}.advantage_scale='batch': wants the whole batch at once, and "
+                f"microbatch_size={config.microbatch_size} cuts it; set it to 0"
+            )
 
     def init_extra(self, params: Any) -> Any:
         extra: dict[str, Any] = {}

@@ -35,8 +35,8 @@ _USAGE_DECAY = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerOptions:
-    """Section `tokenizer_training` of a recipe (Eq. 30-33), beside the tokenizer's sizes."""
+class ReconstructionOptions:
+    """Losses of images that a decoder makes, and the adversary (Eq. 30-33)."""
 
     loss: LossWeights = LossWeights()
     perceptual_net: Literal["vgg", "alex"] = "vgg"  # LPIPS backbone
@@ -48,6 +48,12 @@ class TokenizerOptions:
     discriminator_start: Natural = 20_000  # step at which the adversarial term sets in
     discriminator_ndf: Count = 64  # width of its first layer
     discriminator_layers: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerOptions(ReconstructionOptions):
+    """Section `tokenizer_training` of a recipe, beside the tokenizer's sizes."""
+
     restart_below: NotNegative = (
         0.0  # restart codes used less than this share of the mean use; 0 never
     )
@@ -83,8 +89,8 @@ class TokenizerTraining(Method):
         return self.config.options
 
     @classmethod
-    def depends_on_steps(cls, options: TokenizerOptions) -> bool:
-        return options.restart_below > 0.0
+    def depends_on_steps(cls, options: Any) -> bool:
+        return bool(getattr(options, "restart_below", 0.0) > 0.0)
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
@@ -99,12 +105,12 @@ class TokenizerTraining(Method):
         layers = options.discriminator_layers
         if options.loss.adversarial != 0.0 and patches(side, layers) < 1:
             errors.append(
-                f"tokenizer_training.discriminator_layers={layers}: nothing is left of {side} pixels; "
+                f"{cls.section}.discriminator_layers={layers}: nothing is left of {side} pixels; "
                 "take fewer"
             )
         if len(options.perceptual_files) not in (0, 2):
             errors.append(
-                "tokenizer_training.perceptual_files: wants two files, the backbone's and the heads' "
+                f"{cls.section}.perceptual_files: wants two files, the backbone's and the heads' "
                 f"(or none), not {len(options.perceptual_files)}"
             )
 
@@ -119,7 +125,7 @@ class TokenizerTraining(Method):
             ),
             Network(
                 "perceptual",
-                "tokenizer_training.perceptual_files",
+                f"{self.section}.perceptual_files",
                 partial(lpips_shapes, options.perceptual_net),
                 origin=partial(perceptual_origin, options.perceptual_net, options.perceptual_files),
                 load=partial(load_lpips_params, options.perceptual_net, options.perceptual_files),
@@ -170,7 +176,7 @@ class TokenizerTraining(Method):
             # Zeros and ones whatever the key: no batch has been seen.
             variables = self.discriminator.init(jax.random.key(0), self._example(), train=False)
             extra["batch_stats"] = variables["batch_stats"]
-        if self.options.restart_below > 0.0:
+        if self.depends_on_steps(self.options):
             codes = params["tokenizer"]["codebook"]["embedding"]
             extra["usage"] = jnp.ones(codes.shape[0], jnp.float32)
             extra["latents"] = jnp.zeros_like(codes)
@@ -187,6 +193,13 @@ class TokenizerTraining(Method):
         deterministic = self.config.tokenizer.dropout_p == 0.0
         rngs = {} if deterministic else {"dropout": rng}
         return self.tokenizer.apply({"params": params}, images, deterministic, rngs=rngs)
+
+    def training_pass(
+        self, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any], rng: PRNGKeyArray
+    ) -> Callable[[Any, Array], VQOutput]:
+        """(tokenizer's parameters, images) -> what a training pass gives."""
+        del params, frozen
+        return partial(self._apply, jax.random.fold_in(rng, batch["index"][0]))
 
     def loss(
         self,
@@ -209,7 +222,7 @@ class TokenizerTraining(Method):
         loss, aux = tokenizer_loss(
             params["tokenizer"],
             images,
-            apply_tokenizer=partial(self._apply, jax.random.fold_in(rng, batch["index"][0])),
+            apply_tokenizer=self.training_pass(params, frozen, batch, rng),
             perceptual_fn=lambda a, b: lpips(frozen["perceptual"], a, b, training.perceptual_net),
             codebook_size=config.tokenizer.codebook_size,
             disc_logits_fn=fool,

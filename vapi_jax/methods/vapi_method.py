@@ -13,7 +13,7 @@ from vapi_jax.common.options import Errors
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import check_dropout, logits_bytes
 from vapi_jax.methods.method import Aux, Curve, HealthError, Scalars, mean_of
-from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, RewardedMethod, inner_products
+from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, GroupMethod, inner_products
 from vapi_jax.methods.sft import SFTOptions
 from vapi_jax.methods.vapi import PRESETS, VAPiOptions, vapi_loss
 from vapi_jax.methods.vapi_plain import plain_vapi_loss
@@ -23,7 +23,7 @@ from vapi_jax.rewards import make_terms
 
 
 @dataclasses.dataclass(frozen=True)
-class VAPi(RewardedMethod):
+class VAPi(GroupMethod):
     """VA-π: the functions above, bound to a policy, a tokenizer, rewards and devices."""
 
     title: ClassVar[str] = "VA-π post-training"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vapi_jax.common.digests import digest_of
 from vapi_jax.common.options import Count, Dtype, given
@@ -373,9 +373,18 @@ def drop(kind: Condition, keys: Array, condition: Tree, rate: float) -> Tree:
     """Makes each sample unconditional with probability `rate`, decided by its own key of `keys` [B]."""
     if rate <= 0:
         return condition
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+    return without(kind, dropped(keys, rate), condition)
 
-    def pick(without: Array, given: Array) -> Array:
-        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), without, given)
+
+def dropped(keys: Array, rate: float) -> Bool[Array, " B"]:
+    """Which samples are made unconditional."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+
+
+def without(kind: Condition, which: Bool[Array, " B"], condition: Tree) -> Tree:
+    """The conditions, those of some samples unconditional."""
+
+    def pick(empty: Array, given: Array) -> Array:
+        return jnp.where(which.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
 
     return jax.tree.map(pick, kind.unconditional(condition), condition)

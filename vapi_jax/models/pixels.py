@@ -25,6 +25,10 @@ Frozen = Mapping[str, Any]
 MAPS = 4
 """Full-size maps that are alive at once while an image is decoded or judged (measured)."""
 
+KEPT = 8
+"""How many times as many maps a backward pass through decoder and judges keeps: counted from their layers
+at full resolution, not measured."""
+
 CHUNK_BYTES = 5 << 30
 """Most memory that the maps of a chunk may take on a device, where nobody has chosen; half of it in
 bfloat16. 16 images of 384 pixels: a GPU's multiprocessors all have a tile of the smallest maps.
@@ -183,3 +187,39 @@ class PixelSpace:
             return self._in_chunks(chunk, self._side(samples), samples.shape[1], samples, batch)
 
         return self._per_device(local, 2)(dict(frozen), samples, dict(batch))
+
+    def judge_latents(
+        self,
+        frozen: Frozen,
+        latents: Float[Array, "B T D"],
+        samples: Int[Array, "B T"],
+        batch: Mapping[str, Any],
+        judges: Mapping[str, Callable[..., Float[Array, "B G"]]],
+    ) -> dict[str, Float[Array, " B"]]:
+        """Decodes what the decoder would get for tokens, and has it judged; differentiable in `latents`.
+
+        Chunks are an eighth of `judge`'s, for a chunk's maps are kept while its gradient is computed; every
+        chunk is decoded again for it.
+
+        Args:
+          frozen, batch, judges: as for `judge`.
+          latents: a code for each token, or what stands for one.
+          samples: the tokens, for judges that ask.
+        """
+
+        def local(frozen: Frozen, latents: Array, samples: Array, batch: Any) -> Any:
+            @jax.checkpoint
+            def chunk(latents: Array, samples: Array, batch: Any) -> dict[str, Array]:
+                grid = round(latents.shape[1] ** 0.5)
+                images = self.tokenizer.apply(
+                    {"params": frozen["tokenizer"]},
+                    latents.reshape(-1, grid, grid, latents.shape[-1]),
+                    method="decode",
+                )
+                known = {**batch, "samples": samples[:, None]}
+                pixels = images.astype(jnp.float32)[:, None]
+                return {name: judge(frozen, pixels, known)[:, 0] for name, judge in judges.items()}
+
+            return self._in_chunks(chunk, self._side(samples), KEPT, latents, samples, batch)
+
+        return self._per_device(local, 3)(dict(frozen), latents, samples, dict(batch))

@@ -114,6 +114,7 @@ def generate(
     greedy: bool = False,
     sample_ids: Int[Array, " B"] | None = None,
     return_entropy: bool = False,
+    given: Int[Array, "B T"] | None = None,
 ) -> Any:
     """Samples one token grid per condition.
 
@@ -130,6 +131,7 @@ def generate(
         samples are cut into batches.
       return_entropy: also return the entropies of the distributions really drawn from, guidance,
         temperature and filters included (0 where greedy).
+      given: tokens that are taken as they are, -1 where the policy draws; None draws all.
 
     Returns:
       int32 tokens [B, T]; with `return_entropy`, a pair of them and Float[B, T] in nats.
@@ -148,8 +150,8 @@ def generate(
         sample_ids = jnp.arange(jax.tree.leaves(condition)[0].shape[0])
     # Tokens before the first guided one save nothing: the later ones attend to both halves' cache.
     guided = int(np.max(np.flatnonzero(scales != 1.0), initial=-1)) + 1
-    given = params, condition, rng
-    loop = jax.jit(_generate, static_argnames=_STATIC, compiler_options=compiler.options(given))
+    read = params, condition, rng
+    loop = jax.jit(_generate, static_argnames=_STATIC, compiler_options=compiler.options(read))
     tokens, entropies = loop(
         policy,
         params,
@@ -158,6 +160,7 @@ def generate(
         sample_ids,
         jnp.float32(temperature),
         jnp.asarray(scales),
+        given,
         top_k=top_k,
         top_p=top_p,
         guided=guided,
@@ -191,6 +194,7 @@ def _generate(
     sample_ids: Int[Array, " B"],
     temperature: Float[Array, ""],
     scales: Float[Array, " T"],
+    given: Int[Array, "B T"] | None,
     *,
     top_k: int,
     top_p: float,
@@ -210,22 +214,27 @@ def _generate(
     shape = length, num_choices(policy.vocab_size)
     uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys).swapaxes(0, 1)  # [T, B, C]
 
-    def pick(logits: Array, uniform: Array, scale: Array) -> tuple[Array, Array]:
+    def pick(logits: Array, uniform: Array, scale: Array, index: Any) -> tuple[Array, Array]:
         if logits.shape[0] == 2 * batch:
-            given, without = logits.reshape(batch, 2, -1).swapaxes(0, 1)
-            logits = without + scale * (given - without)
+            asked, without = logits.reshape(batch, 2, -1).swapaxes(0, 1)
+            logits = without + scale * (asked - without)
+        spread = jnp.zeros((batch,))
         if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros((batch,))
-        logits = filter_logits(logits / temperature, top_k, top_p)
-        spread = entropy(logits) if with_entropy else jnp.zeros((batch,))
-        return draw(uniform[:, None], logits)[:, 0], spread
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            logits = filter_logits(logits / temperature, top_k, top_p)
+            spread = entropy(logits) if with_entropy else spread
+            token = draw(uniform[:, None], logits)[:, 0]
+        if given is not None:
+            token = jnp.where(given[:, index] >= 0, given[:, index], token)
+        return token, spread
 
     def step(carry: tuple[Array, Any], inputs: tuple[Array, ...]) -> tuple[Any, Any]:
         token, cache = carry
         index, uniform, scale = inputs
         fed = jnp.repeat(token, 2) if doubled else token
         logits, cache = policy.decode(params, cache, fed, index)
-        token, spread = pick(logits, uniform, scale)
+        token, spread = pick(logits, uniform, scale, index + 1)
         return (token, cache), (token, spread)
 
     doubled = guided > 0
@@ -236,7 +245,7 @@ def _generate(
             condition, policy.unconditional(condition),
         )  # fmt: skip
     logits, cache = policy.prefill(params, condition)
-    token, spread = pick(logits, uniforms[0], scales[0])
+    token, spread = pick(logits, uniforms[0], scales[0], 0)
     tokens, spreads = [token[None]], [spread[None]]
     # A loop ends where guidance does, for after it only the conditional half is carried, and where the
     # buffers are full.

@@ -339,6 +339,13 @@ class VQModel(nn.Module):
         """
         return self.from_latents(self.encode_latents(images, deterministic), deterministic)
 
+    def from_tokens(self, indices: Int[Array, "B T"], deterministic: bool = True) -> VQOutput:
+        """A training pass of the decoder alone; the codes take no gradient, and there is none else."""
+        quantized = _gather(jax.lax.stop_gradient(self.codes()), indices, None)
+        images, features = self.decoder(self.post_quant_conv(quantized), deterministic)
+        zero = jnp.zeros((), jnp.float32)
+        return VQOutput(images, indices, quantized, quantized, zero, zero, zero, features)
+
     def from_latents(
         self, latents: Float[Array, "B h w D"], deterministic: bool = True
     ) -> VQOutput:

@@ -127,12 +127,19 @@ def _make(spec: RewardSpec, tokenizer: VQModel | None, errors: Errors) -> Reward
     if isinstance(found, type) and issubclass(found, Reward):
         return build(found, options, where, errors, tokenizer=tokenizer)
     on_host = bool(options.pop("on_host", False))
+    wants_image = bool(options.pop("wants_image", True))
     try:
         inspect.signature(found).bind(None, None, **options)
     except (TypeError, ValueError) as error:
         errors.append(f"{where.rstrip('.')}: (pixels, batch, **options) cannot be passed: {error}")
         return None
-    return FunctionReward(function=found, arguments=options, on_host=on_host, tokenizer=tokenizer)
+    return FunctionReward(
+        function=found,
+        arguments=options,
+        on_host=on_host,
+        wants_image=wants_image,
+        tokenizer=tokenizer,
+    )
 
 
 def make_terms(specs: Sequence[RewardSpec], tokenizer: VQModel | None = None) -> tuple[Term, ...]:

@@ -54,6 +54,8 @@ class _Images(Reward):
       chunk: images at once.
     """
 
+    wants_image: ClassVar[bool] = False
+
     width: ClassVar[int] = 16  # of an image's tokens, a channel and pixel: L/14 has 5, H/14 6.5
 
     weights: PathText = ""

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ class HTTP(Reward):
       at_once: images of a request.
       prompts, template: see `vapi_jax.rewards.clip.CLIPScore`.
     """
+
+    wants_image: ClassVar[bool] = False
 
     url: str = ""
     timeout: Positive = 60.0

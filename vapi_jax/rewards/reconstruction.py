@@ -175,6 +175,8 @@ class CodebookCosine(Reward):
 class GAN(Reward):
     """The mean logit of a frozen discriminator that a tokenizer was trained with."""
 
+    wants_image: ClassVar[bool] = False
+
     weights: PathText = ""  # weights/discriminator.safetensors of a tokenizer run
     ndf: Count = 64  # width of its first layer
     layers: Count = 3

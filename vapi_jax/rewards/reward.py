@@ -48,6 +48,9 @@ class Reward(abc.ABC):
     shares: ClassVar[tuple[str, ...]] = ()
     """Networks of the run that it looks through beside its own, such as "tokenizer"."""
 
+    wants_image: ClassVar[bool] = True
+    """Whether it looks at batch["image"]; False lets methods that need no images do without."""
+
     width: ClassVar[int] = 0
     """Channels of its widest map at full resolution, for estimates of memory."""
 
@@ -121,12 +124,14 @@ class Reward(abc.ABC):
 class FunctionReward(Reward):
     """A user's function (pixels, batch, **options) -> [B, G] as a reward.
 
-    With `on_host` it is called outside the compiled program, on NumPy arrays, once a device and chunk.
+    Without `wants_image` it may get batches that bring none. With `on_host` it is called outside the compiled
+    program, on NumPy arrays, once a device and chunk.
     """
 
     function: Callable[..., Any] = given()
     arguments: Mapping[str, Any] = given()
     on_host: bool = given(False)
+    wants_image: bool = given(True)  # type: ignore[misc]
 
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
         arguments = dict(self.arguments or {})

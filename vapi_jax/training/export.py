@@ -17,6 +17,8 @@ from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.files import read_json
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
+from vapi_jax.methods import METHODS, Method
+from vapi_jax.methods.tokenizer import TokenizerTraining
 from vapi_jax.models import vq
 from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.conversion import name_rules, whole
@@ -197,7 +199,9 @@ def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...], LoRA | None, st
         raise WeightsError(
             f"{workdir} is neither the workdir of a run nor a converted directory: {error}"
         ) from error
-    if method == "tokenizer":
+    if issubclass(
+        METHODS.get(method, Method), TokenizerTraining
+    ):  # a file's name is never imported
         return "vq", name_rules("vq")[0], None, ""
     made = make_policy(**policy)
     return "gpt", made.name_rules, getattr(getattr(made, "config", None), "lora", None), begun
