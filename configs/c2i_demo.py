@@ -9,8 +9,8 @@ the tokenizer's floor. ":full" adds controls (CE only, shuffled advantages), mor
 more samples; ":tiny" runs the same path with so few samples that its distances mean nothing.
 
 On 2 CPU cores that were shared: 8 minutes, ":tiny" 50 seconds, ":full" 35 minutes. Measured with
-":full": held-out reward -0.4704 -> -0.4664; Fréchet distance in LPIPS-VGG features 324.3 +- 1.7 ->
-311.9 +- 9.2, the base sampled at the same entropy 321.6 +- 1.2.
+":full": held-out reward -0.4709 -> -0.4669; Fréchet distance in LPIPS-VGG features 324.8 +- 7.9 ->
+318.5 +- 8.2, the base sampled at the same entropy 322.3 +- 6.7.
 
 The paper's learning rate (1e-6) is meant for 1.4B parameters; this model wants 1e-5.
 """
