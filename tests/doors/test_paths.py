@@ -192,6 +192,7 @@ RECIPES = {
     "rewards.aesthetic.head": lambda path: {
         "rewards": [{"name": "aesthetic", "options": {"weights": "w", "head": path}}]
     },
+    "text_base.encoder": lambda path: {"method": "text_base", "text_base": {"encoder": path}},
     "tokenizer_training.perceptual_files": lambda path: {
         "method": "tokenizer", "tokenizer_training": {"perceptual_files": (path, "b.pth")},
     },

@@ -1,8 +1,11 @@
 """The final table's measurements: entropy matching, estimates, samples that do not depend on batches."""
 
+import jax
 import numpy as np
 import pytest
 
+from tests.helpers.paths import GOLDEN
+from tests.helpers.tiny import with_random_head
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.evaluation.compare import (
@@ -20,12 +23,15 @@ from vapi_jax.evaluation.samples import (
     Judged,
     SampleJudge,
     even_batch,
+    judged_features,
     on_judging_devices,
     real_crops,
 )
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.report.page import write_report
+from vapi_jax.report.verdict import show_score
 from vapi_jax.training.train import init_state, load_frozen, make_optimizer
 
 pytestmark = pytest.mark.slow
@@ -148,3 +154,39 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
         for name in (SEEN, UNSEEN):
             np.testing.assert_array_equal(found[name][label], fake[first][name])
     np.testing.assert_array_equal(found[UNSEEN][REAL], -np.eye(8, 4))
+
+
+def test_rows_of_scenes_are_scored_and_a_report_shows_it(tmp_path):
+    recipe = load_recipe("configs/c2i_demo.py", "c2i_demo").get_config("tiny")
+    recipe.data.update({"name": "scenes", "flip": False})
+    sizes = {"dim": 32, "n_layer": 1, "n_head": 2, "cls_token_num": 12, "caption_dim": 32}
+    recipe.policy = {"kind": "text", **sizes}
+    options = {"encoder": str(GOLDEN / "t5"), "dtype": "float32", "clean": False}
+    recipe.condition = {"name": "caption", "options": options}
+    recipe.init.gpt = ""
+    recipe.eval.update({"samples": 12, "seeds": 1, "temperatures": (), "cfg_scales": (2.0,)})
+    config = resolve(recipe)
+    task = make_method(config, make_mesh(1, 1, jax.devices()[:1]))
+    state, _ = init_state(task, make_optimizer(config.optimizer, 1), 0)
+    frozen = load_frozen(task)
+    judge = Judge(
+        task, HeldOut(task, frozen), SampleJudge(task, frozen, 12, judged_features(config))
+    )
+    params = with_random_head(state.params, 0)  # guidance moves nothing where all is uniform
+    rows, _ = compare(judge, params, params, {})
+    by_kind = {row["kind"]: row for row in rows}
+    assert list(by_kind) == ["base", "guided", "matched", "vapi", "floor", "real"]
+    assert (by_kind["guided"]["guidance"], by_kind["guided"]["reward"]) == (2.0, None)
+    assert by_kind["guided"]["frechet"] != by_kind["base"]["frechet"]
+    assert by_kind["real"]["scenes"]["overall"]["value"] == 1.0
+    assert 0.0 < by_kind["floor"]["scenes"]["overall"]["value"] < 1.0
+    assert by_kind["base"]["scenes"]["overall"]["value"] < 0.2  # an untrained generator
+    changes = judge.scene_changes()
+    assert set(changes["base"]["overall"].values()) == {0.0}  # the same weights and seeds
+
+    scenes = {kind: by_kind[kind]["scenes"] for kind in ("base", "vapi", "matched", "floor")}
+    summary = {"name": "x", "table": rows, "scenes": {**scenes, "changes": changes}}
+    page = write_report(tmp_path, summary, [], {}).read_text(encoding="utf-8")
+    assert "<h2>Scenes</h2>" in page and "color attr" in page and "base, cfg 2" in page
+    assert show_score(scenes["floor"]["overall"]) in page
+    assert "0.000 [0.000, 0.000], inside the noise" in page

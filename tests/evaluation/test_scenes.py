@@ -9,6 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from vapi_jax import score
+from vapi_jax.common.images import to_uint8
+from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data.config import SPLITS, DataConfig, DataError
 from vapi_jax.data.scenes.drawing import COLORS, Thing, draw
 from vapi_jax.data.scenes.grammar import TASKS, Scene, coloring_split, combinations, make, prompts
@@ -16,7 +18,10 @@ from vapi_jax.data.scenes.source import SceneSource
 from vapi_jax.evaluation import geneval
 from vapi_jax.evaluation.geneval import judge
 from vapi_jax.evaluation.geneval_files import parse_prompt
+from vapi_jax.evaluation.samples import asked_of
+from vapi_jax.evaluation.scene_scores import SceneJudge, scene_judge
 from vapi_jax.evaluation.scenes import detect
+from vapi_jax.methods.resolve import resolve
 
 SCENES = 240
 
@@ -215,3 +220,42 @@ def test_command_scores_a_folder(tmp_path):
     (tmp_path / "images/00003/samples/0000.png").unlink()
     assert score.main(command) != 0
     assert score.main([*command, "--allow_incomplete"]) == 0
+
+
+def test_a_runs_judge_scores_true_scenes_and_tells_them_from_others():
+    judge = SceneJudge(source(), 48)
+    true: list = []
+    others: list = []
+    for numbers, images in judge.drawn(32):
+        true += judge.judge(numbers, to_uint8(images), 0)
+        others += judge.judge(numbers, to_uint8(np.roll(images, 1, axis=0)), 0)
+    scores = judge.scores(true)
+    assert list(scores) == [*TASKS, "overall"]
+    assert scores["overall"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    same, worse = judge.change(true, true), judge.change(others, true)
+    assert set(same["overall"].values()) == {0.0}
+    assert worse["overall"]["high"] < 0.0
+    # Scenes that are told alike are one prompt; samples of a second turn are others of the same.
+    assert len({image.prompt for image in true}) == len({p["prompt"] for p in told(48)}) < 48
+    again = judge.judge(range(48, 50), np.zeros((2, 64, 64, 3), np.uint8), 1)
+    assert [image.prompt for image in again] == [image.prompt for image in true[:2]]
+    assert len({(image.prompt, image.sample) for image in true + again}) == 50
+
+
+def told(count: int) -> list[dict]:
+    return [source().asked(index) for index in range(count)]
+
+
+def test_other_data_are_not_judged_as_scenes():
+    recipe = load_recipe("configs/demo_base.py", "demo_base").get_config("tiny")
+    assert scene_judge(resolve(recipe)) is None
+
+
+def test_samples_are_asked_for_held_out_captions_where_data_have_no_classes():
+    recipe = load_recipe("configs/demo_base.py", "demo_base").get_config("tiny")
+    photos = resolve(recipe)
+    np.testing.assert_array_equal(asked_of(photos, 5), np.arange(12))
+    data = DataConfig(name="scenes", flip=False)
+    config = dataclasses.replace(photos, data=data)
+    held = SceneSource(data, config.eval.split)
+    assert asked_of(config, 5).tolist() == [held.asked(i)["prompt"] for i in range(5)]

@@ -146,6 +146,7 @@ OUTSIDE = [
     ("decode_chunk", -1, "wants at least 0"),
     ("log_every", 0, "wants at least 1"),
     ("base.label_dropout", 1.5, "wants 0 to 1"),
+    ("text_base.label_dropout", 1.5, "wants 0 to 1"),
     ("mesh.data", 0, "wants at least 1, or -1 for what is left"),
     ("mesh.fsdp", -2, "wants at least 1, or -1 for what is left"),
     ("tokenizer.codebook_size", 1, "wants at least 2"),
@@ -244,6 +245,7 @@ OUTSIDE = [
     ("eval.samples", 0, "wants at least 1"),
     ("eval.seeds", 0, "wants at least 1"),
     ("eval.temperatures", (0.9, 0.0), "wants more than 0"),
+    ("eval.cfg_scales", (2.0, 0.0), "wants more than 0"),
     ("eval.sampled", 2, "wants at least 3"),
     ("eval.sampled_every", -1, "wants at least 0"),
     ("eval.grid_per_class", 0, "wants at least 1"),
@@ -676,6 +678,9 @@ def test_a_resolved_configuration_resolves_to_itself():
     changes = {"preset": "reference", "rewards": "mse, 0.5*l1", "eval": {"temperatures": (0.5,)}}
     for method in METHODS:
         own = changes if method == "vapi" else {"init": {"gpt": "demo", "vq": "demo"}}
+        if method == "text_base":  # starts from nothing, with captions
+            text = {"kind": "text", "dim": 32, "n_head": 4, "n_layer": 1}
+            own = {"policy": text, "condition": {"name": "caption"}, method: {"encoder": "t5"}}
         config = resolve({**MINIMAL, **own, "method": method})
         assert resolve(json.loads(json.dumps(to_dict(config)))) == config
 

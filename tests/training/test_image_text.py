@@ -195,3 +195,22 @@ def test_a_run_ends_with_samples_of_held_out_captions(mesh, tmp_path):
     assert len(names) == 6 and len(set(names)) == 3
     assert all(name.startswith("picture ") for name in names)
     assert (tmp_path / "run" / "samples.png").is_file()
+
+
+def test_a_tokenizer_learns_from_images_that_have_captions_and_without_lpips(mesh):
+    data = {"name": "scenes", "flip": False, "num_threads": 0}
+    method = make_tiny_method(
+        "tokenizer", mesh, image_size=32, data={**data, "image_size": 32},
+        tokenizer_training={"loss": {"perceptual": 0.0, "adversarial": 0.0}},
+    )  # fmt: skip
+    batch = next(iter(make_dataset(method.config.data, "train", 8, 0)))
+    prepared = shard_batch(method.prepare(batch), mesh)
+    assert jax.tree.map(np.shape, prepared) == {"image": (8, 32, 32, 3)}
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    prepared["index"] = np.arange(8)
+    weights_of_lpips = None  # nothing may look at them
+    loss, _ = jax.eval_shape(
+        method.loss, params, {}, {"perceptual": weights_of_lpips}, prepared, jax.random.key(0),
+        np.int32(0),
+    )  # fmt: skip
+    assert loss.shape == ()

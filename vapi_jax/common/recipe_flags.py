@@ -13,8 +13,8 @@ from vapi_jax.common.recipes import read_recipe, shipped
 
 SECTIONS = (
     "mesh", "data", "tokenizer", "tokenizer_training", "policy", "condition", "vapi", "base",
-    "sft", "ste", "cca", "tokenizer_post", "ar_grpo", "method_options", "optimizer", "init", "eval",
-    "checkpoint",
+    "sft", "ste", "text_base", "cca", "tokenizer_post", "ar_grpo", "method_options", "optimizer",
+    "init", "eval", "checkpoint",
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import pkgutil
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -79,6 +80,14 @@ class Source(abc.ABC):
     def name(self, index: int) -> str:
         """What a message calls an image: its path, or its place in the data."""
         return f"image {index}"
+
+    def asked(self, index: int) -> Mapping[str, Any] | None:
+        """The line of GenEval's metadata that an image of drawn shapes satisfies; None of other images.
+
+        With it, samples of the image's caption can be judged by `vapi_jax.evaluation.scenes.detect`.
+        """
+        del index
+        return None
 
     @abc.abstractmethod
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

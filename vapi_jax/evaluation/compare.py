@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.common.images import to_uint8
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
+from vapi_jax.evaluation.geneval_files import Image
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.evaluation.samples import SampleJudge, judged_features
+from vapi_jax.evaluation.scene_scores import scene_judge
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
 
@@ -30,9 +33,10 @@ class Entry:
     """A row to fill: who samples, and how sharply."""
 
     name: str
-    kind: str  # "base" | "temperature" | "matched" | "vapi" | "control"
+    kind: str  # "base" | "temperature" | "guided" | "matched" | "vapi" | "control"
     params: Any
     temperature: float = 1.0
+    guidance: float = 1.0
     held_out: Mapping[str, float] | None = None  # its held-out metrics, where they are known
 
 
@@ -53,6 +57,8 @@ class Judge:
     def __post_init__(self) -> None:
         self._samples = self.method.config.eval.samples
         self._seen, self._unseen = judged_features(self.method.config)
+        self._scenes = scene_judge(self.method.config)
+        self._verdicts: dict[str, list[Image]] = {}
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
@@ -99,25 +105,51 @@ class Judge:
         first: dict[str, np.ndarray] = {}
         found: dict[str, list[float]] = {self._seen: [], self._unseen: []}
         entropies = []
+        verdicts: list[Image] = []
         for seed in range(config.seeds):
-            drawn = self.judge.samples(entry.params, self._samples, seed, entry.temperature)
+
+            def see(samples: range, images: np.ndarray, turn: int = seed) -> None:
+                if self._scenes:
+                    verdicts.extend(self._scenes.judge(samples, images, turn))
+
+            drawn = self.judge.samples(
+                entry.params, self._samples, seed, entry.temperature, 0, entry.guidance, see
+            )
             entropies.append(drawn.entropy)
             first = first or drawn.features
             for name, distance in self.distances(drawn.features).items():
                 found[name].append(distance)
             tick()
-        forced = entry.held_out or self.held_out(entry.params, entry.temperature)
+        forced: Mapping[str, float] = {}  # Teacher-forced numbers know no guidance.
+        if entry.guidance == 1.0:
+            forced = entry.held_out or self.held_out(entry.params, entry.temperature)
         row = {
             "name": entry.name,
             "kind": entry.kind,
             "temperature": round(entry.temperature, 4),
+            "guidance": entry.guidance,
             "reward": forced.get("reward"),
             "ce": forced.get("ce"),
             "entropy": float(np.mean(entropies)),
             "frechet": estimate(found[self._seen]),
             "frechet_unseen": estimate(found[self._unseen]),
         }
-        return row, first
+        return {**row, **self._scored(entry.kind, verdicts)}, first
+
+    def _scored(self, kind: str, verdicts: list[Image]) -> dict[str, Any]:
+        """The scene scores of a row, whose verdicts are kept by its kind; nothing without scenes."""
+        if not self._scenes:
+            return {}
+        self._verdicts[kind] = verdicts
+        return {"scenes": self._scenes.scores(verdicts)}
+
+    def scene_changes(self) -> dict[str, Any]:
+        """Scene scores of the post-trained policy less those of the rows that it is held against."""
+        if not self._scenes:
+            return {}
+        tuned = self._verdicts["vapi"]
+        others = {kind: self._verdicts[kind] for kind in ("base", "matched")}
+        return {kind: self._scenes.change(tuned, found) for kind, found in others.items()}
 
     def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
         """Real crops, or their reconstructions, in place of samples: what a row can reach."""
@@ -127,12 +159,18 @@ class Judge:
             features = self.judge.features(images(self._samples, seed + 1))
             for feature, distance in self.distances(features).items():
                 found[feature].append(distance)
-        row = {"name": name, "kind": kind, "temperature": None}
+        row = {"name": name, "kind": kind, "temperature": None, "guidance": None}
         row |= {"reward": None, "ce": None, "entropy": None}
+        verdicts: list[Image] = []
+        if self._scenes:
+            for numbers, drawn in self._scenes.drawn(self.judge.batch):
+                seen = self.judge.reconstruct(drawn) if through_tokenizer else drawn
+                verdicts += self._scenes.judge(numbers, to_uint8(seen), 0)
         return {
             **row,
             "frechet": estimate(found[self._seen]),
             "frechet_unseen": estimate(found[self._unseen]),
+            **self._scored(kind, verdicts),
         }
 
 
@@ -164,7 +202,8 @@ def compare(
     """
     config: TrainConfig = judge.method.config
     seeds, temperatures = config.eval.seeds, config.eval.temperatures
-    total = seeds * (len(temperatures) + 3 + len(controls))
+    scales = config.eval.cfg_scales
+    total = seeds * (len(temperatures) + len(scales) + 3 + len(controls))
     with ProgressBar(total, "evaluation") as progress:
         done = 0
 
@@ -180,6 +219,7 @@ def compare(
         at_one = Entry("base, T=1", "base", base, held_out=known.get(BASE))
         base_row, base_features = judge.row(at_one, tick)
         entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
+        entries += [Entry(f"base, cfg {s:g}", "guided", base, guidance=s) for s in scales]
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
         rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries), vapi_row]
         rows += [judge.row(Entry(n, "control", p), tick)[0] for n, p in controls.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 
 from vapi_jax.common.images import to_uint8
 from vapi_jax.data import fixed_samples, labels_of
+from vapi_jax.data.pipeline import make_source
 from vapi_jax.evaluation.features import FeatureStream, stream_of
 from vapi_jax.generation.sampler import Sampler, in_batches
 from vapi_jax.methods import Method
@@ -75,6 +76,18 @@ def real_crops(
         yield np.stack([sample["image"] for sample in part])
 
 
+def asked_of(config: TrainConfig, most: int) -> np.ndarray:
+    """What samples are drawn of: all labels, or where the data have none, held-out captions.
+
+    Those are of the first images of `eval.split`, at most so many.
+    """
+    if len(labels := labels_of(config.data)):
+        return labels
+    count = min(most, len(make_source(config.data, config.eval.split)))
+    held = fixed_samples(config.data, config.eval.split, count, config.seed)
+    return np.stack([sample["condition"] for sample in held])
+
+
 def by_label(method: Method, labels: np.ndarray) -> Callable[[Int[np.ndarray, " B"]], Tree]:
     """Conditions of samples of these labels [N], or captions, as `Sampler` takes them."""
     raw = labels.astype(np.int32) if labels.dtype.kind in "iu" else labels
@@ -125,7 +138,11 @@ class SampleJudge:
         self._there_and_back = jax.jit(
             partial(method.reconstruct, None), compiler_options=compiler.options(method.mesh)
         )
-        self._labels = labels_of(method.config.data)
+
+    @cached_property
+    def _asked(self) -> np.ndarray:
+        judged = self.method.config.eval
+        return asked_of(self.method.config, max(judged.samples, judged.sampled))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,15 +156,32 @@ class SampleJudge:
         return self._stream.whole(batches)
 
     def samples(
-        self, params: Any, count: int, seed: int, temperature: float, shown: int = 0
+        self,
+        params: Any,
+        count: int,
+        seed: int,
+        temperature: float,
+        shown: int = 0,
+        guidance: float = 1.0,
+        see: Callable[[range, UInt8[np.ndarray, "B H W 3"]], None] = lambda samples, images: None,
     ) -> Judged:
         """Judges samples of all classes in turn, of which the first `shown` are kept as images.
 
         The same count and seed give the same uniforms. Every process of a run has to call it.
+
+        Args:
+          params: the method's.
+          count: of samples.
+          seed: of the samples.
+          temperature, guidance: that they are drawn with.
+          shown: images to keep.
+          see: called with the numbers of a batch and its images.
         """
-        conditions, kept, entropy = by_label(self.method, np.resize(self._labels, count)), [], 0.0
+        conditions, kept, entropy = by_label(self.method, np.resize(self._asked, count)), [], 0.0
         batches = in_batches(count, self.batch)
-        drawn = self.sampler(self._params(params), conditions, batches, seed, temperature)
+        drawn = self.sampler(
+            self._params(params), conditions, batches, seed, temperature, cfg_scale=guidance
+        )
 
         def images() -> Iterator[np.ndarray]:
             nonlocal entropy
@@ -156,6 +190,7 @@ class SampleJudge:
                 entropy += batch.entropies.mean(axis=1, dtype=np.float64).sum()
                 if batch.samples.start < max(shown, 1):
                     kept.append(batch.images)
+                see(batch.samples, batch.images)
                 yield batch.images
 
         features = self.features(images())
@@ -164,7 +199,7 @@ class SampleJudge:
     def entropies(self, params: Any, seed: int) -> Callable[[float], float]:
         """Temperature -> mean entropy of one batch of samples, always of the same uniforms."""
         weights = self.sampler.weights(self._params(params))
-        conditions = by_label(self.method, np.resize(self._labels, self.batch))
+        conditions = by_label(self.method, np.resize(self._asked, self.batch))
         key = self.sampler.key(seed)
 
         def entropy(temperature: float) -> float:

@@ -184,6 +184,7 @@ class Sampler:
         batches: Iterable[range],
         seed: int,
         temperature: float | None = None,
+        **more: Any,
     ) -> Iterator[Drawn]:
         """Samples, batch by batch; the next one is drawn while the caller works on this one.
 
@@ -193,12 +194,13 @@ class Sampler:
           batches: numbers of samples, at most `rows` each.
           seed: of the samples.
           temperature: see `at`; None is the settings', without entropies.
+          more: settings than, or other than, those of all batches.
 
         Raises:
           BrokenSamplesError: for values that are not finite.
         """
         weights, rng = self.weights(params), self.key(seed)
-        settings = {} if temperature is None else self.at(temperature)
+        settings = {**more, **({} if temperature is None else self.at(temperature))}
         ahead: tuple[range, Any, Any] | None = None
         for samples in batches:
             found = self.tokens(weights, conditions, samples, rng, **settings)

@@ -15,6 +15,7 @@ from vapi_jax.methods.method import HealthError, Method
 from vapi_jax.methods.next_token import NextToken
 from vapi_jax.methods.sft import SFT
 from vapi_jax.methods.ste import STE
+from vapi_jax.methods.text_base import TextBase
 from vapi_jax.methods.tokenizer import TokenizerTraining
 from vapi_jax.methods.tokenizer_post import TokenizerPost
 from vapi_jax.methods.vapi_method import VAPi
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "sft": SFT,
     "ste": STE,
     "cca": CCA,
+    "text_base": TextBase,
 }
 
 

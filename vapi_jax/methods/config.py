@@ -102,6 +102,7 @@ class EvalConfig:
     )
     seeds: Count = 3  # sampling seeds of each row
     temperatures: tuple[Positive, ...] = (0.95, 0.9, 0.87)  # of the sharpened base
+    cfg_scales: tuple[Positive, ...] = ()  # guidance of more rows of the base, at temperature 1
     grid_per_class: Count = 2  # samples of each class in the picture
     grid_classes: Count = 8  # classes in the picture
     sampled_every: Natural = 0  # steps between judgements of free-running samples; 0 for none

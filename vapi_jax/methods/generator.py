@@ -178,7 +178,7 @@ class GeneratorMethod(Method):
     def precision(self) -> dict[str, Any]:
         return {"policy": self.policy.compute_dtype, **super().precision}
 
-    def sampled(self) -> SampledPolicy:
+    def sampled(self) -> SampledPolicy | None:
         return SampledPolicy(self.policy.for_sampling(), self._drawn_from, self.pixels)
 
     def _drawn_from(self, params: Any, frozen: Mapping[str, Any]) -> Any:

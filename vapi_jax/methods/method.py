@@ -245,8 +245,12 @@ class Method(abc.ABC):
     # --- a step -----------------------------------------------------------------------------------
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of the data pipeline as the step takes it; NumPy, on the host."""
-        return dict(batch)
+        """A batch of the data pipeline as the step takes it; NumPy, on the host.
+
+        Captions are no arrays of a device: a method that says nothing of them does without.
+        """
+        dtypes = {name: getattr(value, "dtype", np.dtype(object)) for name, value in batch.items()}
+        return {name: value for name, value in batch.items() if dtypes[name].kind != "U"}
 
     def example_batch(self, rows: int) -> dict[str, Any]:
         """Shapes of a prepared batch of `rows`, without "index"."""

@@ -44,7 +44,8 @@ class NextToken(GeneratorMethod):
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super().check(config, errors)
-        check_dropout(config, errors, "base.label_dropout", config.options.label_dropout)
+        option = f"{cls.section}.label_dropout"
+        check_dropout(config, errors, option, config.options.label_dropout)
 
     def loss(
         self,

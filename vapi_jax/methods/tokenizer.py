@@ -219,11 +219,14 @@ class TokenizerTraining(Method):
             discriminate = partial(apply_train, self.discriminator)
             now = jax.lax.stop_gradient(params["discriminator"]), extra["batch_stats"]
             fool = lambda x: discriminate(*now, x)[0]  # noqa: E731
+        perceptual = None
+        if training.loss.perceptual:
+            perceptual = partial(lpips, frozen["perceptual"], net=training.perceptual_net)
         loss, aux = tokenizer_loss(
             params["tokenizer"],
             images,
             apply_tokenizer=self.training_pass(params, frozen, batch, rng),
-            perceptual_fn=lambda a, b: lpips(frozen["perceptual"], a, b, training.perceptual_net),
+            perceptual_fn=perceptual,
             codebook_size=config.tokenizer.codebook_size,
             disc_logits_fn=fool,
             weights=training.loss,

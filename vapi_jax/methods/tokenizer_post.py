@@ -200,7 +200,7 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
     def narrowed(self, params: Any) -> Any:
         return params
 
-    def sampled(self) -> None:  # type: ignore[override]
+    def sampled(self) -> None:
         """It trains no generator; a finished run samples the frozen one through its decoder."""
 
     def memory(self, rows: int) -> Sequence[tuple[str, int, str]]:

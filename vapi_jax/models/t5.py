@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vapi_jax.common.options import Count, Natural, Positive
-from vapi_jax.common.trees import unflatten
+from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.weights.names import Rule
 
@@ -90,6 +90,24 @@ def shapes(config: T5Config, dtype: Any = jnp.float32) -> Params:
         "final_norm/scale": (c.d_model,),
     }
     return unflatten({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in flat.items()})
+
+
+def init(rng: PRNGKeyArray, config: T5Config) -> Params:
+    """Fresh float32 parameters, drawn as Hugging Face draws those of T5."""
+    c, target = config, flatten(shapes(config))
+    inner = c.num_heads * c.d_kv
+    deviations = {
+        "embed_tokens/embedding": 1.0,
+        "wq/kernel": (c.d_model * c.d_kv) ** -0.5,  # scores are not scaled
+        "attention/wo/kernel": inner**-0.5,
+        "w2/kernel": c.d_ff**-0.5,
+    }
+    found = {}
+    for key, (name, leaf) in zip(jax.random.split(rng, len(target)), target.items(), strict=True):
+        known = (sd for ending, sd in deviations.items() if name.endswith(ending))
+        drawn = next(known, c.d_model**-0.5) * jax.random.normal(key, leaf.shape)
+        found[name] = jnp.ones(leaf.shape) if name.endswith("scale") else drawn
+    return unflatten(found)
 
 
 def buckets(length: int, count: int, max_distance: int) -> Int[np.ndarray, "P P"]:

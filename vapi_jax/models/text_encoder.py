@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+from safetensors.numpy import save_file
 
 from vapi_jax.common.digests import digest_of
-from vapi_jax.common.files import read_json
+from vapi_jax.common.files import new_file, read_json, write_atomically
 from vapi_jax.common.options import Errors, build, hints_of
 from vapi_jax.common.progress import announce
 from vapi_jax.models import caption_text, t5, text_tokens
@@ -29,7 +31,7 @@ from vapi_jax.models.loading import reference_weights
 from vapi_jax.models.text_tokens import T5Tokenizer
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, put_sharded, shard_whole, tree_shardings
-from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.names import WeightsError, to_reference
 from vapi_jax.weights.tensors import LazyTensor, open_tensors
 
 CONFIG = "config.json"
@@ -40,6 +42,8 @@ WEIGHTS = (
     "pytorch_model.bin",
 )
 """Names of a folder's weights; the first that is there is read."""
+
+_KIND = {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
 
 LENGTH = 120
 """Tokens of a caption, the end token included, that LlamaGen's generators take."""
@@ -159,11 +163,32 @@ def _features(
     return t5.left_padded(features.astype(jnp.float32), mask)
 
 
-def read_config(folder: Path) -> t5.T5Config:
+def write_config(folder: Path, config: t5.T5Config) -> Path:
+    """Writes an encoder's sizes as Hugging Face does, into a folder that is made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {**_KIND, **dataclasses.asdict(config)}
+    write_atomically(folder / CONFIG, json.dumps(said, indent=2) + "\n")
+    return folder / CONFIG
+
+
+def write_weights(folder: Path, params: t5.Params, dtype: Any = np.float32) -> Path:
+    """Writes an encoder's weights beside its config.json, under Hugging Face's names."""
+    tensors = to_reference(params, t5.NAME_RULES)
+    path = folder / "model.safetensors"
+    with new_file(path) as unfinished:
+        save_file({name: x.astype(dtype) for name, x in tensors.items()}, unfinished)
+    return path
+
+
+def read_config(folder: Path, width: int | None = None) -> t5.T5Config:
     """What config.json of a folder says of the encoder.
 
+    Args:
+      folder: of a T5.
+      width: that features must have for the generator at hand; None takes any.
+
     Raises:
-      WeightsError: there is none, it is of another kind of model, or its sizes are none.
+      WeightsError: there is none, it is of another kind of model or another width, or its sizes are none.
     """
     path = folder / CONFIG
     if not path.is_file() and folder.is_dir():
@@ -173,8 +198,8 @@ def read_config(folder: Path) -> t5.T5Config:
                 f"{folder} has no {CONFIG}, but {', '.join(inner)} in it has: give that"
             )
     said = read_json(path, WeightsError)
-    kind, gate = said.get("model_type"), said.get("feed_forward_proj")
-    if kind != "t5" or gate != "gated-gelu":
+    kind, gate = (said.get(name) for name in _KIND)
+    if (kind, gate) != tuple(_KIND.values()):
         raise WeightsError(
             f"{path}: model_type={kind!r}, feed_forward_proj={gate!r}; an encoder of T5 v1.1 is wanted "
             "('t5', 'gated-gelu'), such as Flan-T5"
@@ -183,6 +208,11 @@ def read_config(folder: Path) -> t5.T5Config:
     config = build(t5.T5Config, {k: v for k, v in said.items() if k in known}, "", errors)
     if errors:
         raise WeightsError(f"{path}: " + "; ".join(errors))
+    if width not in (None, config.d_model):
+        raise WeightsError(
+            f"{folder} makes features of width {config.d_model}, the generator takes {width}: Flan-T5 "
+            "XL has 2048, XXL 4096, large 1024, base 768. Give the encoder that it was trained with"
+        )
     return config
 
 
@@ -199,12 +229,7 @@ def look(folder: Path, width: int | None = None) -> None:
 
 
 def _open(folder: Path, width: int | None) -> tuple[t5.T5Config, T5Tokenizer]:
-    c = read_config(folder)
-    if width not in (None, c.d_model):
-        raise WeightsError(
-            f"{folder} makes features of width {c.d_model}, the generator takes {width}: Flan-T5 "
-            "XL has 2048, XXL 4096, large 1024, base 768. Give the encoder that it was trained with"
-        )
+    c = read_config(folder, width)
     return c, T5Tokenizer(folder, c.vocab_size, c.pad_token_id, c.eos_token_id)
 
 

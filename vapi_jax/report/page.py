@@ -95,6 +95,7 @@ def write_report(
         tiles=list(_tiles(summary)),
         samples=samples,
         table=_table(summary),
+        scores=_scores(summary),
         sweeps=[figures.inline_svg(figure) for figure in sweeps if figure],
         planes=[figures.inline_svg(figure) for figure in planes],
         curves=_curves(history, method.get("curves") or ()),
@@ -130,6 +131,11 @@ def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             floor = f"; floor {show_distance(found['floor'])}" if found["floor"] else ""
             before = show_distance(found["before"])
             yield name, show_distance(found["after"]), f"from {before}{floor}"
+    scenes = {k: v.get("overall") for k, v in (summary.get("scenes") or {}).items()}
+    if scenes.get("vapi"):
+        before, ceiling = (words.show_score(scenes.get(kind)) for kind in ("base", "floor"))
+        value = words.show_score(scenes["vapi"])
+        yield "Scene score, overall", value, f"from {before}; ceiling {ceiling}"
     seconds = summary.get("seconds") or {}
     if number(seconds.get("total")) is not None:
         train = number(seconds.get("train"))
@@ -151,6 +157,22 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
         kind = str(row.get("kind", ""))
         shown.append({"kind": kind, "name": row.get("name", kind), "cells": cells})
     return {"heads": ["", "T", "Reward", "CE", "Entropy", *names, "seeds"], "rows": shown}
+
+
+def _scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The six scene scores of every row, and last what changed."""
+    rows = [row for row in summary.get("table") or [] if row.get("scenes")]
+    tasks = list(rows[0]["scenes"]) if rows else []
+
+    def shown(kind: str, name: str, scores: Mapping[str, Any]) -> dict[str, Any]:
+        cells = [words.show_score(scores.get(task)) for task in tasks]
+        return {"kind": kind, "name": name, "cells": cells}
+
+    found = [shown(str(row.get("kind", "")), row["name"], row["scenes"]) for row in rows]
+    changes = (summary.get("scenes") or {}).get("changes") or {}
+    names = {"base": "change from the base", "matched": "from the base at equal entropy"}
+    found += [shown("change", name, changes[k]) for k, name in names.items() if k in changes]
+    return {"heads": ["", *(task.replace("_", " ") for task in tasks)], "rows": found}
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -217,7 +239,8 @@ def _galleries(
     if "samples_before" in left and "samples_after" in left:
         columns = {"before": left.pop("samples_before"), "after": left.pop("samples_after")}
         note = (
-            "Free-running samples at temperature 1; each pair has the same class and the same seed."
+            "Free-running samples at temperature 1; each pair has the same class or caption"
+            " and the same seed."
         )
         if len(left.get("real_of_classes", ())) == len(columns["before"]):
             columns = {"real": left.pop("real_of_classes"), **columns}

@@ -52,6 +52,46 @@ def show_distance(estimate: Mapping[str, Any] | None) -> str:
     return f"{text}\u00a0±\u00a0{sd:.{decimals}f}"
 
 
+def show_score(estimate: Mapping[str, Any] | None) -> str:
+    """A score and its 95 % interval."""
+    values = [number((estimate or {}).get(key)) for key in ("value", "low", "high")]
+    if None in values:
+        return "–"
+    value, low, high = (f"{x:.3f}".replace("-", "−") for x in values)
+    return f"{value} [{low}, {high}]"
+
+
+def _scene_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """The mean of the six scene scores before and after, and against the base at equal entropy."""
+    scenes = summary.get("scenes") or {}
+    overall = {kind: found.get("overall") for kind, found in scenes.items() if kind != "changes"}
+    changes = {k: v.get("overall") or {} for k, v in (scenes.get("changes") or {}).items()}
+    if not overall.get("base") or not overall.get("vapi"):
+        return []
+
+    def told(change: Mapping[str, Any]) -> str:
+        outside = (number(change.get("low")) or 0) > 0 or (number(change.get("high")) or 0) < 0
+        where = "outside" if outside else "inside"
+        return f"a difference of {show_score(change)}, {where} the noise of prompts"
+
+    found = [
+        "The overall scene score, the mean of GenEval's six tasks with its 95 % interval, went from"
+        f" {show_score(overall['base'])} to {show_score(overall['vapi'])},"
+        f" {told(changes.get('base', {}))}."
+    ]
+    if overall.get("matched"):
+        found.append(
+            f"The base at equal entropy has {show_score(overall['matched'])}:"
+            f" {told(changes.get('matched', {}))}."
+        )
+    if overall.get("floor"):
+        found.append(
+            "The detector's ceiling, its score on the tokenizer's reconstructions of true scenes, is"
+            f" {show_score(overall['floor'])}."
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How distance `a` compares with distance `b`; lower is better.
@@ -248,7 +288,8 @@ def _comparison(summary: Mapping[str, Any]) -> Verdict:
     way, reward = _reward_sentence(summary)
     change, other, distance = _distance_sentences(summary)
     matched, sharpening = _sharpening_sentences(summary)
-    sentences = [reward, *distance, *sharpening, *_control_sentences(summary)]
+    sentences = [reward, *_scene_sentences(summary), *distance]
+    sentences += [*sharpening, *_control_sentences(summary)]
     if change.outcome not in ("absent", "unknown"):
         sentences.append(
             "Noise means the 95\u00a0% interval over sampling seeds of this one training run; a repeated"

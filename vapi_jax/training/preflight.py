@@ -199,12 +199,6 @@ def _check_counts(config: TrainConfig, found: DataFound, errors: Errors) -> None
         wanted.append(("train", "eval.samples", judged.samples))
     if judged.sampled_every:
         wanted.append(("train", "eval.sampled", judged.sampled))
-    for option in ("compare", "sampled_every"):
-        if found.classes == 0 and getattr(judged, option):
-            errors.append(
-                f"eval.{option}={getattr(judged, option)}: it draws samples of every class, and these "
-                "data have captions in place of classes; leave it out"
-            )
     for split, name, count in wanted:
         there = found.images.get(split)
         if there is not None and there < max(count, _REPORTED):

@@ -20,7 +20,7 @@ from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.common.options import Errors
 from vapi_jax.common.progress import announce, format_duration
 from vapi_jax.common.tables import format_table
-from vapi_jax.data import class_names, classes_of, fixed_batch, labels_of
+from vapi_jax.data import class_names, classes_of, fixed_batch
 from vapi_jax.evaluation.compare import (
     BASE,
     REAL,
@@ -34,6 +34,7 @@ from vapi_jax.evaluation.held_out import HELD_OUT
 from vapi_jax.evaluation.samples import (
     SEEN,
     SampleJudge,
+    asked_of,
     by_label,
     even_batch,
     judged_features,
@@ -50,7 +51,7 @@ from vapi_jax.models.classes import write_class_list
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.parallel.sharding import host_array, shard_whole
-from vapi_jax.report.verdict import show, show_distance, too_few_samples
+from vapi_jax.report.verdict import show, show_distance, show_score, too_few_samples
 from vapi_jax.training.logging import MetricsWriter, read_history
 from vapi_jax.training.loop import Run, fit
 from vapi_jax.training.preflight import open_mesh
@@ -207,7 +208,7 @@ def _pictures(
     if method.sampled() is None:
         return images
     names, per_class = class_names(config.data), config.eval.grid_per_class
-    asked = labels_of(config.data) if names else _held_out_captions(config)
+    asked = asked_of(config, config.eval.grid_classes)
     labels = np.repeat(asked[: config.eval.grid_classes], per_class)
     shown = [names[x] if names else method.raw_name(x)[:_LETTERS] for x in labels]
     summary["sample_classes"] = shown
@@ -222,12 +223,6 @@ def _pictures(
     images |= _real_of_classes(config, labels)
     images["samples_before"] = draw(done.start_params)
     return images
-
-
-def _held_out_captions(config: TrainConfig) -> np.ndarray:
-    """Conditions of held-out images where the data have no classes."""
-    count = min(config.eval.grid_classes, config.eval.images)
-    return fixed_batch(config.data, config.eval.split, count, config.seed)["condition"]
 
 
 def _samples(
@@ -289,6 +284,10 @@ def _compare(
             "floor": by_kind["floor"][key],
             "base_at_equal_entropy": by_kind["matched"][key],
         }
+    if changes := judge.scene_changes():
+        scored = ("base", "vapi", "matched", "floor")
+        summary["scenes"] = {kind: by_kind[kind]["scenes"] for kind in scored}
+        summary["scenes"]["changes"] = changes  # of "vapi" from each of two others
     summary["free_running_entropy"] = {
         "first": by_kind["base"]["entropy"],
         "last": by_kind["vapi"]["entropy"],
@@ -355,6 +354,13 @@ def print_results(summary: dict[str, Any]) -> None:
             for row in summary["table"]
         ]
         print("\n" + format_table(rows, headers))
+        if "scenes" in summary:
+            tasks = summary["scenes"]["base"]
+            scored = [
+                [row["name"], *(show_score(row["scenes"][task]) for task in tasks)]
+                for row in summary["table"]
+            ]
+            print("\n" + format_table(scored, ["", *tasks]))
         if too_few_samples(summary):
             print("\nA trial: with no more samples than features, these distances mean nothing.")
         print(

@@ -136,6 +136,10 @@ def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def _plural(shape: str) -> str:
+    return f"{shape}{'es' if shape.endswith(('s', 'ch')) else 's'}"
+
+
 def make(task: str, split: str, rng: np.random.Generator) -> Scene:
     """A scene of a task whose combination is of a split.
 
@@ -157,8 +161,8 @@ def make(task: str, split: str, rng: np.random.Generator) -> Scene:
         if task == "colors":
             clause["color"], text = color, _a(f"{color} {shape}")
         elif task == "counting":
-            plural = f"{shape}{'es' if shape.endswith(('s', 'ch')) else 's'}"
-            exclude, text = [{"class": shape, "count": count + 1}], f"{_NUMBERS[count]} {plural}"
+            exclude = [{"class": shape, "count": count + 1}]
+            text = f"{_NUMBERS[count]} {_plural(shape)}"
         else:
             text = _a(shape)
         include = [clause]
@@ -190,6 +194,13 @@ def make(task: str, split: str, rng: np.random.Generator) -> Scene:
     )
     metadata = {"tag": task, "include": include, "prompt": opening + text}
     return Scene(things, {**metadata, "exclude": exclude} if exclude else metadata)
+
+
+def words() -> tuple[str, ...]:
+    """All words of captions, in alphabetical order."""
+    plurals = (_plural(shape) for shape in SHAPES)
+    texts = (*_OPENINGS, *SIDES, *_NUMBERS.values(), *COLORS, *SHAPES, *plurals, "a", "an", "and")
+    return tuple(sorted({word for text in texts for word in text.split()}))
 
 
 def prompts(split: str, per_task: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +71,9 @@ class SceneSource(Source):
         """A scene, and the generator that draws its picture."""
         rng = np.random.default_rng([self._asked.seed, SPLITS.index(self.split), int(index)])
         return make(TASKS[int(index) % len(TASKS)], self.split, rng), rng
+
+    def asked(self, index: int) -> Mapping[str, Any]:
+        return self.scene(index)[0].metadata
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         del rng
