@@ -6,11 +6,15 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from tests.helpers import modes
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
+from vapi_jax.common.trees import flatten
+from vapi_jax.generation.loading import load_generator
 from vapi_jax.methods import METHODS
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import make_condition, sized_policy
@@ -19,6 +23,7 @@ from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQ_PRESETS
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import make_terms
 from vapi_jax.rewards.reconstruction import LPIPS, MSE
 from vapi_jax.training.logging import read_history
@@ -287,3 +292,18 @@ def test_a_finished_run_asked_again_trains_no_further(finished):
     again = run(resolve(load("demo_base", "tiny")), workdir)
     assert again["weights"] == summary["weights"]
     assert again["ce"] == summary["ce"]
+
+
+@pytest.mark.slow
+def test_a_trained_decoder_is_sampled_with_the_generator_that_it_is_for(finished):
+    _, workdir = finished("xxl_tokenizer_post")
+    generator = load_generator(str(workdir), make_mesh(1, 1, jax.devices()[:1]))
+    trained = load_safetensors(workdir / "weights" / "tokenizer.safetensors")
+    demo = load_generator("demo", make_mesh(1, 1, jax.devices()[:1]))
+    own, start = (flatten(g.frozen["tokenizer"]) for g in (generator, demo))
+    for name, want in flatten(trained).items():
+        np.testing.assert_array_equal(own[name], want)
+        kept = name.startswith(("encoder/", "quant_conv/", "codebook/"))
+        assert np.array_equal(own[name], start[name]) == kept, name
+    for name, want in flatten(demo.params).items():
+        np.testing.assert_array_equal(flatten(generator.params)[name], want)
