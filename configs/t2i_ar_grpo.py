@@ -25,7 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config = load_recipe(__file__, "t2i_xl").get_config(variant)
     config = classes.as_ar_grpo(config, "t2i_ar_grpo", variant)
     config.ar_grpo.update({"cfg_scale": 4.0, "kl_weight": 1.0})
-    if variant != "tiny":
+    if variant == "tiny":
+        config.optimizer.update({"learning_rate": 1e-3})  # it starts from scratch
+    else:
         config.update({"steps": 600, "batch_size": 8})
         config.rewards = (
             {"name": "clip", "weight": 5.0, "options": {"weights": classes.CLIP}},
