@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 import typing
 from functools import partial
 
@@ -109,7 +110,7 @@ def changes_of(path, value):
     changes = {name: value}
     for section in reversed(sections):
         changes = {section: changes}
-    if sections == ["policy"]:
+    if sections[:1] == ["policy"]:
         janus = {"hidden_dim", "text_vocab_size", "image_embed_dim", "num_tokens", "pad_id"}
         janus |= {"aligner_dim", "gen_head_dim"}
         changes["policy"] |= {"kind": "janus" if name in janus else "class"}
@@ -196,6 +197,8 @@ OUTSIDE = [
     ("policy.image_embed_dim", 0, "wants at least 1"),
     ("policy.aligner_dim", 0, "wants at least 1"),
     ("policy.gen_head_dim", 0, "wants at least 1"),
+    ("policy.lora.rank", 0, "wants at least 1"),
+    ("policy.lora.alpha", 0.0, "wants more than 0"),
     ("policy.num_tokens", 0, "wants at least 1"),
     ("policy.pad_id", -1, "wants at least 0"),
     *(
@@ -311,8 +314,10 @@ def test_every_number_has_limits_and_a_row_above():
 
     def collect(kind, where):
         for name, hint in hints_of(kind).items():
-            if dataclasses.is_dataclass(hint):
-                collect(hint, f"{where}{name}.")
+            parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            own = [x for x in parts if isinstance(x, type) and dataclasses.is_dataclass(x)]
+            if own:
+                collect(own[0], f"{where}{name}.")
             elif typing.get_origin(hint) is not typing.Literal and numeric(hint):
                 (numbers if limited(hint) else free).add(f"{where}{name}")
 

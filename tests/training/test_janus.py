@@ -97,9 +97,9 @@ def their_greedy_tokens(theirs, generator, prompt):
 def test_adapters_are_trained_and_come_out_merged(converted, tmp_path, capsys):
     from transformers import JanusForConditionalGeneration
 
-    config = recipe(converted, steps=2, policy_more={"lora": {"rank": 2, "alpha": 64.0}})
-    workdir = tmp_path / "run"
-    summary = run(config, workdir)
+    lora, workdir = {"lora": {"rank": 2, "alpha": 64.0}}, tmp_path / "run"
+    run(recipe(converted, steps=1, policy_more=lora), workdir)
+    summary = run(recipe(converted, steps=2, policy_more=lora), workdir)
     told = capsys.readouterr()
     assert "adapters of rank 2" in told.out + told.err
     assert summary["reward"]["first"] != summary["reward"]["last"]
