@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.helpers.paths import CONFIGS
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import setup
 from vapi_jax.bench.flops import (
@@ -18,6 +19,8 @@ from vapi_jax.bench.flops import (
     step_flops,
 )
 from vapi_jax.bench.hlo_flops import matmul_flops
+from vapi_jax.common.recipes import load_recipe
+from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.models import lpips
 from vapi_jax.models.policy import make_policy
@@ -152,6 +155,16 @@ def test_a_janus_prompt_needs_its_length():
                          vocab_size=32, num_tokens=16, pad_id=3)  # fmt: skip
     with pytest.raises(ValueError, match="prompt_length"):
         policy_flops(policy)
+
+
+def test_a_recipe_says_how_long_a_prompt_of_janus_can_be():
+    config = resolve(load_recipe(CONFIGS / "janus_pro_7b.py", "janus_pro_7b").get_config())
+    policy = make_policy(**sized_policy(config))
+    wanted = step_flops(config, policy, prompt_length=256)
+    assert step_flops(config, policy) == wanted
+    # Two for each weight and position, thrice for the gradient: the published 6.5 G and the prompt's share.
+    least = 6 * 6.1e9 * (256 + 575) * config.batch_size
+    assert least < wanted.model < 2 * least
 
 
 # --- XLA's own count of programs without loops ----------------------------------------------------

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from vapi_jax.bench.hlo_flops import taps
 from vapi_jax.data.sources import source_class
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.generator import make_condition
 from vapi_jax.models import head, lpips
+from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.policy import JanusPolicy, Policy, TextPolicy
 from vapi_jax.models.transformer import BlockConfig
 from vapi_jax.models.vq import VQConfig
@@ -229,10 +231,10 @@ def step_flops(
         sequences an image. "reference": the authors' code, which also runs a base generator that
         nothing needs, and the target's perceptual features once a sample. By default what the
         configuration says.
-      prompt_length: see `policy_flops`.
+      prompt_length: see `policy_flops`; 0 for the longest that the recipe allows.
 
     Raises:
-      ValueError: for another way, or a Janus policy without a prompt length.
+      ValueError: for another way.
     """
     way = way or ("fused" if config.options.fused else "plain")
     if way not in WAYS:
@@ -240,6 +242,9 @@ def step_flops(
     images, group, side = config.batch_size, config.options.group_size, config.data.image_size
     samples = images * group
     sequences = images if way == "fused" else samples
+    condition = make_condition(config, policy)
+    if isinstance(condition, Prompt):
+        prompt_length = prompt_length or max(condition.lengths)
     one = policy_flops(policy, prompt_length)
     targets = samples if way == "reference" else images
     base = {"reference": samples}.get(way, images if config.options.needs_base else 0)
