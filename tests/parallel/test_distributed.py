@@ -557,6 +557,33 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path, 
 
 
 @pytest.mark.slow
+def test_two_processes_train_on_captions_as_one_does(tmp_path, lean):
+    """A T5 in front of the generator: each process encodes the captions of its own rows."""
+    env = lean | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [
+        sys.executable, "-m", "vapi_jax.main", "--config=configs/t2i_xl.py:tiny", "--config.steps=2",
+        "--config.vapi.group_size=2", "--config.eval.grid_classes=1", "--config.policy.n_layer=1",
+        "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.policy.dtype=float32",
+        "--config.condition.options.dtype=float32",
+    ]  # fmt: skip
+    port = free_port()
+    common = ["--config.cpu_devices=1", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    commands = [
+        [*words, *common, f"--process_id={i}", f"--workdir={tmp_path / 'two'}"] for i in (0, 1)
+    ]
+    with started(commands, env) as processes:
+        found = [ends(process, within=300) for process in processes]
+    assert [status for status, _ in found] == [0, 0], found
+    one_run([*words, "--config.cpu_devices=2", f"--workdir={tmp_path / 'one'}"], env)
+    two, one = history(tmp_path / "two"), history(tmp_path / "one")
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
 def test_a_run_whose_second_process_is_killed_ends_and_leaves_a_checkpoint(tmp_path, lean):
     more = ["--config.cpu_devices=4", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     commands = [main(tmp_path, 10**6, *more, f"--process_id={i}") for i in (0, 1)]
