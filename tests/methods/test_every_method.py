@@ -34,7 +34,11 @@ CASES = {
         "tokenizer_post",
         {"tokenizer_post": POST, "image_size": 16, "init": {"gpt": lambda: policy_file(16)}},
     ),
-    "ar_grpo": ("ar_grpo", {"ar_grpo": AR, "rewards": (LOW,)}),
+    # Slow, so that the second update of a rollout has ratios that rounding does not move.
+    "ar_grpo": (
+        "ar_grpo",
+        {"ar_grpo": AR, "rewards": (LOW,), "optimizer": {"learning_rate": 1e-3}},
+    ),
 }
 
 
@@ -55,13 +59,10 @@ def machine(name, data, fsdp):
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_steps_on_one_device_and_on_eight(case):
     one, many = (machine(case, *mesh).run() for mesh in ((1, 1), (2, 4)))
-    within = (
-        3e-5 * machine(case, 1, 1).task.updates
-    )  # each passes on the rounding of the one before
     for got, want in zip(many.metrics, one.metrics, strict=True):
         assert got.keys() == want.keys()
         for name in want:
-            np.testing.assert_allclose(got[name], want[name], rtol=within, atol=3e-6, err_msg=name)
+            np.testing.assert_allclose(got[name], want[name], rtol=3e-5, atol=3e-6, err_msg=name)
     assert_close(many.params, one.params, 1e-5)
     assert_close(many.extra, one.extra, 1e-5)
     if case == "vapi with options":
