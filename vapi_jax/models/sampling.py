@@ -194,7 +194,7 @@ def _generate(
     sample_ids: Int[Array, " B"],
     temperature: Float[Array, ""],
     scales: Float[Array, " T"],
-    given: Int[Array, "B T"] | None,
+    given: Int[Array, "B T"] | None = None,
     *,
     top_k: int,
     top_p: float,
