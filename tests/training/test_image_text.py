@@ -177,14 +177,6 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_run(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_what_wants_classes_is_refused(mesh, tmp_path, capsys):
-    root = write("folder", tmp_path / "data", pairs(150))
-    recipe = to_dict(captioned(mesh, root, "folder", images=8).config)
-    recipe["eval"] |= {"sampled_every": 1, "sampled": 16}
-    assert check(recipe) == 1
-    assert "eval.sampled_every=1" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_run_ends_with_samples_of_held_out_captions(mesh, tmp_path):
     root = write("folder", tmp_path / "data", pairs(150))
