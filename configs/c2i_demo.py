@@ -8,7 +8,7 @@ mesh of eight virtual CPU devices, then compares it with its base, with its base
 the tokenizer's floor. ":full" adds controls (CE only, shuffled advantages), more temperatures and
 more samples; ":tiny" runs the same path with so few samples that its distances mean nothing.
 
-On 2 CPU cores: 7 minutes, ":tiny" 50 seconds; ":full" 37 minutes of processor time. Measured with
+On 2 CPU cores: 7 minutes, ":tiny" 50 seconds; ":full" several times as long. Measured with
 ":full": held-out reward -0.4709 -> -0.4669; Fréchet distance in LPIPS-VGG features 324.8 +- 7.9 ->
 318.5 +- 8.2, the base sampled at the same entropy 322.3 +- 6.7.
 

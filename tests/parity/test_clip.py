@@ -27,7 +27,9 @@ def model(request, golden, tmp_path_factory):
 def test_pixels(model):
     arrays, config, _ = model
     if "image0" not in arrays:
-        pytest.skip("this golden file has pixels alone")
+        pytest.skip(
+            "this golden file has pixels as they go in, and no images that they were made of"
+        )
     for i, want in enumerate(arrays["pixel_values"]):
         image = arrays[f"image{i}"][None]
         got = jax.jit(clip.preprocess, static_argnums=(1, 2))(image, config.image, "crop_floor")

@@ -74,11 +74,14 @@ def find_pictures(folder: Path, prompts: Path | None) -> Pictures:
     if prompts is None:
         return Pictures(folder, files, ("",) * len(files), tuple(range(len(files))), "no prompts")
     if named := _named(prompts):
-        if absent := [name for name in named if name not in set(files)]:
+        known = set(files)
+        if absent := [name for name in named if name not in known]:
             raise ScoreError(f"{prompts} names {absent[0]}, which {folder} does not have")
         numbers = {text: i for i, text in enumerate(dict.fromkeys(named.values()))}
         texts = tuple(named.values())
-        return Pictures(folder, tuple(named), texts, tuple(map(numbers.get, texts)), "by file name")  # type: ignore[arg-type]
+        return Pictures(
+            folder, tuple(named), texts, tuple(numbers[text] for text in texts), "by file name"
+        )
     if prompts.is_dir():
         return _of_styles(folder, files, prompts)
     texts = read_prompts(prompts, "flat").texts
