@@ -48,7 +48,6 @@ from vapi_jax.common.files import write_atomically
 from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.tables import format_table
-from vapi_jax.evaluation.geneval import Prompt, Rules
 from vapi_jax.evaluation.geneval_files import PUBLISHED, Image, judge_file, read_prompts
 from vapi_jax.evaluation.geneval_scores import (
     RESAMPLES,
@@ -59,6 +58,7 @@ from vapi_jax.evaluation.geneval_scores import (
     score,
 )
 from vapi_jax.generation.protocols import departures_from_geneval
+from vapi_jax.rewards.geneval import Prompt, Rules
 
 MODELS = {
     "clip": "cosine of image and prompt by a CLIP",

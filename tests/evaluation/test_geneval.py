@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from tests.generation.test_protocols import OF_PROMPTS
 from vapi_jax import score as door
-from vapi_jax.evaluation.geneval import (
+from vapi_jax.evaluation.geneval_files import Image, judge_file, read_prompts
+from vapi_jax.evaluation.geneval_scores import check_complete, difference, score
+from vapi_jax.rewards.geneval import (
     TASKS,
     Clause,
     GenevalError,
@@ -20,10 +22,9 @@ from vapi_jax.evaluation.geneval import (
     Verdict,
     confident,
     judge,
+    parse_prompt,
     relations,
 )
-from vapi_jax.evaluation.geneval_files import Image, judge_file, parse_prompt, read_prompts
-from vapi_jax.evaluation.geneval_scores import check_complete, difference, score
 
 
 def box(x, y, score=0.95, side=10):

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessor, CLIPTokenizerFast
 from tests.helpers.clip_files import make_model, write_tokenizer
 from vapi_jax import score
 from vapi_jax.evaluation import geneval_colors as G
-from vapi_jax.evaluation.geneval import COLORS, GenevalError
+from vapi_jax.rewards.geneval import COLORS, GenevalError
 
 SIDE = 32
 

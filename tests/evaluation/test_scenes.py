@@ -13,15 +13,22 @@ from vapi_jax.common.images import to_uint8
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data.config import SPLITS, DataConfig, DataError
 from vapi_jax.data.scenes.drawing import COLORS, Thing, draw
-from vapi_jax.data.scenes.grammar import TASKS, Scene, coloring_split, combinations, make, prompts
+from vapi_jax.data.scenes.grammar import (
+    TASKS,
+    Scene,
+    coloring_split,
+    combinations,
+    make,
+    prompts,
+    read,
+)
 from vapi_jax.data.scenes.source import SceneSource
-from vapi_jax.evaluation import geneval
-from vapi_jax.evaluation.geneval import judge
-from vapi_jax.evaluation.geneval_files import parse_prompt
 from vapi_jax.evaluation.samples import asked_of
 from vapi_jax.evaluation.scene_scores import SceneJudge, scene_judge
-from vapi_jax.evaluation.scenes import detect
 from vapi_jax.methods.resolve import resolve
+from vapi_jax.rewards import geneval
+from vapi_jax.rewards.geneval import judge, parse_prompt
+from vapi_jax.rewards.scenes import detect
 
 SCENES = 240
 
@@ -164,6 +171,16 @@ def test_training_shows_nothing_that_is_held_out():
         if len({t.shape for t in scene.things}) == 2:
             a, b = [(t.shape, t.color) for t in scene.things]
             assert coloring_split(a, b) == "train"
+
+
+def test_a_caption_is_read_back_as_the_line_that_it_was_made_from():
+    for number, task in enumerate(TASKS):
+        for index in range(150):
+            line = make(task, SPLITS[index % 3], np.random.default_rng([number, index])).metadata
+            assert read(line["prompt"]) == line
+    for text in ("a horse", "a red", "two ring", "a ring and", "a photo of a ring ", "five rings"):
+        with pytest.raises(DataError, match=text):
+            read(text)
 
 
 @pytest.mark.parametrize("task", ["two_object", "counting", "colors", "position", "color_attr"])

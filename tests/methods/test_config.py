@@ -501,7 +501,7 @@ def test_every_number_has_limits_and_a_row_above():
         (
             {"rewards": "mse, beauty"},
             "rewards: there is no reward 'beauty'; known: mse, lpips, l1, codebook_cosine, gan, clip, "
-            "hpsv2, pickscore, aesthetic, http; or give your own as 'module:attribute'",
+            "hpsv2, pickscore, aesthetic, http, scenes; or give your own as 'module:attribute'",
         ),
         (
             {"rewards": "mse, no.such.module:f"},

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vapi_jax.evaluation.geneval import judge
-from vapi_jax.evaluation.geneval_files import parse_objects, parse_prompt
+from vapi_jax.evaluation.geneval_files import parse_objects
+from vapi_jax.rewards.geneval import judge, parse_prompt
 
 
 def test_every_verdict(golden):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vapi_jax.rewards.http import HTTP, LETTERS, HTTPRewardError
+from vapi_jax.rewards.http import HTTP, HTTPRewardError
+from vapi_jax.rewards.prompts import LETTERS
 
 
 class Server(http.server.ThreadingHTTPServer):

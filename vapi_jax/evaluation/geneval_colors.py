@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from vapi_jax.data.images import PILLOW_PIXELS, UnreadableImage, read_rgb
-from vapi_jax.evaluation.geneval import COLORS, GenevalError, Prompt
 from vapi_jax.evaluation.geneval_files import lines_of, parse_objects, place_of
 from vapi_jax.models import clip
 from vapi_jax.rewards.clip import CLIPScore
+from vapi_jax.rewards.geneval import COLORS, GenevalError, Prompt
 
 TEMPLATES = (
     "a photo of a {color} {name}",

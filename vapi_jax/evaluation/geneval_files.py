@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.common.files import read_text
-from vapi_jax.evaluation.geneval import (
+from vapi_jax.rewards.geneval import (
     COLORS,
-    RELATIONS,
-    TASKS,
-    Clause,
     GenevalError,
     Objects,
     Prompt,
     Rules,
     Verdict,
     judge,
+    parse_prompt,
 )
 
 PUBLISHED = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
@@ -35,7 +33,6 @@ PROMPTS, SAMPLES = 553, 4
 _RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 _PLACE = re.compile(r"(?:^|/)([0-9]{1,9})/samples/([0-9]{1,9})\.png$")
 _MOST_BOXES = 10_000  # of a class in an image
-_MOST_OBJECTS = 1000  # that a prompt may ask for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,51 +97,6 @@ def read_prompts(path: Path) -> list[Prompt]:
             f"{path} holds no prompts; GenEval's evaluation_metadata.jsonl is wanted"
         )
     return prompts
-
-
-def parse_prompt(value: Mapping[str, Any], where: str) -> Prompt:
-    """One line of metadata.
-
-    Raises:
-      GenevalError: it is none of GenEval's.
-    """
-    tag, text, include = (value.get(name) for name in ("tag", "prompt", "include"))
-    if (
-        tag not in TASKS
-        or not isinstance(text, str)
-        or not isinstance(include, list)
-        or not include
-    ):
-        raise GenevalError(
-            f"{where}: tag {tag!r:.40}; each line of GenEval's metadata has a prompt, a list include "
-            f"and a tag of {', '.join(TASKS)}"
-        )
-    clauses: list[Clause] = []
-    for clause in include:
-        clauses.append(_clause(clause, where, len(clauses)))
-    excluded = value.get("exclude", [])
-    if not isinstance(excluded, list):
-        raise GenevalError(f"{where}: exclude is no list")
-    return Prompt(tag, text, tuple(clauses), tuple(_clause(c, where, 0) for c in excluded))
-
-
-def _clause(value: Any, where: str, before: int) -> Clause:
-    def fail(what: str) -> GenevalError:
-        return GenevalError(f"{where}: a clause {what}: {value!r:.120}")
-
-    if not isinstance(value, dict) or not isinstance(value.get("class"), str):
-        raise fail("names no class")
-    count, color, position = value.get("count"), value.get("color"), value.get("position")
-    if type(count) is not int or not 1 <= count <= _MOST_OBJECTS:
-        raise fail("has no count")
-    if color is not None and color not in COLORS:
-        raise fail("has none of the ten colors")
-    if position is not None:
-        known = isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS
-        if not known or type(position[1]) is not int or not 0 <= position[1] < before:
-            raise fail("has no position relative to an earlier one")
-        position = (position[0], position[1])
-    return Clause(value["class"], count, color, position)
 
 
 # --- detections -----------------------------------------------------------------------------------

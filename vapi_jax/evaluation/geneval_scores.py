@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from vapi_jax.evaluation.geneval import TASKS, GenevalError, Prompt
 from vapi_jax.evaluation.geneval_files import PROMPTS, SAMPLES, Image
+from vapi_jax.rewards.geneval import TASKS, GenevalError, Prompt
 
 RESAMPLES = 10_000
 OVERALL = "overall"

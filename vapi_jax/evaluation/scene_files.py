@@ -10,8 +10,8 @@ import numpy as np
 
 from vapi_jax.common.files import write_atomically
 from vapi_jax.data.images import PILLOW_PIXELS, UnreadableImage, read_rgb
-from vapi_jax.evaluation.geneval import GenevalError
-from vapi_jax.evaluation.scenes import detect
+from vapi_jax.rewards.geneval import GenevalError
+from vapi_jax.rewards.scenes import detect
 
 
 def detect_folder(images: Path, out: Path, prompts: int, allow_incomplete: bool = False) -> None:

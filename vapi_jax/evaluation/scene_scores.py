@@ -16,12 +16,12 @@ from jaxtyping import Float, UInt8
 
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.sources import Source
-from vapi_jax.evaluation import geneval
-from vapi_jax.evaluation.geneval import Prompt
-from vapi_jax.evaluation.geneval_files import Image, parse_prompt
+from vapi_jax.evaluation.geneval_files import Image
 from vapi_jax.evaluation.geneval_scores import Estimate, difference, score
-from vapi_jax.evaluation.scenes import detect
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.rewards import geneval
+from vapi_jax.rewards.geneval import Prompt, parse_prompt
+from vapi_jax.rewards.scenes import detect
 
 Row = dict[str, dict[str, float]]
 """Task, or "overall" -> {"value", "low", "high"}, the ends of the 95 % interval over prompts."""

@@ -18,6 +18,7 @@ from vapi_jax.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from vapi_jax.rewards.http import HTTP
 from vapi_jax.rewards.reconstruction import GAN, L1, LPIPS, MSE, CodebookCosine
 from vapi_jax.rewards.reward import Batch, FunctionReward, Reward
+from vapi_jax.rewards.scenes import SceneReward
 
 __all__ = [
     "REWARDS",
@@ -42,6 +43,7 @@ REWARDS: dict[str, type[Reward]] = {
     "pickscore": PickScore,
     "aesthetic": Aesthetic,
     "http": HTTP,
+    "scenes": SceneReward,
 }
 
 

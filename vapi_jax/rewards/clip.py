@@ -28,6 +28,7 @@ from vapi_jax.common.paths import PathText
 from vapi_jax.models import clip
 from vapi_jax.models.classes import read_class_list
 from vapi_jax.models.clip_files import CLIPTokenizer, open_clip
+from vapi_jax.rewards.prompts import texts_of
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.tensors import open_tensors
@@ -315,25 +316,6 @@ def class_prompts(names: str, template: str) -> tuple[str, ...]:
     """The prompt of every label: a list of classes, each name in the place of {} in a template."""
     which = "imagenet_words" if names == IMAGENET else names
     return tuple(template.replace("{}", name) for name in read_class_list(which).names)
-
-
-def texts_of(raw: Any) -> list[str]:
-    """The captions among raw conditions of the data.
-
-    Raises:
-      WeightsError: they are none.
-    """
-    raw = np.asarray(raw)
-    if raw.dtype.names and "caption" in raw.dtype.names:
-        raw = raw["caption"]
-    if raw.dtype.kind == "O" and all(isinstance(text, str) for text in raw):
-        raw = raw.astype(str)
-    if raw.dtype.kind != "U":
-        raise WeightsError(
-            f"a reward by prompts wants captions, and the data bring {raw.dtype} conditions: for labels say "
-            "what they are called (prompts='imagenet', or a file with a name a line)"
-        )
-    return raw.tolist()
 
 
 def _looked_at(weights: str, activation: str) -> tuple[clip.CLIPConfig, clip.Names]:

@@ -33,11 +33,9 @@ from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.options import Count, Natural, Positive
 from vapi_jax.common.paths import PathText
-from vapi_jax.rewards.clip import class_prompts, texts_of
+from vapi_jax.rewards.clip import class_prompts
+from vapi_jax.rewards.prompts import LETTERS, from_bytes, texts_of, to_bytes
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
-
-LETTERS = 1024
-"""Bytes of a prompt on its way through a compiled step; longer ones lose their end."""
 
 _LONGEST_PAUSE = 60.0  # seconds
 _FOR_A_SCORE = 64  # bytes of an answer, and
@@ -87,10 +85,7 @@ class HTTP(Reward):
         return lines
 
     def prepare(self, raw: Any) -> UInt8[np.ndarray, "B L"] | None:
-        """Prompts as UTF-8, zeros behind them: texts cannot go through a compiled step."""
-        if self.prompts:
-            return None
-        return np.stack([_bytes(text) for text in texts_of(raw)])
+        return None if self.prompts else to_bytes(texts_of(raw))
 
     def example(self, rows: int) -> Any:
         return None if self.prompts else jax.ShapeDtypeStruct((rows, LETTERS), jnp.uint8)
@@ -115,7 +110,7 @@ class HTTP(Reward):
 
     def _texts(self, asked: np.ndarray) -> list[str]:
         if not self.prompts:
-            return [bytes(row).rstrip(b"\0").decode("utf-8") for row in asked]
+            return from_bytes(asked)
         names = class_prompts(self.prompts, self.template)
         if asked.max(initial=0) >= len(names):
             raise HTTPRewardError(f"label {asked.max()}, and {self.prompts} names {len(names)}")
@@ -205,9 +200,3 @@ def _png(image: UInt8[np.ndarray, "H W 3"]) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _bytes(text: str) -> UInt8[np.ndarray, " L"]:
-    data = text.encode("utf-8").replace(b"\0", b" ")[:LETTERS]
-    data = data.decode("utf-8", "ignore").encode("utf-8")  # no half letter at the end
-    return np.frombuffer(data.ljust(LETTERS, b"\0"), np.uint8)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from vapi_jax.data.config import SPLITS
+from vapi_jax.data.config import SPLITS, DataError
 from vapi_jax.data.scenes.drawing import COLORS, SHAPES, Thing
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -194,6 +195,47 @@ def make(task: str, split: str, rng: np.random.Generator) -> Scene:
     )
     metadata = {"tag": task, "include": include, "prompt": opening + text}
     return Scene(things, {**metadata, "exclude": exclude} if exclude else metadata)
+
+
+def read(caption: str) -> dict[str, Any]:
+    """The line of metadata of a scene that is told so: that of `make`, from its "prompt" alone.
+
+    Raises:
+        DataError: no scene is told so.
+    """
+    found = _caption().fullmatch(caption)
+    if found is None:
+        raise DataError(f"{caption!r:.80} is no caption of a drawn scene")
+    (count, kind, *first), link, second = found.groups()[:4], found[5], found.groups()[5:]
+    if count:
+        shape = {_plural(shape): shape for shape in SHAPES}[kind]
+        number = {word: number for number, word in _NUMBERS.items()}[count]
+        include: list[dict[str, Any]] = [{"class": shape, "count": number}]
+        exclude = [{"class": shape, "count": number + 1}]
+        return {"tag": "counting", "include": include, "prompt": caption, "exclude": exclude}
+    include = [_clause(*first)] + ([_clause(*second)] if link else [])
+    if link in SIDES:
+        include = [include[1], {**include[0], "position": [link, 0]}]
+        task = "position"
+    elif link:
+        task = "color_attr" if first[0] else "two_object"
+    else:
+        task = "colors" if first[0] else "single_object"
+    return {"tag": task, "include": include, "prompt": caption}
+
+
+def _clause(color: str | None, shape: str) -> dict[str, Any]:
+    clause: dict[str, Any] = {"class": shape, "count": 1}
+    return {**clause, "color": color} if color else clause
+
+
+@functools.cache
+def _caption() -> re.Pattern[str]:
+    """What `make` may say: number, plural | colour, shape, and perhaps a link, colour, shape."""
+    thing = f"an? (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
+    several = f"({'|'.join(_NUMBERS.values())}) ({'|'.join(map(_plural, SHAPES))})"
+    link = f"(?: (and|{'|'.join(SIDES)}) {thing})?"
+    return re.compile(f"(?:{'|'.join(_OPENINGS)})(?:{several}|{thing}{link})")
 
 
 def words() -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from vapi_jax.data.scenes.drawing import draw
 from vapi_jax.data.scenes.grammar import TASKS, Scene, make
 from vapi_jax.data.sources import Source
 
-_LEAST = 32  # Below, shapes cannot be told apart.
+LEAST_SIDE = 32
+"""Of an image; below, shapes cannot be told apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,8 @@ class SceneSource(Source):
             errors.append(
                 'data.flip=True would turn "left of" around: scenes wants data.flip=False'
             )
-        if config.image_size < _LEAST:
-            errors.append(f"data.image_size={config.image_size}: scenes wants {_LEAST} or more")
+        if config.image_size < LEAST_SIDE:
+            errors.append(f"data.image_size={config.image_size}: scenes wants {LEAST_SIDE} or more")
         if errors:
             raise DataError("\n".join(errors))
         self.notes = tuple(

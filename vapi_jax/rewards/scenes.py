@@ -1,20 +1,30 @@
-"""An exact detector for drawn scenes: what differs in colour from the background, piece by piece.
+"""An exact detector for drawn scenes, and the reward by it.
 
-It returns what `vapi_jax.evaluation.geneval.judge` takes, so that generated scenes are scored by
-GenEval's rules without any network.
+It looks at what differs in colour from the background, piece by piece, and returns what
+`vapi_jax.rewards.geneval.judge` takes, so that generated scenes are scored by GenEval's rules without any
+network.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, UInt8
 from scipy import ndimage
 
+from vapi_jax.common.images import to_uint8
 from vapi_jax.data.scenes.drawing import COLORS, SHAPES, Thing, coverage
-from vapi_jax.evaluation.geneval import Objects
+from vapi_jax.data.scenes.grammar import read
+from vapi_jax.data.scenes.source import LEAST_SIDE
+from vapi_jax.rewards.geneval import Objects, Prompt, complaints, parse_prompt
+from vapi_jax.rewards.prompts import LETTERS, from_bytes, texts_of, to_bytes
+from vapi_jax.rewards.reward import Batch, Reward, Rewards
 
 _SIDE = 24  # of what shapes are compared at
 _PAINTS = np.array(list(COLORS.values()), float)
@@ -117,3 +127,49 @@ def detect(image: Float[np.ndarray, "side side 3"]) -> dict[str, Objects]:
         name: Objects(np.array([box for box, _ in rows]), tuple(color for _, color in rows))
         for name, rows in found.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneReward(Reward):
+    """1 for a sample that shows what its caption of a drawn scene asks for by GenEval's rules, else 0.
+
+    Attributes:
+      graded: the share of the caption's clauses that hold in its place: less sparse while few samples are
+        right. A count has two, at least so many and no more.
+    """
+
+    wants_image: ClassVar[bool] = False
+
+    graded: bool = False
+
+    @property
+    def least_side(self) -> int:
+        return LEAST_SIDE
+
+    def prepare(self, raw: Any) -> UInt8[np.ndarray, "B L"]:
+        texts = texts_of(raw)
+        for text in texts:
+            read(text)  # here a caption of something else is an error with a name
+        return to_bytes(texts)
+
+    def example(self, rows: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, LETTERS), jnp.uint8)
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        del weights
+
+        def call(pixels: Any, asked: Any) -> np.ndarray:
+            prompts = [parse_prompt(read(text), text) for text in from_bytes(np.asarray(asked))]
+            rows = zip(prompts, to_uint8(pixels), strict=True)
+            worth = [[self.worth(prompt, image) for image in group] for prompt, group in rows]
+            return np.array(worth, np.float32)
+
+        shape = jax.ShapeDtypeStruct(pixels.shape[:2], jnp.float32)
+        return jax.pure_callback(call, shape, pixels, batch["prompt"])
+
+    def worth(self, prompt: Prompt, image: UInt8[np.ndarray, "side side 3"]) -> float:
+        """The reward of one image."""
+        wrong = len(complaints(prompt, detect(image)))
+        if not self.graded:
+            return float(not wrong)
+        return 1.0 - wrong / (len(prompt.include) + len(prompt.exclude))

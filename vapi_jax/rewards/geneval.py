@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +21,7 @@ COLORS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
+_MOST_OBJECTS = 1000  # that a prompt may ask for
 
 
 class GenevalError(ExpectedError, ValueError):
@@ -64,6 +66,51 @@ class Prompt:
     text: str
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...] = ()
+
+
+def parse_prompt(value: Mapping[str, Any], where: str) -> Prompt:
+    """One line of metadata.
+
+    Raises:
+      GenevalError: it is none of GenEval's.
+    """
+    tag, text, include = (value.get(name) for name in ("tag", "prompt", "include"))
+    if (
+        tag not in TASKS
+        or not isinstance(text, str)
+        or not isinstance(include, list)
+        or not include
+    ):
+        raise GenevalError(
+            f"{where}: tag {tag!r:.40}; each line of GenEval's metadata has a prompt, a list include "
+            f"and a tag of {', '.join(TASKS)}"
+        )
+    clauses: list[Clause] = []
+    for clause in include:
+        clauses.append(_clause(clause, where, len(clauses)))
+    excluded = value.get("exclude", [])
+    if not isinstance(excluded, list):
+        raise GenevalError(f"{where}: exclude is no list")
+    return Prompt(tag, text, tuple(clauses), tuple(_clause(c, where, 0) for c in excluded))
+
+
+def _clause(value: Any, where: str, before: int) -> Clause:
+    def fail(what: str) -> GenevalError:
+        return GenevalError(f"{where}: a clause {what}: {value!r:.120}")
+
+    if not isinstance(value, dict) or not isinstance(value.get("class"), str):
+        raise fail("names no class")
+    count, color, position = value.get("count"), value.get("color"), value.get("position")
+    if type(count) is not int or not 1 <= count <= _MOST_OBJECTS:
+        raise fail("has no count")
+    if color is not None and color not in COLORS:
+        raise fail("has none of the ten colors")
+    if position is not None:
+        known = isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS
+        if not known or type(position[1]) is not int or not 0 <= position[1] < before:
+            raise fail("has no position relative to an earlier one")
+        position = (position[0], position[1])
+    return Clause(value["class"], count, color, position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +182,18 @@ def relations(
 
 
 def judge(prompt: Prompt, found: Mapping[str, Objects], rules: Rules | None = None) -> Verdict:
-    """Whether the objects are those that the prompt asks for.
+    """Whether the objects are those that the prompt asks for; see `complaints`."""
+    wrong = complaints(prompt, found, rules)
+    return Verdict(not wrong, "; ".join(wrong))
+
+
+def complaints(
+    prompt: Prompt, found: Mapping[str, Objects], rules: Rules | None = None
+) -> list[str]:
+    """What is wrong with the objects, at most a line for each of a prompt's clauses.
 
     Args:
-      prompt: from `vapi_jax.evaluation.geneval_files.read_prompts`.
+      prompt: from `parse_prompt`.
       found: class -> all boxes of a detector, whatever their confidence.
       rules: other thresholds than the published ones.
 
@@ -161,7 +216,7 @@ def judge(prompt: Prompt, found: Mapping[str, Objects], rules: Rules | None = No
         count = len(there(clause.name))
         if count >= clause.count:
             wrong.append(f"{clause.name}: {count}, wanted fewer than {clause.count}")
-    return Verdict(not wrong, "; ".join(wrong))
+    return wrong
 
 
 def _lacks(
