@@ -19,7 +19,8 @@ from vapi_jax.methods.method import Method, mean_of
 from vapi_jax.models.conditions import Condition, Label
 from vapi_jax.models.policy import ClassPolicy
 from vapi_jax.models.sampling import generate
-from vapi_jax.rewards import Reward
+from vapi_jax.rewards import Reward, make_terms
+from vapi_jax.rewards.prompts import LETTERS
 
 # --- rewards --------------------------------------------------------------------------------------
 
@@ -218,3 +219,22 @@ class Mean(Method):
 
     def held_out(self, params, frozen, batch, rng, temperature):
         return {"error": jnp.abs(params["mean"]["bias"] - batch["image"].mean()).mean()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Mean):
+    """The same, its images weighted by the recipe's reward, which sees no prompts."""
+
+    def loss(self, params, extra, frozen, batch, rng, step):
+        [term], images = make_terms(self.config.rewards), batch["image"]
+
+        def asked(images):
+            prompts = jnp.zeros((len(images), LETTERS), jnp.uint8)
+            return term.reward({}, images[:, None], {"prompt": prompts})[:, 0]
+
+        rows = PartitionSpec(self.mesh.axis_names)
+        each = jax.shard_map(asked, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        losses = each(jax.lax.stop_gradient(images)) * jnp.square(
+            params["mean"]["bias"] - images
+        ).mean(axis=(1, 2, 3))
+        return losses.mean(), ({"loss": losses}, extra)

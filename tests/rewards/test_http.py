@@ -1,74 +1,19 @@
 """A reward on another machine, with a real server that answers, is slow, fails and lies."""
 
-import base64
-import http.server
-import io
-import json
-import threading
-import time
-
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.helpers.reward_server import serving
+from vapi_jax.common.host_calls import raise_failure
 from vapi_jax.rewards.http import HTTP, HTTPRewardError
 from vapi_jax.rewards.prompts import LETTERS
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Answers with each image's mean pixel and its prompt's length, or as it is told."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.answers = [], []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/score"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.server.asked.append("GET")
-        self.reply(200, b'{"scores": [0]}')
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        images = [Image.open(io.BytesIO(base64.b64decode(x))) for x in body["images"]]
-        assert all(image.format == "PNG" for image in images)
-        self.server.asked.append((len(images), body["prompts"]))
-        scores = [
-            np.asarray(x).mean() / 8 + len(p) for x, p in zip(images, body["prompts"], strict=True)
-        ]
-        status, data = self.server.answers.pop(0) if self.server.answers else (200, None)
-        if status == "slow":
-            time.sleep(data)
-            status, data = 200, None
-        self.reply(status, json.dumps({"scores": scores}).encode() if data is None else data)
-
-    def reply(self, status, data):
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", self.server.url)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def server():
-    with Server() as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
-        thread.start()
+    with serving() as found:
         yield found
-        found.shutdown()
-        thread.join()
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
@@ -138,15 +83,16 @@ def test_no_failure_is_worth_nothing(server, answers, told, tries):
     assert len(server.asked) == tries
 
 
-def test_a_failure_stops_a_compiled_step_with_its_reason(server):
+def test_a_failure_inside_a_compiled_step_is_told_by_its_reason(server):
     server.answers = [(404, b"no such page")]
     asked = reward(server)
-    pixels, batch = (
-        np.zeros((1, 1, 4, 4, 3), np.float32),
-        {"prompt": asked.prepare(np.array(["a"]))},
-    )
-    with pytest.raises(Exception, match="404.*no such page"):
-        jax.block_until_ready(jax.jit(lambda x, b: asked({}, x, b))(pixels, batch))
+    pixels = np.zeros((1, 1, 4, 4, 3), np.float32)
+    batch = {"prompt": asked.prepare(np.array(["a"]))}
+    step = jax.jit(lambda x, b: asked({}, x, b))
+    assert np.isnan(step(pixels, batch))
+    with pytest.raises(HTTPRewardError, match="404.*no such page"):
+        raise_failure()
+    assert step(pixels, batch) == 1 + 128 / 8
 
 
 def test_a_server_that_is_not_there():

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.reward_server import serving
 from tests.helpers.tiny import make_tiny_config, make_tiny_method
+from vapi_jax.common.errors import exit_status
 from vapi_jax.data import DataConfig
 from vapi_jax.data.sources import Source
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.training.logging import read_history
 from vapi_jax.training.loop import fit
 from vapi_jax.training.plan import check
 from vapi_jax.training.run import run
@@ -130,6 +133,29 @@ def test_the_smallest_method_runs_from_recipe_to_report(tmp_path, capsys):
     summary = run(resolve(recipe), tmp_path)
     assert summary["error"]["last"] < summary["error"]["first"]
     assert (tmp_path / "report.html").is_file()
+
+
+def test_a_reward_server_that_fails_ends_a_run_in_a_sentence_and_it_goes_on(tmp_path, capsys):
+    with serving() as server:
+        http = {"name": "http", "options": {"url": server.url, "retries": 0}}
+        asked = make_tiny_method(
+            f"{TOYS}Asked",
+            make_mesh(1, 2, jax.devices()[:2]),
+            steps=4,
+            rewards=(http,),
+            checkpoint={"every": 1},
+            eval={"every": 4},
+        )
+        # A request a device and step: one of the two in the third step is refused.
+        server.answers = [(200, None)] * 5 + [(503, b"out of memory")]
+        assert exit_status(lambda: fit(asked, tmp_path) and None) == 1
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and "503" in last and "out of memory" in last
+        steps = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+        assert max(int(step) for step in steps if step.isdigit()) == 2
+        fit(asked, tmp_path)
+        assert [row["step"] for row in read_history(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+        assert len(server.asked) == (3 + 2) * 2
 
 
 def test_what_is_not_there_is_said_by_name():

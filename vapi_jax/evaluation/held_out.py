@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vapi_jax.common.host_calls import raise_failure
 from vapi_jax.data import fixed_batch
 from vapi_jax.methods import Method
 from vapi_jax.parallel import compiler
@@ -39,4 +40,6 @@ class HeldOut:
         params = whole_copy(params, self._mesh, self._narrowed)
         params = self._whole(params, self._frozen)
         metrics = self._metrics(params, self._frozen, self._batch, self._rng, drawn_at)
-        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        raise_failure()
+        return found

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.host_calls import on_host
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.options import Count, Natural, Positive
 from vapi_jax.common.paths import PathText
@@ -106,7 +107,7 @@ class HTTP(Reward):
             images = to_uint8(pixels).reshape(-1, *pixels.shape[2:])
             return self.ask(images, texts).reshape(shape)
 
-        return jax.pure_callback(call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, batch[key])
+        return on_host(call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, batch[key])
 
     def _texts(self, asked: np.ndarray) -> list[str]:
         if not self.prompts:
@@ -142,7 +143,8 @@ class HTTP(Reward):
                 reasons.append(str(error))
         raise HTTPRewardError(
             f"reward http: {self.url} gave no scores in {len(reasons)} tries, the last time: "
-            f"{reasons[-1]}. Is the server up, and fast enough for timeout?"
+            f"{reasons[-1]}. Is the server up, and fast enough for timeout? A run goes on from its last "
+            "checkpoint when the same command is given again"
         )
 
     def _post(self, body: bytes, count: int) -> bytes:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vapi_jax.common.host_calls import on_host
 from vapi_jax.common.options import given
 from vapi_jax.models.vq import VQModel
 
@@ -146,6 +147,4 @@ class FunctionReward(Reward):
                 raise ValueError(f"the reward has shape {found.shape}, not [B, G] = {shape}")
             return found
 
-        return jax.pure_callback(
-            call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, dict(batch)
-        )
+        return on_host(call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, dict(batch))

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy import ndimage
 
+from vapi_jax.common.host_calls import on_host
 from vapi_jax.common.images import to_uint8
 from vapi_jax.data.scenes.drawing import COLORS, SHAPES, Thing, coverage
 from vapi_jax.data.scenes.grammar import read
@@ -165,7 +166,7 @@ class SceneReward(Reward):
             return np.array(worth, np.float32)
 
         shape = jax.ShapeDtypeStruct(pixels.shape[:2], jnp.float32)
-        return jax.pure_callback(call, shape, pixels, batch["prompt"])
+        return on_host(call, shape, pixels, batch["prompt"])
 
     def worth(self, prompt: Prompt, image: UInt8[np.ndarray, "side side 3"]) -> float:
         """The reward of one image."""

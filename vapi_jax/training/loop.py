@@ -19,6 +19,7 @@ from clu import parameter_overview
 from safetensors import SafetensorError
 
 from vapi_jax.common.files import write_atomically
+from vapi_jax.common.host_calls import raise_failure
 from vapi_jax.common.progress import ProgressBar, Timer
 from vapi_jax.data import SkippedImages, make_dataset
 from vapi_jax.evaluation.held_out import HELD_OUT, HeldOut
@@ -287,6 +288,7 @@ class _Trainer:
         self.pending = None
         with self.timer.phase("step"):
             scalars = {name: float(value) for name, value in jax.device_get(values).items()}
+        raise_failure()
         if scalars["nonfinite"]:
             self._skip(step, scalars)
         else:
