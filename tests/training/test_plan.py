@@ -17,6 +17,7 @@ from vapi_jax.methods.config import CheckpointConfig, TrainConfig, to_dict
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.lpips import load_lpips_params, lpips_shapes
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh
+from vapi_jax.rewards.reconstruction import MSE
 from vapi_jax.training import memory, plan, train
 from vapi_jax.training.memory import bytes_per_device, estimate, tree_bytes
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
@@ -261,6 +262,20 @@ def test_memory_follows_what_it_depends_on():
     plainly = tiny(vapi={"fused": False})
     assert plainly["activations"] > 2 * plain["activations"]  # a sequence for every sample
     assert plainly["logits"] == 3 * plain["logits"]
+
+
+def test_pairs_of_samples_are_counted_and_take_what_the_compiler_allots():
+    def tiny(**options):
+        mesh = make_mesh(1, 1, jax.devices()[:1])
+        parts = make_tiny_method("vapi", mesh, vapi={"group_size": 16, **options}).memory(2)
+        return {name: size for name, size, _ in parts}
+
+    counted, images = tiny(score="energy")["pairs"], jnp.zeros((2, 8, 8, 3))
+    assert tiny(credit="spatial")["pairs"] == counted
+    assert "pairs" not in tiny()
+    inner = jax.jit(lambda x, image: MSE().inner({}, x, {"image": image}, 4))
+    compiled = inner.lower(jnp.zeros((2, 16, 8, 8, 3)), images).compile()
+    assert counted == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=0.1)
 
 
 def test_a_tokenizer_keeps_its_activations_and_no_logits():

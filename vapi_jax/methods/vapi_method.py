@@ -20,6 +20,7 @@ from vapi_jax.methods.vapi_plain import plain_vapi_loss
 from vapi_jax.models.head import block_length
 from vapi_jax.parallel.sharding import split_axes
 from vapi_jax.rewards import make_terms
+from vapi_jax.rewards.pairs import pair_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +154,15 @@ class VAPi(GroupMethod):
         at_once = block_length(rows, length, vocab) if options.fused else length
         logits = logits_bytes(rows if options.fused else rows * group, at_once, vocab)
         images, maps = self.judged_pixels.at_once(rows, group, side)
-        return [
+        found = [
             *super().memory(rows),
             ("logits", logits, f"float32, of {at_once} position(s) at a time"),
             ("decoding", maps, f"{images} sample(s) at a time, and their reward"),
         ]
+        if options.needs_pairs:
+            pairs = pair_bytes(images, group, side)
+            found.append(("pairs", pairs, f"of these samples, each with {group}, pixel by pixel"))
+        return found
 
 
 # A bf16 update forward over B·G rows may round unlike its sampling forward over B rows.

@@ -5,6 +5,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
+def pair_bytes(images: int, group: int, side: int) -> int:
+    """Memory of the products of pairs of samples at full resolution, before they are pooled.
+
+    Twice, as they are multiplied and as they are pooled (measured on a CPU).
+
+    Args:
+      images: samples of all groups that are judged at once.
+      group: samples a group, each of which meets all of them.
+      side: of an image in pixels.
+    """
+    return 2 * 4 * images * group * side**2
+
+
 def pooling(side: int, cells: int) -> Float[np.ndarray, "cells side"]:
     """Each cell's share of every pixel of a line, rows adding up to 1: means over equal parts of the line.
 
