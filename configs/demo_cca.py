@@ -1,0 +1,16 @@
+"""Condition contrastive alignment of the demo's generator (method "cca"), beside configs/c2i_demo.py.
+
+    python -m vapi_jax.main --config=configs/demo_cca.py --workdir=runs/demo_cca
+
+The demo's images, steps, learning rate and table; β and λ are those published for LlamaGen, not tuned for a
+model of this size. ":tiny" runs the same path in seconds, without a table.
+"""
+
+from ml_collections import ConfigDict
+
+from vapi_jax.common.recipes import load_recipe
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; variant "tiny"."""
+    return load_recipe(__file__, "demo_sft").as_method("demo_cca", "cca", {}, variant)
