@@ -10,7 +10,7 @@ from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.methods.ar_grpo import ARGRPOOptions, drawn_log_probs, mixed_kl
 from vapi_jax.models.head import Head
 from vapi_jax.models.sampling import filter_logits, generate
-from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 
 HEAD = Head(jax.random.normal(jax.random.key(1), (4, 9)))
 HALVES = tuple(jax.random.normal(jax.random.key(k), (2, 5, 4)) for k in (2, 3))
@@ -84,6 +84,21 @@ def test_a_rollout_s_entropies_are_those_that_are_trained():
     np.testing.assert_array_equal(samples.reshape(tokens.shape), tokens)
     assert_close(entropy.reshape(own.shape), own, 1e-5)
     assert float(logps.max()) <= 0.0 and float(logps.min()) > -20.0  # nothing that filters forbid
+
+
+def test_a_whole_copy_draws_what_the_training_layout_draws():
+    mesh, drawn = make_mesh(1, 2, jax.devices()[:2]), []
+    batch = {"condition": jnp.arange(4), "index": jnp.arange(4)}
+    for layout in ("copy", "training"):
+        options = {"group_size": 2, "rollout_layout": layout}
+        method = make_tiny_method("ar_grpo", mesh, ar_grpo=options)
+        params = with_random_head(jax.jit(method.init)(jax.random.key(0)), 3)
+        params = jax.device_put(params, tree_shardings(params, mesh, method.partition_rules))
+        assert not params["output"]["kernel"].sharding.is_fully_replicated
+        draw = jax.jit(lambda p, method=method: method.draw(p, batch, jax.random.key(5), 2, 0.9))
+        drawn.append(np.asarray(draw(params)))
+    assert len(np.unique(drawn[0])) > 4
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_images_come_only_where_a_reward_asks():
