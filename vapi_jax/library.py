@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vapi_jax.common.paths import local_path
-from vapi_jax.common.recipes import RecipeError, read_recipe
+from vapi_jax.common.recipes import change, read_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,21 +62,7 @@ def recipe(name: str | os.PathLike[str], **changes: Any) -> ConfigDict:
       RecipeError: there is no such recipe, it cannot be used, or a path of `changes` leads nowhere. Whether
         its options exist and have possible values is said by `train`, all at once.
     """
-    from ml_collections import ConfigDict
-
-    config = read_recipe(os.fspath(name))
-    for option, value in changes.items():
-        *sections, last = option.split(".")
-        place = config
-        for section in sections:
-            if section not in place:
-                place[section] = ConfigDict()
-            place = place[section]
-            if not isinstance(place, ConfigDict):
-                raise RecipeError(f"{option}: {section} is a value, and has no options of its own")
-        with place.unlocked(), place.ignore_type():
-            place[last] = value
-    return config
+    return change(read_recipe(os.fspath(name)), changes)
 
 
 def train(

@@ -16,6 +16,7 @@ from vapi_jax.evaluation.compare import (
     Judge,
     compare,
     estimate,
+    match_entropy,
 )
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.evaluation.samples import (
@@ -87,9 +88,9 @@ def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     assert entropies[0] > entropies[1] > entropies[2]
     drawn = judge.judge.samples(base, 64, 0, 0.9)
     assert drawn.entropy == pytest.approx(entropies[1], rel=1e-5)
-    matched = judge.match_entropy(base, entropies[1], seed=0)
+    matched = match_entropy(entropy_at, entropies[1])
     assert matched == pytest.approx(0.9, abs=0.02)
-    assert judge.match_entropy(base, entropies[0] + 1.0, seed=0) == 1.0
+    assert match_entropy(entropy_at, entropies[0] + 1.0) == 1.0
 
 
 def test_a_row_names_its_features_and_its_terms(judge_and_base):
@@ -141,7 +142,9 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
     monkeypatch.setattr(judge, "_reference_statistics", statistics)
     monkeypatch.setattr(samples, "features", features)
     monkeypatch.setattr(samples, "samples", lambda *_: Judged(features(next(drawn)), 1.0, None))
-    monkeypatch.setattr(judge, "match_entropy", lambda *_, seed: 0.9)
+    monkeypatch.setattr(
+        samples, "entropies", lambda *_, seed: lambda temperature: temperature + 0.1
+    )
     monkeypatch.setattr(samples, "real", lambda count, number: f"real {number}")
     monkeypatch.setattr(samples, "reconstructed", lambda count, number: f"again {number}")
     rows, found = compare(judge, base, base, {})

@@ -128,3 +128,27 @@ def _load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def change(config: ConfigDict, changes: Mapping[str, object]) -> ConfigDict:
+    """Sets options by their dotted paths, as "vapi.ce_weight"; sections that are missing are made.
+
+    Raises:
+      RecipeError: a path leads through a value.
+    """
+    from ml_collections import ConfigDict
+
+    for option, value in changes.items():
+        *sections, last = option.split(".")
+        place = config
+        with config.unlocked(), config.ignore_type():
+            for section in sections:
+                if section not in place:
+                    place[section] = ConfigDict()
+                place = place[section]
+                if not isinstance(place, ConfigDict):
+                    raise RecipeError(
+                        f"{option}: {section} is a value, and has no options of its own"
+                    )
+            place[last] = value
+    return config

@@ -80,23 +80,6 @@ class Judge:
             for name, found in features.items()
         }
 
-    def match_entropy(self, params: Any, target: float, seed: int) -> float:
-        """The temperature in [0.5, 1] at which the policy samples with the target entropy.
-
-        Bisection on one fixed set of uniforms, to 0.005 nats or 8 halvings; 1.0 where the policy at
-        temperature 1 is already sharper than the target.
-        """
-        low, high, entropy_at = 0.5, 1.0, self.judge.entropies(params, seed)
-        if entropy_at(high) <= target:
-            return high
-        for _ in range(8):
-            middle = 0.5 * (low + high)
-            entropy = entropy_at(middle)
-            if abs(entropy - target) < 0.005:
-                return middle
-            low, high = (middle, high) if entropy < target else (low, middle)
-        return 0.5 * (low + high)
-
     def row(
         self, entry: Entry, tick: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -174,6 +157,28 @@ class Judge:
         }
 
 
+def match_entropy(entropy_at: Callable[[float], float], target: float, most: float = 1.0) -> float:
+    """The temperature in [most / 2, most] at which a policy samples with the target entropy.
+
+    Bisection to 0.005 nats or 8 halvings; `most` where the policy is sharper than the target there.
+
+    Args:
+      entropy_at: temperature -> entropy, always of the same uniforms.
+      target: in nats per token.
+      most: the highest temperature.
+    """
+    low, high = 0.5 * most, most
+    if entropy_at(high) <= target:
+        return high
+    for _ in range(8):
+        middle = 0.5 * (low + high)
+        entropy = entropy_at(middle)
+        if abs(entropy - target) < 0.005:
+            return middle
+        low, high = (middle, high) if entropy < target else (low, middle)
+    return 0.5 * (low + high)
+
+
 def estimate(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean, unbiased standard deviation (None for one value) and count."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -215,7 +220,7 @@ def compare(
         known = known or {}
         vapi = Entry(f"{judge.method.label}, T=1", "vapi", tuned, held_out=known.get(TUNED))
         vapi_row, vapi_features = judge.row(vapi, tick)
-        matched = judge.match_entropy(base, vapi_row["entropy"], seed=10_000)
+        matched = match_entropy(judge.judge.entropies(base, seed=10_000), vapi_row["entropy"])
         at_one = Entry("base, T=1", "base", base, held_out=known.get(BASE))
         base_row, base_features = judge.row(at_one, tick)
         entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]

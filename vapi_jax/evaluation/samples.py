@@ -6,6 +6,7 @@ more than a batch or two of them is held.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,11 +95,13 @@ def by_label(method: Method, labels: np.ndarray) -> Callable[[Int[np.ndarray, " 
     return lambda ids: method.prepare({"condition": raw[ids]})["condition"]
 
 
-def sampler_of(method: Method, frozen: Mapping[str, Any], batch: int) -> Sampler:
+def sampler_of(
+    method: Method, frozen: Mapping[str, Any], batch: int, settings: Mapping[str, Any] | None = None
+) -> Sampler:
     """Draws from what a method trains; its parameters are the method's."""
     found = method.sampled()
     assert found is not None, "a method that trains no generator has no samples"
-    return Sampler(found.policy, found.pixels, frozen, batch)
+    return Sampler(found.policy, found.pixels, frozen, batch, settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,12 @@ class SampleJudge:
     def _asked(self) -> np.ndarray:
         judged = self.method.config.eval
         return asked_of(self.method.config, max(judged.samples, judged.sampled))
+
+    def with_settings(self, **settings: Any) -> SampleJudge:
+        """The same judge of samples that are drawn otherwise, as `vapi_jax.models.sampling.generate` says."""
+        other = copy.copy(self)
+        other.sampler = sampler_of(self.method, self.frozen, self.batch, settings)
+        return other
 
     @property
     def names(self) -> tuple[str, ...]:

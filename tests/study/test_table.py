@@ -1,0 +1,119 @@
+"""Tables and verdicts from results that were made up, so that what they have to say is known."""
+
+import pytest
+
+from vapi_jax.study import page
+from vapi_jax.study.spec import Arm, Draw, Study, StudyError
+from vapi_jax.study.table import comparisons, headline, lost_spread, rows_of, says, verdicts
+
+FEATURE = "alex_conv5"
+METRIC = f"frechet/{FEATURE}"
+STUDY = Study(
+    "made up", "Who wins?", "c2i_demo",
+    (Arm("good"), Arm("narrow"), Arm("cold", draw=Draw(temperature=0.9), trained=False)),
+    features=(FEATURE,), samples=64, sampling_seeds=2,
+)  # fmt: skip
+
+
+def one(distance, recall=0.5):
+    shares = {"precision": 0.7, "recall": recall, "diversity": recall, "entropy": 3.0}
+    return {METRIC: distance, f"kernel/{FEATURE}": distance / 100, **shares}
+
+
+def result(name, seed, distances, recall, matched):
+    draw = {
+        "sets": [one(d, recall) for d in distances],
+        "matched_temperature": 0.9 + 0.01 * seed,
+        "matched": [one(d) for d in matched],
+    }
+    held_out = {"ce": 5.0 + seed, "reward": -0.4}
+    return {"arm": name, "seed": seed, "held_out": held_out, "draws": {"plain": draw}}
+
+
+BASE = {
+    "draws": {"plain": [one(50.0), one(52.0)], "cold": [one(47.0), one(49.0)]},
+    "floor": [one(20.0)], "real": [one(5.0)],
+}  # fmt: skip
+ARMS = {
+    "good": [result("good", s, (40.0 + s, 42.0 + s), 0.5, (46.0, 48.5)) for s in range(4)],
+    # Nearer than the base, no nearer than the base at its entropy, and less diverse.
+    "narrow": [result("narrow", s, (44.0 + s, 45.0), 0.3 + s / 100, (43.5 + 0.8 * s, 45.9)) for s in range(4)],
+}  # fmt: skip
+
+
+def test_rows_are_means_over_trainings():
+    rows = {row.name: row for row in rows_of(STUDY, BASE, ARMS)}
+    assert list(rows) == [
+        "base", "good", "base at the entropy of good", "narrow", "base at the entropy of narrow", "cold",
+        "tokenizer's floor", "other real crops",
+    ]  # fmt: skip
+    good = rows["good"]
+    assert good.means[METRIC] == pytest.approx(42.5)  # of 41, 42, 43, 44
+    assert good.sds[METRIC] == pytest.approx(1.2909944)
+    assert (good.trainings, good.temperature) == (4, 1.0)
+    assert good.means["held_out/ce"] == pytest.approx(6.5)
+    assert rows["base at the entropy of good"].temperature == pytest.approx(0.915)
+    assert (rows["base"].means[METRIC], rows["cold"].means[METRIC]) == (51.0, 48.0)
+
+
+def test_differences_are_paired_and_judged_together():
+    found = {(c.arm, c.against): c for c in comparisons(STUDY, BASE, ARMS)}
+    assert len(found) == 4
+    to_base = found["good", "base"]
+    assert to_base.differences[METRIC].mean == pytest.approx(-8.5)
+    assert says(to_base, METRIC) == "better"
+    assert found["good", "base at equal entropy"].differences[METRIC].mean == pytest.approx(-4.75)
+    assert says(found["narrow", "base at equal entropy"], METRIC) == "no difference"
+    assert lost_spread(found["narrow", "base"]) == ["recall", "diversity"]
+    assert lost_spread(to_base) == []
+    raw = [c.differences[METRIC].p for c in found.values()]
+    corrected = [c.corrected for c in found.values()]
+    assert all(c >= p for c, p in zip(corrected, raw, strict=True))
+    assert min(corrected) == pytest.approx(4 * min(raw))
+
+
+def test_a_gain_bought_with_diversity_is_called_so():
+    found = comparisons(STUDY, BASE, ARMS)
+    sentences = dict(zip([(c.arm, c.against) for c in found], verdicts(found, METRIC), strict=True))
+    assert "bought with recall and diversity" in sentences["narrow", "base"]
+    assert "bought" not in sentences["good", "base"]
+    assert "would have been seen" in sentences["narrow", "base at equal entropy"]
+
+
+def test_one_training_tells_nothing_about_the_next():
+    found = comparisons(STUDY, BASE, {"good": ARMS["good"][:1]})
+    assert {says(one, METRIC) for one in found} == {"one training"}
+
+
+def test_without_enough_samples_the_kernel_distance_decides():
+    few = {name: [{k: v for k, v in s.items() if k != METRIC} for s in sets]
+           for name, sets in BASE["draws"].items()}  # fmt: skip
+    assert headline(BASE, STUDY) == METRIC
+    assert headline({"draws": few}, STUDY) == f"kernel/{FEATURE}"
+
+
+def test_the_page_holds_every_row_and_verdict():
+    rows, found = rows_of(STUDY, BASE, ARMS), comparisons(STUDY, BASE, ARMS)
+    text = page.markdown(STUDY, BASE, rows, found, "python -m vapi_jax.study")
+    for row in rows:
+        assert f"| {row.name} |" in text
+    for sentence in verdicts(found, METRIC):
+        assert sentence in text
+    assert "42.50 ± 1.3" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"arms": (Arm("base"),)}, "base"),
+        ({"arms": (Arm("a b"), Arm("a-b"))}, "a_b"),
+        ({"features": ("inception",)}, "inception"),
+        ({"seeds": 0}, "seeds"),
+        ({"draws": {}}, "draws"),
+        ({"arms": (Arm("a", draw=Draw()),)}, "'a'"),
+        ({"arms": (Arm("a", {"steps": 3}, draw=Draw(), trained=False),)}, "'a'"),
+    ],
+)
+def test_a_study_that_contradicts_itself_is_refused(changes, fact):
+    with pytest.raises(StudyError, match=fact):
+        Study(**{"name": "x", "question": "?", "recipe": "c2i_demo", "arms": (), **changes})
