@@ -70,8 +70,8 @@ def _random_file(name, shapes):
     return str(path)
 
 
-def make_tiny_config(method, image_size=SIDE, **changes):
-    """The smallest run of a method: 16 codes, a grid of half the image's side, two layers."""
+def make_tiny_recipe(method, image_size=SIDE, **changes):
+    """The smallest run of a method: 16 codes, a grid of half the image's side, two layers; a dict."""
     config = {
         "name": f"tiny_{method}",
         "method": method,
@@ -91,7 +91,12 @@ def make_tiny_config(method, image_size=SIDE, **changes):
     } | SECTIONS.get(method, {})  # fmt: skip
     for name, change in changes.items():
         config[name] = {**config.get(name, {}), **change} if isinstance(change, dict) else change
-    return resolve(config)
+    return config
+
+
+def make_tiny_config(method, image_size=SIDE, **changes):
+    """The same, resolved."""
+    return resolve(make_tiny_recipe(method, image_size, **changes))
 
 
 def make_tiny_method(method, mesh, **changes):

@@ -37,7 +37,9 @@ BASE = {
 ARMS = {
     "good": [result("good", s, (40.0 + s, 42.0 + s), 0.5, (46.0, 48.5)) for s in range(4)],
     # Nearer than the base, no nearer than the base at its entropy, and less diverse.
-    "narrow": [result("narrow", s, (44.0 + s, 45.0), 0.3 + s / 100, (43.5 + 0.8 * s, 45.9)) for s in range(4)],
+    "narrow": [
+        result("narrow", s, (44.0 + s, 45.0), 0.3 + s / 100, (43.5 + 0.8 * s, 45.9)) for s in range(4)
+    ],
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.recipes import change, read_recipe
 from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.methods import find_method
 
 BASE = "base"
 """The arm that every study has: the generator before any training."""
@@ -165,4 +166,10 @@ def read_study(given: str) -> Study:
 def recipe_of(study: Study, arm: Arm, seed: int) -> Any:
     """The recipe of one training, as `vapi_jax.main` would take it."""
     config = read_recipe(os.fspath(arm.recipe or study.recipe))
-    return change(config, {**study.changes, **arm.changes, "seed": seed, "eval.compare": False})
+    changes = {**study.changes, **arm.changes, "seed": seed, "eval.compare": False}
+    if changes.get("method", config.method) != config.method:
+        section = find_method(config.method).section  # with the other method's options
+        if section in config:
+            with config.unlocked():
+                del config[section]
+    return change(config, changes)

@@ -1,0 +1,106 @@
+"""A study on the smallest models: trained, judged, gone on with."""
+
+import json
+
+import pytest
+
+from tests.helpers.tiny import make_tiny_recipe
+from vapi_jax.study import work as module
+from vapi_jax.study.__main__ import main
+from vapi_jax.study.spec import StudyError, read_study
+from vapi_jax.study.work import read_results, work
+
+STUDY = """
+from vapi_jax.study.spec import Arm, Draw, Study
+
+def get_study(variant=""):
+    arms = (
+        Arm("longer", {"steps": 3}),
+        Arm("CE", {"method": "sft", "sft.noise_rate": 0.3}),
+        Arm("cold", draw=Draw(temperature=0.5), trained=False),
+    )
+    draws = {"plain": Draw(), "guided": Draw(cfg_scale=2.0)}
+    return Study(
+        "tiny", "?", RECIPE, arms, draws=draws, seeds=1, sampling_seeds=2, samples=40,
+        features=("vgg_relu4_3",),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    recipe = make_tiny_recipe("vapi", image_size=16)
+    (folder / "recipe.py").write_text(f"def get_config():\n    return {recipe!r}\n")
+    (folder / "study.py").write_text(STUDY.replace("RECIPE", repr(str(folder / "recipe.py"))))
+    assert main([f"--study={folder / 'study.py'}", f"--workdir={folder / 'out'}"]) == 0
+    return read_study(str(folder / "study.py")), folder / "out", folder
+
+
+@pytest.mark.slow
+def test_every_arm_is_trained_and_judged_alike(done):
+    study, out, _ = done
+    base, arms = read_results(study, out / "results")
+    assert set(base["draws"]) == {"plain", "guided", "cold"}
+    assert [len(found) for found in arms.values()] == [1, 1]
+    sets = [arm["draws"][draw]["sets"] for (arm,) in arms.values() for draw in study.draws]
+    sets += list(base["draws"].values())
+    metrics = {"kernel/vgg_relu4_3", "precision", "recall", "diversity", "entropy"}
+    assert all(set(one) == metrics for found in sets for one in found)
+    assert all(found[0] != found[1] for found in sets)  # two sampling seeds
+    plain, guided, cold = (
+        base["draws"][name][0]["entropy"] for name in ("plain", "guided", "cold")
+    )
+    assert cold < plain
+    assert guided != plain
+    longer, ce = (json.loads((out / f"results/{n}_0.json").read_text()) for n in ("longer", "ce"))
+    assert (longer["steps"], ce["steps"]) == (3, 2)
+    assert (out / "arms" / "ce" / "seed_0" / "run" / "summary.json").exists()
+    assert "longer against the base, guided" in (out / "study.md").read_text()
+    assert (out / "differences.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_done_again(done, monkeypatch):
+    study, out, _ = done
+
+    def again(*_, **__):
+        raise AssertionError("it was finished")
+
+    for name in ("run", "fit", "StudyJudge"):
+        monkeypatch.setattr(module, name, again)
+    assert work(study, out)
+
+
+@pytest.mark.slow
+def test_results_of_another_protocol_or_arm_are_not_mixed_in(done):
+    _, out, folder = done
+    text = (folder / "study.py").read_text()
+    for name, old, new, fact in (
+        ("samples", "samples=40", "samples=48", "samples"),
+        ("arm", '"steps": 3', '"steps": 4', "longer"),
+    ):
+        (folder / f"{name}.py").write_text(text.replace(old, new))
+        with pytest.raises(StudyError, match=fact):
+            work(read_study(str(folder / f"{name}.py")), out)
+
+
+@pytest.mark.slow
+def test_the_page_is_made_again_from_results_alone(done, tmp_path):
+    _, out, folder = done
+    results = f"--results={out / 'results'}"
+    assert main([f"--study={folder / 'study.py'}", f"--workdir={tmp_path}", results]) == 0
+    tables = [(place / "study.md").read_text().partition("| |")[2] for place in (out, tmp_path)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [("", "get_study"), ("def get_study(variant):\n    return 3\n", "int")],
+)
+def test_what_is_no_study_is_named(tmp_path, text, fact):
+    (tmp_path / "study.py").write_text(text)
+    with pytest.raises(StudyError, match=fact):
+        read_study(str(tmp_path / "study.py"))
+    with pytest.raises(StudyError, match="gone"):
+        read_study(str(tmp_path / "gone.py"))
