@@ -8,6 +8,7 @@ from vapi_jax.common.errors import stop_without_a_stack
 COMMANDS = {
     "main": "train what a recipe describes",
     "sample": "draw images from a checkpoint",
+    "study": "train and judge several recipes under one protocol",
     "evaluate": "measure generated images",
     "score": "score generated images from what a detector says of them",
     "convert": "turn released weights into a directory that recipes load",

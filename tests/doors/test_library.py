@@ -12,7 +12,7 @@ import pytest
 import vapi_jax as vj
 from tests.helpers import commands
 from tests.helpers.paths import ROOT
-from vapi_jax.library import RecipeError
+from vapi_jax.common.recipes import RecipeError
 from vapi_jax.methods.config import ConfigError
 
 

@@ -34,6 +34,7 @@ DOORS = {
     ),
     "evaluate --precompute": (["--reference=r"], ["--precompute"]),
     "evaluate --verify": ([], ["--verify"]),
+    "study": (["--study=demo"], ["--workdir", "--results"]),
     "score geneval": (
         ["--detections=d", "--metadata=m", "--out=o.jsonl"],
         ["--detections", "--metadata", "--out", "--against", "--samples"],
@@ -100,6 +101,7 @@ TEXTS = {
     "convert": {"--entry", "--vq-entry"},
     "evaluate": {"--features", "--metrics"},
     "bench": {"--features", "--vary"},
+    "study": {"--study"},
 }
 _READ_AS_PATHS = {"local_path", "local_text", "local_folder", "prompts_at", "PATH", "FOLDER"}
 _SHARED = {

@@ -1,9 +1,12 @@
 """Tables and verdicts from results that were made up, so that what they have to say is known."""
 
+import copy
+import dataclasses
+
 import pytest
 
 from vapi_jax.study import page
-from vapi_jax.study.spec import Arm, Draw, Study, StudyError
+from vapi_jax.study.spec import Arm, Draw, Files, Results, Study, StudyError
 from vapi_jax.study.table import comparisons, headline, lost_spread, rows_of, says, verdicts
 
 FEATURE = "alex_conv5"
@@ -30,10 +33,13 @@ def result(name, seed, distances, recall, matched):
     return {"arm": name, "seed": seed, "held_out": held_out, "draws": {"plain": draw}}
 
 
-BASE = {
-    "draws": {"plain": [one(50.0), one(52.0)], "cold": [one(47.0), one(49.0)]},
-    "floor": [one(20.0)], "real": [one(5.0)],
-}  # fmt: skip
+def base(seed):
+    wobble = 0.1 * (-1) ** seed
+    draws = {"plain": [one(50.0 + wobble), one(52.0)], "cold": [one(47.0), one(49.0)]}
+    return {"seed": seed, "draws": draws, "floor": one(20.0), "real": one(5.0)}
+
+
+BASE = [base(seed) for seed in range(4)]
 ARMS = {
     "good": [result("good", s, (40.0 + s, 42.0 + s), 0.5, (46.0, 48.5)) for s in range(4)],
     # Nearer than the base, no nearer than the base at its entropy, and less diverse.
@@ -43,8 +49,15 @@ ARMS = {
 }  # fmt: skip
 
 
+RESULTS = Results(BASE, ARMS, ["narrow, seed 4: gradient norm inf"])
+
+
+def changed(arms=None, **changes):
+    return dataclasses.replace(STUDY, **changes), Results(BASE, arms or ARMS, [])
+
+
 def test_rows_are_means_over_trainings():
-    rows = {row.name: row for row in rows_of(STUDY, BASE, ARMS)}
+    rows = {row.name: row for row in rows_of(STUDY, RESULTS)}
     assert list(rows) == [
         "base", "good", "base at the entropy of good", "narrow", "base at the entropy of narrow", "cold",
         "tokenizer's floor", "other real crops",
@@ -55,15 +68,17 @@ def test_rows_are_means_over_trainings():
     assert (good.trainings, good.temperature) == (4, 1.0)
     assert good.means["held_out/ce"] == pytest.approx(6.5)
     assert rows["base at the entropy of good"].temperature == pytest.approx(0.915)
-    assert (rows["base"].means[METRIC], rows["cold"].means[METRIC]) == (51.0, 48.0)
+    means = [rows[name].means[METRIC] for name in ("base", "cold")]
+    assert means == pytest.approx([51.0, 48.0])
 
 
 def test_differences_are_paired_and_judged_together():
-    found = {(c.arm, c.against): c for c in comparisons(STUDY, BASE, ARMS)}
-    assert len(found) == 4
+    found = {(c.arm, c.against): c for c in comparisons(STUDY, RESULTS)}
+    assert len(found) == 5
     to_base = found["good", "base"]
     assert to_base.differences[METRIC].mean == pytest.approx(-8.5)
     assert says(to_base, METRIC) == "better"
+    assert found["cold", "base"].differences[METRIC].mean == pytest.approx(-3.0)
     assert found["good", "base at equal entropy"].differences[METRIC].mean == pytest.approx(-4.75)
     assert says(found["narrow", "base at equal entropy"], METRIC) == "no difference"
     assert lost_spread(found["narrow", "base"]) == ["recall", "diversity"]
@@ -71,11 +86,43 @@ def test_differences_are_paired_and_judged_together():
     raw = [c.differences[METRIC].p for c in found.values()]
     corrected = [c.corrected for c in found.values()]
     assert all(c >= p for c, p in zip(corrected, raw, strict=True))
-    assert min(corrected) == pytest.approx(4 * min(raw))
+    assert min(corrected) == pytest.approx(5 * min(raw))
+
+
+def test_arms_are_held_against_another_one_by_seed():
+    """Trainings that the other one lacks have no pair."""
+    given = changed({"good": ARMS["good"], "narrow": ARMS["narrow"][1:]}, against="good")
+    found = {(c.arm, c.against): c for c in comparisons(*given)}
+    between = found["narrow", "good"].differences[METRIC]
+    assert (between.n, ("good", "good") in found) == (3, False)
+    assert between.mean == pytest.approx(2.5)  # 45, 45.5, 46 less 42, 43, 44
+
+
+def test_more_of_a_score_is_better():
+    arms = copy.deepcopy(ARMS)
+    for trainings in arms.values():
+        for training in trainings:
+            for which in ("sets", "matched"):
+                for number, sample in enumerate(training["draws"]["plain"][which]):
+                    sample["scenes/overall"] = 0.5 + 0.01 * number + 0.1 * (which == "sets")
+    base = copy.deepcopy(BASE)
+    for number, one_seed in enumerate(base):
+        for sets in one_seed["draws"].values():
+            for sample in sets:
+                sample["scenes/overall"] = 0.4 + 0.001 * number
+    study = dataclasses.replace(STUDY, verdict="scenes/overall")
+    found = comparisons(study, Results(base, arms, []))
+    assert headline(study, found) == "scenes/overall"
+    to_base = next(c for c in found if (c.arm, c.against) == ("narrow", "base"))
+    assert says(to_base, "scenes/overall") == "better"
+    assert "bought with recall" in verdicts([to_base], "scenes/overall")[0]
+    # What some arms lack is no metric of the verdict, but stays in their rows.
+    del arms["good"][0]["draws"]["plain"]["sets"][0]["scenes/overall"]
+    assert headline(study, comparisons(study, Results(base, arms, []))) == METRIC
 
 
 def test_a_gain_bought_with_diversity_is_called_so():
-    found = comparisons(STUDY, BASE, ARMS)
+    found = comparisons(STUDY, RESULTS)
     sentences = dict(zip([(c.arm, c.against) for c in found], verdicts(found, METRIC), strict=True))
     assert "bought with recall and diversity" in sentences["narrow", "base"]
     assert "bought" not in sentences["good", "base"]
@@ -83,25 +130,32 @@ def test_a_gain_bought_with_diversity_is_called_so():
 
 
 def test_one_training_tells_nothing_about_the_next():
-    found = comparisons(STUDY, BASE, {"good": ARMS["good"][:1]})
-    assert {says(one, METRIC) for one in found} == {"one training"}
+    found = comparisons(*changed({"good": ARMS["good"][:1]}))
+    assert {says(one, METRIC) for one in found if one.arm == "good"} == {"one training"}
 
 
 def test_without_enough_samples_the_kernel_distance_decides():
-    few = {name: [{k: v for k, v in s.items() if k != METRIC} for s in sets]
-           for name, sets in BASE["draws"].items()}  # fmt: skip
-    assert headline(BASE, STUDY) == METRIC
-    assert headline({"draws": few}, STUDY) == f"kernel/{FEATURE}"
+    found = comparisons(STUDY, RESULTS)
+    assert headline(STUDY, found) == METRIC
+    for one_of in found:
+        del one_of.differences[METRIC]
+    assert headline(STUDY, found) == f"kernel/{FEATURE}"
 
 
-def test_the_page_holds_every_row_and_verdict():
-    rows, found = rows_of(STUDY, BASE, ARMS), comparisons(STUDY, BASE, ARMS)
-    text = page.markdown(STUDY, BASE, rows, found, "python -m vapi_jax.study")
-    for row in rows:
+def test_the_page_holds_every_row_verdict_and_published_figure():
+    figures = {"plain": {METRIC: 7.65, "fid": 2.28}}
+    arms = (dataclasses.replace(STUDY.arms[0], published=figures), *STUDY.arms[1:])
+    study = dataclasses.replace(STUDY, arms=arms)
+    found = comparisons(study, RESULTS)
+    text = page.markdown(study, RESULTS, found, "python -m vapi_jax.study")
+    for row in rows_of(study, RESULTS):
         assert f"| {row.name} |" in text
     for sentence in verdicts(found, METRIC):
         assert sentence in text
     assert "42.50 ± 1.3" in text
+    assert "gradient norm inf" in text
+    assert f"| good | plain | {METRIC} | 7.65 | 42.50 ± 1.3 |" in text
+    assert "| good | plain | fid | 2.28 | – |" in text
 
 
 @pytest.mark.parametrize(
@@ -112,6 +166,8 @@ def test_the_page_holds_every_row_and_verdict():
         ({"features": ("inception",)}, "inception"),
         ({"seeds": 0}, "seeds"),
         ({"draws": {}}, "draws"),
+        ({"against": "b"}, "'b'"),
+        ({"files": Files("adm", "demo")}, "adm50k"),
         ({"arms": (Arm("a", draw=Draw()),)}, "'a'"),
         ({"arms": (Arm("a", {"steps": 3}, draw=Draw(), trained=False),)}, "'a'"),
     ],

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.helpers.tiny import make_tiny_recipe
+from tests.helpers.tiny import make_tiny_recipe, policy_file
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.study import work as module
 from vapi_jax.study.__main__ import main
 from vapi_jax.study.spec import StudyError, read_study
@@ -17,6 +18,7 @@ def get_study(variant=""):
     arms = (
         Arm("longer", {"steps": 3}),
         Arm("CE", {"method": "sft", "sft.noise_rate": 0.3}),
+        Arm("decoder", {"method": "tokenizer_post", "optimizer.learning_rate": 1e-3}),
         Arm("cold", draw=Draw(temperature=0.5), trained=False),
     )
     draws = {"plain": Draw(), "guided": Draw(cfg_scale=2.0)}
@@ -30,7 +32,8 @@ def get_study(variant=""):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    recipe = make_tiny_recipe("vapi", image_size=16)
+    weights = {"init": {"gpt": policy_file(16)}, "data": {"classes": "sorted"}}  # no uniform logits
+    recipe = make_tiny_recipe("vapi", image_size=16, **weights)
     (folder / "recipe.py").write_text(f"def get_config():\n    return {recipe!r}\n")
     (folder / "study.py").write_text(STUDY.replace("RECIPE", repr(str(folder / "recipe.py"))))
     assert main([f"--study={folder / 'study.py'}", f"--workdir={folder / 'out'}"]) == 0
@@ -40,14 +43,16 @@ def done(tmp_path_factory):
 @pytest.mark.slow
 def test_every_arm_is_trained_and_judged_alike(done):
     study, out, _ = done
-    base, arms = read_results(study, out / "results")
-    assert set(base["draws"]) == {"plain", "guided", "cold"}
-    assert [len(found) for found in arms.values()] == [1, 1]
-    sets = [arm["draws"][draw]["sets"] for (arm,) in arms.values() for draw in study.draws]
-    sets += list(base["draws"].values())
+    found = read_results(study, out / "results")
+    assert [set(one["draws"]) for one in found.base] == [{"plain", "guided", "cold"}]
+    assert {name: len(trainings) for name, trainings in found.arms.items()} == {
+        "longer": 1, "CE": 1, "decoder": 1,
+    }  # fmt: skip
+    sets = [arm["draws"][draw]["sets"] for (arm,) in found.arms.values() for draw in study.draws]
+    sets += list(found.base[0]["draws"].values())
     metrics = {"kernel/vgg_relu4_3", "precision", "recall", "diversity", "entropy"}
-    assert all(set(one) == metrics for found in sets for one in found)
-    assert all(found[0] != found[1] for found in sets)  # two sampling seeds
+    assert all(set(one) == metrics for drawn in sets for one in drawn)
+    assert all(drawn[0] != drawn[1] for drawn in sets)  # two sampling seeds
     longer, ce = (json.loads((out / f"results/{n}_0.json").read_text()) for n in ("longer", "ce"))
     assert (longer["steps"], ce["steps"]) == (3, 2)
     plain, guided = (longer["draws"][name]["sets"][0]["entropy"] for name in ("plain", "guided"))
@@ -58,13 +63,27 @@ def test_every_arm_is_trained_and_judged_alike(done):
 
 
 @pytest.mark.slow
+def test_a_trained_decoder_decodes_what_the_base_draws(done):
+    study, out, _ = done
+    found = read_results(study, out / "results")
+    (decoder,), (base,) = found.arms["decoder"], found.base
+    for name in study.draws:
+        drawn = decoder["draws"][name]
+        assert drawn["matched"] == base["draws"][name]
+        assert drawn["matched_temperature"] == study.draws[name].temperature
+        for own, other in zip(drawn["sets"], base["draws"][name], strict=True):
+            assert own["entropy"] == other["entropy"]  # the same tokens
+            assert own["kernel/vgg_relu4_3"] != other["kernel/vgg_relu4_3"]  # other pixels
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(done, monkeypatch):
     study, out, _ = done
 
     def again(*_, **__):
         raise AssertionError("it was finished")
 
-    for name in ("run", "fit", "StudyJudge"):
+    for name in ("run", "fit", "settled_method"):
         monkeypatch.setattr(module, name, again)
     assert work(study, out)
 
@@ -93,11 +112,16 @@ def test_the_page_is_made_again_from_results_alone(done, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "fact"),
-    [("", "get_study"), ("def get_study(variant):\n    return 3\n", "int")],
+    [
+        ("", "get_study"),
+        ("def get_study(variant):\n    return 3\n", "int"),
+        ("def get_study():\n    return 1 / 0\n", "line 2"),
+    ],
 )
 def test_what_is_no_study_is_named(tmp_path, text, fact):
     (tmp_path / "study.py").write_text(text)
-    with pytest.raises(StudyError, match=fact):
+    with pytest.raises(ExpectedError, match=fact):
         read_study(str(tmp_path / "study.py"))
-    with pytest.raises(StudyError, match="gone"):
+    with pytest.raises(StudyError, match=r"gone.*demo"):
         read_study(str(tmp_path / "gone.py"))
+    assert read_study("demo:tiny").name == "demo, tiny"

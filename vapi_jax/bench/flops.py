@@ -262,3 +262,68 @@ def step_flops(
         base=base * one.total,
         recomputed=sequences * _recomputed(config, policy, one, way),
     )
+
+
+# --- other methods, and samples -------------------------------------------------------------------
+
+
+def method_flops(config: TrainConfig, policy: Policy, prompt_length: int = 0) -> float | None:
+    """Model FLOPs of one step of any method that trains over or for a generator.
+
+    Networks of rewards other than LPIPS are left out. A backward pass to an input alone costs one forward,
+    one to parameters as well costs two.
+
+    Args:
+      config: the run.
+      policy: its generator.
+      prompt_length: see `step_flops`.
+
+    Returns:
+      None for a method that is not counted here.
+    """
+    condition = make_condition(config, policy)
+    if isinstance(condition, Prompt):
+        prompt_length = prompt_length or max(condition.lengths)
+    one, side, options = (
+        policy_flops(policy, prompt_length).total,
+        config.data.image_size,
+        config.options,
+    )
+    decode, images = decoder_flops(config.tokenizer, side), config.batch_size
+    encoded = source_class(config.data.name).brings_tokens
+    encode = 0.0 if encoded else encoder_flops(config.tokenizer, side)
+    seen = sum(
+        lpips_flops(term.reward.net, side)
+        for term in make_terms(config.rewards)
+        if isinstance(term.reward, LPIPS)
+    )
+    if config.method == "vapi":
+        return step_flops(config, policy, prompt_length=prompt_length).model
+    if config.method == "sft":
+        return images * (encode + 3 * one)
+    if config.method == "ste":
+        return images * (encode + 3 * one + 2 * decode + 3 * seen)
+    if config.method == "cca":
+        return images * (encode + 2 * (3 + 1) * one)
+    if config.method == "tokenizer_post":
+        guided = options.rollout == "mixed" and options.cfg_scale != 1.0
+        perceptual = lpips_flops(options.perceptual_net, side)
+        return images * (encode + (1 + guided) * one + 3 * decode + 3 * perceptual)
+    if config.method == "ar_grpo":
+        drawn = 1 + (options.cfg_scale != 1.0)
+        trained = options.updates * (
+            3 * (1 + options.guided) + (1 + options.guided) * options.needs_base
+        )
+        return images * options.group_size * ((drawn + trained) * one + decode + 2 * seen)
+    return None
+
+
+def sample_flops(
+    config: TrainConfig, policy: Policy, guided: bool, prompt_length: int = 0
+) -> float:
+    """One image drawn and decoded; its judges' networks are small beside that and left out."""
+    condition = make_condition(config, policy)
+    if isinstance(condition, Prompt):
+        prompt_length = prompt_length or max(condition.lengths)
+    one = policy_flops(policy, prompt_length).total
+    return (2.0 if guided else 1.0) * one + decoder_flops(config.tokenizer, config.data.image_size)

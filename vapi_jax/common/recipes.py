@@ -69,19 +69,7 @@ def read_recipe(text: str) -> ConfigDict:
 
     name, _, variant = str(local_path(text)).partition(":")
     path = find_recipe(name)
-    try:
-        module = _load(path)
-        make = getattr(module, "get_config", None)
-        if make is None:
-            raise RecipeError(f"{path} is no recipe: it has no function get_config")
-        takes = len(inspect.signature(make).parameters)
-        if variant and not takes:
-            raise RecipeError(f"{path} has no variants, and {variant!r} is asked for")
-        found = make(variant) if takes else make()
-    except RecipeError:
-        raise
-    except Exception as error:  # a recipe is a program, and its author wants to know
-        raise RecipeError(f"{path} cannot be used: {_cause(error, path)}") from error
+    found = call(path, "get_config", variant)
     if isinstance(found, FrozenConfigDict):
         return ConfigDict(found)
     if isinstance(found, Mapping):
@@ -91,6 +79,26 @@ def read_recipe(text: str) -> ConfigDict:
             f"{path}: get_config gives a {type(found).__name__}; wants a ConfigDict or a dict"
         )
     return found
+
+
+def call(path: Path, function: str, variant: str) -> object:
+    """What a function of a recipe's file gives for a variant.
+
+    Raises:
+      RecipeError: the file has no such function or no variants, or raises something; with what and where.
+    """
+    try:
+        make = getattr(_load(path), function, None)
+        if make is None:
+            raise RecipeError(f"{path} is no recipe: it has no function {function}")
+        takes = len(inspect.signature(make).parameters)
+        if variant and not takes:
+            raise RecipeError(f"{path} has no variants, and {variant!r} is asked for")
+        return make(variant) if takes else make()
+    except RecipeError:
+        raise
+    except Exception as error:  # a recipe is a program, and its author wants to know
+        raise RecipeError(f"{path} cannot be used: {_cause(error, path)}") from error
 
 
 def _cause(error: Exception, path: Path) -> str:

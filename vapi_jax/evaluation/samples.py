@@ -153,6 +153,15 @@ class SampleJudge:
         other.sampler = sampler_of(self.method, self.frozen, self.batch, settings)
         return other
 
+    def with_tokenizer(self, tokenizer: Any) -> SampleJudge:
+        """The same judge of samples that another tokenizer decodes, its parameters in any layout."""
+        other = copy.copy(self)
+        other.frozen = {
+            **self.frozen,
+            "tokenizer": jax.device_put(tokenizer, replicated(self.method.mesh)),
+        }
+        return other.with_settings()
+
     @property
     def names(self) -> tuple[str, ...]:
         """The features."""

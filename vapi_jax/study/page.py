@@ -2,69 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vapi_jax.common.files import write_atomically
 from vapi_jax.report.verdict import show
-from vapi_jax.study.spec import Study
-from vapi_jax.study.table import AGAINST, Comparison, Row, headline, says, verdicts
+from vapi_jax.study.spec import BASE, Results, Study
+from vapi_jax.study.table import (
+    Comparison,
+    Row,
+    comparisons,
+    headline,
+    higher_is_better,
+    rows_of,
+    says,
+    the,
+    verdicts,
+)
 
 _COLOURS = {"better": "#1b7837", "worse": "#b2182b"}
+_LAST = ("held_out/ce", "held_out/reward")
 
 
-def markdown(
-    study: Study,
-    base: Mapping[str, Any],
-    rows: Sequence[Row],
-    found: Sequence[Comparison],
-    command: str,
-) -> str:
+def markdown(study: Study, results: Results, found: Sequence[Comparison], command: str) -> str:
     """The page.
 
     Args:
       study: what was asked.
-      base: its result.
-      rows, found: of `table.rows_of` and `table.comparisons`.
+      results: what there is.
+      found: of `table.comparisons`.
       command: that makes it.
     """
-    metric = headline(base, study)
-    names = [name for name in rows[0].means if name not in ("entropy",)]
-    names = ["entropy", metric, *(name for name in names if name != metric)]
-    names += [
-        name for name in ("held_out/ce", "held_out/reward") if any(name in r.means for r in rows)
-    ]
+    metric, rows = headline(study, found), rows_of(study, results)
+    names = [metric, "entropy", *dict.fromkeys(name for row in rows for name in row.means)]
+    names = [*dict.fromkeys(n for n in names if n not in _LAST)]
+    names += [name for name in _LAST if any(name in row.means for row in rows)]
     lines = [f"# {study.name}", "", study.question, "", f"    {command}", ""]
-    lines += [f"Recipe `{study.recipe}`, {_amount(study, rows)}", ""]
+    lines += [f"Recipe `{study.recipe}`. {_amount(study, rows)}", ""]
     lines += ["| | T | trainings | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 3)]
     for row in rows:
-        label = (
-            row.name
-            if row.draw in ("", row.name) or len(study.draws) == 1
-            else f"{row.name}, {row.draw}"
-        )
         cells = [_value(row, name) for name in names]
         t = "–" if row.temperature is None else f"{row.temperature:.3g}"
-        lines.append(f"| {label} | {t} | {row.trainings or '–'} | " + " | ".join(cells) + " |")
-    lines += ["", f"Verdicts are of {metric}; lower is better.", ""]
+        cells = [_label(study, row), t, str(row.trainings or "–"), *cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    better = "higher" if higher_is_better(metric) else "lower"
+    lines += ["", f"Verdicts are of {metric}; {better} is better.", ""]
     lines += [f"- {sentence}" for sentence in verdicts(found, metric)]
-    published = [(arm.name, arm.published) for arm in study.arms if arm.published]
-    if published:
-        lines += ["", "Published:", ""]
-        lines += [
-            f"- {name}: " + ", ".join(f"{k} {v:g}" for k, v in values.items())
-            for name, values in published
-        ]
-    return "\n".join(lines) + "\n"
+    lines += [f"- Broke down: {sentence}" for sentence in results.failed]
+    return "\n".join([*lines, *_published(study, rows)]) + "\n"
+
+
+def _label(study: Study, row: Row) -> str:
+    alone = row.draw in ("", row.name) or len(study.draws) == 1
+    return row.name if alone else f"{row.name}, {row.draw}"
 
 
 def _amount(study: Study, rows: Sequence[Row]) -> str:
     trainings = max((row.trainings for row in rows), default=0)
     return (
-        f"{trainings} of {study.seeds} training seeds an arm so far, {study.sampling_seeds} sets of "
-        f"{study.samples:,} samples each. ± is the standard deviation over trainings, of the base over sets. "
-        "Differences are paired by seed, with 95 % intervals of Student's t over trainings."
+        f"{trainings} of {study.seeds} training seeds an arm so far, {study.sampling_seeds} set(s) of "
+        f"{study.samples:,} samples each. ± is the standard deviation over seeds. Differences are paired by "
+        "seed, which shares uniforms, too, with 95 % intervals of Student's t over seeds."
     )
 
 
@@ -75,44 +74,55 @@ def _value(row: Row, name: str) -> str:
     return show(row.means[name]) + ("" if sd is None else f" ± {show(sd, 2)}")
 
 
+def _published(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Published figures, and ours of the same metrics beside them."""
+    asked = {BASE: study.published, **{arm.name: arm.published for arm in study.arms}}
+    ours = {(row.name, row.draw): row for row in rows}
+    lines = []
+    for name, figures in asked.items():
+        for draw, values in figures.items():
+            row = ours.get((name, draw)) or ours.get((name, name))
+            for metric, value in values.items():
+                own = "–" if row is None else _value(row, metric)
+                lines.append(f"| {name} | {draw} | {metric} | {value:g} | {own} |")
+    head = ["", "| published | draw | metric | there | here |", "|---|---|---|---|---|"]
+    return [*head, *lines] if lines else []
+
+
 def figure(found: Sequence[Comparison], metric: str) -> Any:
-    """Differences with their intervals, an arm a line, base and matched base beside each other."""
+    """Differences with their intervals, an arm a line, what they are held against beside each other."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(8.0, 1.2 + 0.32 * len(found)), layout="constrained")
-    axes = drawn.subplots(1, len(AGAINST), sharey=True)
-    for against, axis in zip(AGAINST, axes, strict=True):
-        chosen = [one for one in found if one.against == against]
-        for place, one in enumerate(reversed(chosen)):
+    against = [*dict.fromkeys(one.against for one in found)]
+    lines = [*dict.fromkeys((one.arm, one.draw) for one in reversed(found))]
+    size = (4.0 * len(against), 1.2 + 0.32 * len(lines))
+    drawn = Figure(figsize=size, layout="constrained")
+    axes = drawn.subplots(1, len(against), sharey=True, squeeze=False)[0]
+    for other, axis in zip(against, axes, strict=True):
+        for one in (one for one in found if one.against == other):
             difference = one.differences[metric]
-            colour = _COLOURS.get(says(one, metric), "#555555")
             axis.errorbar(
                 difference.mean,
-                place,
+                lines.index((one.arm, one.draw)),
                 xerr=difference.margin or 0.0,
                 fmt="o",
-                color=colour,
+                color=_COLOURS.get(says(one, metric), "#555555"),
                 capsize=3,
             )
         axis.axvline(0.0, color="#999999", linewidth=1.0)
-        axis.set_yticks(range(len(chosen)), [f"{one.arm}, {one.draw}" for one in reversed(chosen)])
-        axis.set_title(f"less the {against}", fontsize=10)
+        axis.set_yticks(range(len(lines)), [f"{arm}, {draw}" for arm, draw in lines])
+        axis.set_title(f"less {the(other)}", fontsize=10)
         axis.set_xlabel(metric, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
-def write(
-    study: Study,
-    base: Mapping[str, Any],
-    rows: Sequence[Row],
-    found: Sequence[Comparison],
-    folder: Path,
-    command: str,
-) -> Path:
-    """study.md and differences.png in a folder; the page's path."""
-    path = folder / "study.md"
-    text = markdown(study, base, rows, found, command)
-    write_atomically(path, text + "\n![differences](differences.png)\n")
-    figure(found, headline(base, study)).savefig(folder / "differences.png", dpi=150)
-    return path
+def write(study: Study, results: Results, folder: Path, command: str) -> tuple[Path, list[str]]:
+    """study.md and differences.png in a folder; the page's path, and the verdicts."""
+    path, found = folder / "study.md", comparisons(study, results)
+    text, metric = markdown(study, results, found, command), headline(study, found)
+    if found:
+        figure(found, metric).savefig(folder / "differences.png", dpi=150)
+        text += "\n![differences](differences.png)\n"
+    write_atomically(path, text)
+    return path, verdicts(found, metric)

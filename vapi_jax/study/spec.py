@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -11,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from vapi_jax.common.errors import ExpectedError
-from vapi_jax.common.recipes import change, read_recipe
+from vapi_jax.common.paths import local_path
+from vapi_jax.common.recipes import RECIPES, call, change, read_recipe
 from vapi_jax.evaluation.features import FEATURES
+from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.methods import find_method
 
 BASE = "base"
 """The arm that every study has: the generator before any training."""
+
+STUDIES = RECIPES / "studies"
+"""The studies that come with the package."""
 
 
 class StudyError(ExpectedError, ValueError):
@@ -49,6 +53,42 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
+class Files:
+    """The published way of judging, see `vapi_jax.study.files`.
+
+    Attributes:
+      protocol: of `vapi_jax.generation.protocols.PROTOCOLS`.
+      checkpoint: of the base, as `vapi_jax.sample` takes it.
+      dtype: what all is drawn in.
+      reference: images or statistics that "adm50k" is held against; without, nothing is measured.
+      inception: file of FID's weights.
+      features: network of the metrics.
+      prompts: file of GenEval's metadata.
+      text_encoder: of captions, where the checkpoint wants one.
+      changes: of the protocol's flags, for trials.
+    """
+
+    protocol: str
+    checkpoint: str
+    dtype: str = "bfloat16"
+    reference: str = ""
+    inception: str = ""
+    features: str = "inception"
+    prompts: str = ""
+    text_encoder: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is what it needs."""
+        return bool(self.reference or self.prompts)
+
+
+Figures = Mapping[str, Mapping[str, float]]
+"""Draw -> metric -> value."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Arm:
     """One way to get a generator.
 
@@ -58,7 +98,7 @@ class Arm:
       recipe: another recipe than the study's; its generator and tokenizer have to be the same.
       draw: for an untrained arm, how the base is drawn; trained arms are drawn by the study's settings.
       trained: False for the base.
-      published: metric -> what is published of it, shown beside.
+      published: what is published of it, shown beside.
     """
 
     name: str
@@ -66,7 +106,7 @@ class Arm:
     recipe: str = ""
     draw: Draw | None = None
     trained: bool = True
-    published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    published: Figures = dataclasses.field(default_factory=dict)
 
     @property
     def slug(self) -> str:
@@ -87,10 +127,15 @@ class Study:
       changes: of every arm's recipe, under the arm's own.
       draws: name -> how every trained arm, and the base, is drawn.
       seeds: training seeds of an arm, 0 to seeds - 1.
-      sampling_seeds: sets of samples of each training.
+      sampling_seeds: sets of samples of each training, of other uniforms for each of its seeds; the base is
+        drawn with the same.
       samples: images of a set.
       features: networks that judge, the first of them for the verdict; it should be one that no arm's
         reward has seen.
+      verdict: metric of the verdict where it is measured; else FID, else a distance in the first features.
+      against: an arm that all others are held against, too, seed by seed.
+      files: the published way of judging, beside the study's own.
+      published: of the base.
     """
 
     name: str
@@ -103,6 +148,10 @@ class Study:
     sampling_seeds: int = 2
     samples: int = 2048
     features: tuple[str, ...] = ("efficientnet_lite0_112", "alex_conv5", "vgg_relu4_3")
+    verdict: str = ""
+    against: str = ""
+    files: Files | None = None
+    published: Figures = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
@@ -124,6 +173,10 @@ class Study:
             for number in ("seeds", "sampling_seeds", "samples")
             if getattr(self, number) < 1
         ]
+        if self.against and self.against not in [arm.name for arm in self.trained]:
+            problems.append(f"against={self.against!r} is no arm that trains")
+        if self.files is not None and self.files.protocol not in PROTOCOLS:
+            problems.append(f"files: {self.files.protocol!r} is none of {', '.join(PROTOCOLS)}")
         if not self.draws:
             problems.append("draws: at least one")
         for arm in self.arms:
@@ -139,34 +192,73 @@ class Study:
         """Arms that train."""
         return tuple(arm for arm in self.arms if arm.trained)
 
+    @property
+    def untrained(self) -> tuple[Arm, ...]:
+        """Other draws of the base."""
+        return tuple(arm for arm in self.arms if not arm.trained)
 
-def read_study(given: str) -> Study:
-    """A study from its file, PATH.py or PATH.py:VARIANT, whose `get_study(variant)` makes it.
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What is there of a study, each result as its file has it.
+
+    Attributes:
+      base: a seed each.
+      arms: name -> a training each.
+      failed: sentences of trainings that broke down.
+    """
+
+    base: list[dict[str, Any]]
+    arms: dict[str, list[dict[str, Any]]]
+    failed: list[str]
+
+
+def read_file(given: str) -> object:
+    """What a study's file, PATH.py or PATH.py:VARIANT, has to say: its `get_study(variant)`.
+
+    What is not there is looked for among those that ship with the package, as recipes are.
 
     Raises:
-      StudyError: there is no such file, it has no get_study, or what that returns is no study.
+      StudyError: there is no such file.
+      RecipeError: it has no get_study, or that raises something.
     """
     name, _, variant = given.partition(":")
-    path = Path(name)
+    path = local_path(name if name.endswith(".py") else f"{name}.py")
+    if not path.exists() and path.parent in (Path(), Path("configs/studies")):
+        path = STUDIES / path.name
     if not path.is_file():
-        raise StudyError(f"{path}: no such study; see configs/studies/")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a file with a name"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = getattr(module, "get_study", None)
-    if make is None:
-        raise StudyError(f"{path}: has no function get_study(variant)")
-    study = make(variant)
-    if not isinstance(study, Study):
-        raise StudyError(f"{path}: get_study returned {type(study).__name__}, a Study is wanted")
-    return study
+        known = ", ".join(sorted(found.stem for found in STUDIES.glob("*.py"))) or "none"
+        raise StudyError(f"there is no study {name!r}; known by name: {known}")
+    return call(path, "get_study", variant)
 
 
-def recipe_of(study: Study, arm: Arm, seed: int) -> Any:
-    """The recipe of one training, as `vapi_jax.main` would take it."""
+def study_of(given: str, found: object) -> Study:
+    """What a study's file gives, if that is a study.
+
+    Raises:
+      StudyError: it is something else.
+    """
+    if not isinstance(found, Study):
+        raise StudyError(f"{given}: get_study gives a {type(found).__name__}, a Study is wanted")
+    return found
+
+
+def read_study(given: str) -> Study:
+    """A study from its file; see `read_file` and `study_of`."""
+    return study_of(given, read_file(given))
+
+
+def recipe_of(study: Study, arm: Arm | None = None, seed: int = 0) -> Any:
+    """The recipe of one training, as `vapi_jax.main` would take it; without an arm, of the judge."""
+    arm = arm or Arm(BASE)
     config = read_recipe(os.fspath(arm.recipe or study.recipe))
-    changes = {**study.changes, **arm.changes, "seed": seed, "eval.compare": False}
+    asked = max(3, study.samples // 2)  # captions, so that each is drawn of twice
+    judged = {"eval.compare": False, "eval.samples": asked, "eval.sampled": asked}
+    changes = {**study.changes, **arm.changes, "seed": seed, **judged}
+    if "lora" in config.get("policy", {}):
+        raise StudyError(
+            f"arm {arm.name!r}: a study judges whole generators, and this recipe trains adapters"
+        )
     if changes.get("method", config.method) != config.method:
         section = find_method(config.method).section  # with the other method's options
         if section in config:

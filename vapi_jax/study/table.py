@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.study.spec import BASE, Study
+from vapi_jax.study.spec import BASE, Results, Study
 from vapi_jax.study.statistics import LEVEL, Difference, holm, paired
 
-SETS = tuple[Mapping[str, float], ...]
 _SPREAD = ("recall", "diversity")
 
 
@@ -23,8 +22,8 @@ class Row:
       draw: the study's name of how they were drawn; "" for crops and reconstructions.
       name: of the arm, or of what it is beside.
       temperature: of an untrained or matched base.
-      means: metric -> mean over trainings, each the mean of its sampling seeds.
-      sds: metric -> standard deviation over trainings; over sampling seeds where nothing was trained.
+      means: metric -> mean over seeds, each the mean of its sets of samples.
+      sds: metric -> standard deviation over seeds; None for one.
       trainings: how many; 0 where nothing was trained.
     """
 
@@ -38,12 +37,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An arm against the base, or against the base at the arm's entropy.
+    """An arm against something else.
 
     Attributes:
       draw, arm: which.
-      against: "base" or "base at equal entropy".
-      differences: metric -> arm less the other, over pairs of trainings.
+      against: "base", "base at equal entropy", or the study's own arm for that.
+      differences: metric -> arm less the other, over pairs of one seed.
       corrected: Holm's p of the headline, over all comparisons of the study; None where there is none.
     """
 
@@ -55,17 +54,81 @@ class Comparison:
 
 
 AGAINST = ("base", "base at equal entropy")
+BySeed = Mapping[int, Mapping[str, float]]
+"""Seed -> what is measured of it."""
 
 
-def headline(base: Mapping[str, Any], study: Study) -> str:
-    """The metric of the verdict: in the first features, Fréchet's distance where samples allow it."""
-    found = base["draws"][next(iter(study.draws))][0]
-    name = f"frechet/{study.features[0]}"
-    return name if name in found else f"kernel/{study.features[0]}"
+def higher_is_better(metric: str) -> bool:
+    """Whether more of it is better, as it is not of distances."""
+    return metric.startswith(("scenes/", "geneval/")) or metric in ("is", "precision", *_SPREAD)
 
 
 def _average(sets: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in sets])) for name in sets[0]}
+    """Of the metrics that all of them have."""
+    names = [name for name in sets[0] if all(name in one for one in sets)]
+    return {name: float(np.mean([one[name] for one in sets])) for name in names}
+
+
+def _of_base(results: Results, draw: str) -> BySeed:
+    return {one["seed"]: _average(one["draws"][draw]) for one in results.base}
+
+
+def _of_arm(results: Results, arm: str, draw: str, which: str) -> BySeed:
+    """`which` is "sets", the arm's own, or "matched", the base's at its entropy."""
+    return {one["seed"]: _average(one["draws"][draw][which]) for one in results.arms[arm]}
+
+
+def _paired(own: BySeed, other: BySeed) -> dict[str, Difference]:
+    """Of the seeds and metrics that both have; nothing where they share none."""
+    seeds = sorted(own.keys() & other.keys())
+    if not seeds:
+        return {}
+    names = [
+        name for name in own[seeds[0]] if all(name in x[s] for x in (own, other) for s in seeds)
+    ]
+    return {n: paired([own[s][n] for s in seeds], [other[s][n] for s in seeds]) for n in names}
+
+
+def comparisons(study: Study, results: Results) -> list[Comparison]:
+    """In every draw: every arm against the base, against the base at its entropy, and against the arm that
+    the study names; and the base drawn otherwise against the base as the study draws it first.
+    """
+    found = []
+
+    def compare(draw: str, arm: str, against: str, own: BySeed, other: BySeed) -> None:
+        if differences := _paired(own, other):
+            found.append(Comparison(draw, arm, against, differences))
+
+    for draw in study.draws:
+        base = _of_base(results, draw)
+        for name in results.arms:
+            own = _of_arm(results, name, draw, "sets")
+            compare(draw, name, AGAINST[0], own, base)
+            compare(draw, name, AGAINST[1], own, _of_arm(results, name, draw, "matched"))
+            if study.against in results.arms and name != study.against:
+                other = _of_arm(results, study.against, draw, "sets")
+                compare(draw, name, study.against, own, other)
+    first = next(iter(study.draws))
+    for arm in study.untrained:
+        compare(first, arm.name, AGAINST[0], _of_base(results, arm.name), _of_base(results, first))
+    metric = headline(study, found)
+    p = {str(i): one.differences[metric].p for i, one in enumerate(found)}
+    corrected = holm({name: value for name, value in p.items() if value is not None})
+    return [
+        dataclasses.replace(one, corrected=corrected.get(str(i))) for i, one in enumerate(found)
+    ]
+
+
+def headline(study: Study, found: Sequence[Comparison]) -> str:
+    """The metric of the verdicts: the study's own, FID, or a distance in the first features.
+
+    The first of these that all comparisons have; Fréchet's distance wants more samples than features.
+    """
+    first = study.features[0]
+    for metric in (study.verdict, "fid", f"frechet/{first}"):
+        if metric and found and all(metric in one.differences for one in found):
+            return metric
+    return f"kernel/{first}"
 
 
 def _row(
@@ -79,30 +142,24 @@ def _row(
     return Row(draw, name, temperature, means, sds, n)
 
 
-def rows_of(
-    study: Study, base: Mapping[str, Any], arms: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[Row]:
+def rows_of(study: Study, results: Results) -> list[Row]:
     """The rows of every draw, and the floors."""
     rows = []
     for draw, how in study.draws.items():
-        rows.append(_row(draw, BASE, how.temperature, base["draws"][draw], 0))
-        for name, found in arms.items():
-            drawn = [one["draws"][draw] for one in found]
-            own = [
-                {**_average(one["sets"]), **_held_out(result)}
-                for one, result in zip(drawn, found, strict=True)
-            ]
-            rows.append(_row(draw, name, how.temperature, own, len(own)))
-            at = float(np.mean([one["matched_temperature"] for one in drawn]))
-            matched = [_average(one["matched"]) for one in drawn]
+        rows.append(_row(draw, BASE, how.temperature, list(_of_base(results, draw).values()), 0))
+        for name, found in results.arms.items():
+            own = _of_arm(results, name, draw, "sets")
+            units = [{**own[one["seed"]], **_held_out(one)} for one in found]
+            rows.append(_row(draw, name, how.temperature, units, len(own)))
+            at = float(np.mean([one["draws"][draw]["matched_temperature"] for one in found]))
+            matched = list(_of_arm(results, name, draw, "matched").values())
             rows.append(_row(draw, f"{BASE} at the entropy of {name}", at, matched, len(own)))
-    rows += [
-        _row(arm.name, arm.name, arm.draw.temperature, base["draws"][arm.name], 0)
-        for arm in study.arms
-        if arm.draw is not None
-    ]
-    rows.append(_row("", "tokenizer's floor", None, base["floor"], 0))
-    rows.append(_row("", "other real crops", None, base["real"], 0))
+    for arm in study.untrained:
+        assert arm.draw is not None, "it is untrained"
+        drawn = list(_of_base(results, arm.name).values())
+        rows.append(_row(arm.name, arm.name, arm.draw.temperature, drawn, 0))
+    for name, what in (("tokenizer's floor", "floor"), ("other real crops", "real")):
+        rows.append(_row("", name, None, [one[what] for one in results.base], 0))
     return rows
 
 
@@ -113,34 +170,6 @@ def _held_out(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def comparisons(
-    study: Study, base: Mapping[str, Any], arms: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[Comparison]:
-    """Every arm against the base and against the base at its entropy, in every draw."""
-    found = []
-    for draw in study.draws:
-        for name, results in arms.items():
-            drawn = [one["draws"][draw] for one in results]
-            own = [_average(one["sets"]) for one in drawn]
-            others = {
-                AGAINST[0]: [_average(base["draws"][draw])] * len(own),
-                AGAINST[1]: [_average(one["matched"]) for one in drawn],
-            }
-            for against, theirs in others.items():
-                differences = {
-                    metric: paired([a[metric] for a in own], [b[metric] for b in theirs])
-                    for metric in own[0]
-                    if all(metric in b for b in theirs)
-                }
-                found.append(Comparison(draw, name, against, differences))
-    metric = headline(base, study)
-    p = {str(i): one.differences[metric].p for i, one in enumerate(found)}
-    corrected = holm({name: value for name, value in p.items() if value is not None})
-    return [
-        dataclasses.replace(one, corrected=corrected.get(str(i))) for i, one in enumerate(found)
-    ]
-
-
 def says(comparison: Comparison, metric: str) -> str:
     """ "better", "worse", "no difference" beyond noise, or "one training" where there is no noise to tell."""
     difference = comparison.differences[metric]
@@ -148,7 +177,12 @@ def says(comparison: Comparison, metric: str) -> str:
         return "one training"
     if comparison.corrected is None or comparison.corrected >= LEVEL:
         return "no difference"
-    return "better" if difference.mean < 0 else "worse"
+    return "better" if (difference.mean > 0) == higher_is_better(metric) else "worse"
+
+
+def the(against: str) -> str:
+    """What is compared with, in a sentence."""
+    return f"the {against}" if against in AGAINST else against
 
 
 def lost_spread(comparison: Comparison) -> list[str]:
@@ -169,7 +203,7 @@ def verdicts(found: Sequence[Comparison], metric: str) -> list[str]:
         interval = f"{difference.mean:+.4g}"
         if difference.margin is not None:
             interval += f" ± {difference.margin:.2g}"
-        text = f"{one.arm} against the {one.against}, {one.draw}: {interval} in {metric}"
+        text = f"{one.arm} against {the(one.against)}, {one.draw}: {interval} in {metric}"
         meaning = says(one, metric)
         if meaning == "no difference" and difference.detectable is not None:
             text += (
@@ -180,7 +214,7 @@ def verdicts(found: Sequence[Comparison], metric: str) -> list[str]:
         else:
             text += f", {meaning} (p = {one.corrected:.2g} after Holm's correction)"
         lost = lost_spread(one)
-        if lost and difference.mean < 0:
+        if lost and (difference.mean > 0) == higher_is_better(metric):
             text += f"; bought with {' and '.join(lost)}, which fell"
         sentences.append(text + ".")
     return sentences

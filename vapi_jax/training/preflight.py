@@ -68,15 +68,21 @@ def require(raw: Any) -> TrainConfig:
     Raises:
       ConfigError: listing all that is wrong with its values, and all that is missing here.
     """
+    config, errors, notes = look(raw)
+    raise_all(errors)
+    for note in notes:
+        logger.warning("%s", note)
+    return config
+
+
+def look(raw: Any) -> tuple[TrainConfig, Errors, list[str]]:
+    """What `require` gives or refuses, and what is worth knowing besides."""
     config, errors = examine(raw)
     mesh = open_mesh(config, errors)
     settled = with_classes(config, errors)
     data = look_at_data(settled, errors)
     look_at_weights(settled, mesh, errors)
-    raise_all(errors)
-    for note in (*data.notes, *notes_on_weights(settled)):
-        logger.warning("%s", note)
-    return config
+    return config, errors, [*data.notes, *notes_on_weights(settled)]
 
 
 # --- devices --------------------------------------------------------------------------------------

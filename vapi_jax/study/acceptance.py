@@ -1,0 +1,181 @@
+"""Figures that a right installation must meet before anything is trained, cheapest first."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vapi_jax.common.files import make_folder, new_folder, write_atomically
+from vapi_jax.common.images import to_uint8
+from vapi_jax.common.progress import announce
+from vapi_jax.common.recipes import change, read_recipe
+from vapi_jax.common.tables import format_table
+from vapi_jax.data.real_images import write_images
+from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.evaluation.images import open_images
+from vapi_jax.evaluation.measure import Settings, measure
+from vapi_jax.evaluation.samples import SampleJudge, even_batch, on_judging_devices
+from vapi_jax.study.files import draw_files
+from vapi_jax.study.judge import settled_method, start_of
+from vapi_jax.study.spec import Draw, Files
+from vapi_jax.training import train
+from vapi_jax.training.preflight import require
+
+Figures = dict[str, float]
+Measure = Callable[[Mapping[str, Any], Path], Figures]
+"""(Changes of the recipes, a folder to work in) -> metric -> value."""
+RESULTS = "acceptance.json"
+_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One of them.
+
+    Attributes:
+      name: what is looked at.
+      measure: looks at it.
+      wants: metric -> least and most that are right.
+      miss: what it usually means when one of them is missed.
+    """
+
+    name: str
+    measure: Measure
+    wants: Mapping[str, tuple[float, float]]
+    miss: str
+
+    def missed(self, found: Figures) -> list[str]:
+        """Metrics that are outside."""
+        return [n for n, (low, high) in self.wants.items() if not low <= found[n] <= high]
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """Checks in their order.
+
+    Attributes:
+      name: of the whole.
+      checks: cheapest first.
+      changes: of the recipes, option by dotted path.
+    """
+
+    name: str
+    checks: tuple[Check, ...]
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def told(self) -> str:
+        """What would be looked at, and nothing else."""
+        lines = [f"{self.name}, up to the first miss:"]
+        for check in self.checks:
+            limits = ", ".join(f"{n} {low:g} to {high:g}" for n, (low, high) in check.wants.items())
+            lines += [f"- {check.name}: {limits}", f"    A miss: {check.miss}"]
+        return "\n".join(lines)
+
+    def run(self, workdir: Path) -> bool:
+        """Does what is not done yet, up to the first miss; whether all was right.
+
+        What was measured is kept in WORKDIR/acceptance.json and not measured again.
+        """
+        make_folder(workdir)
+        path = workdir / RESULTS
+        known: dict[str, Figures] = json.loads(path.read_bytes()) if path.exists() else {}
+        for check in self.checks:
+            if check.name not in known:
+                announce(f"{self.name}: {check.name}")
+                known[check.name] = check.measure(self.changes, workdir / "images")
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+            found = known[check.name]
+            print(render(check, found), flush=True)
+            if missed := check.missed(found):
+                print(f"MISSED: {', '.join(missed)}. {check.miss}")
+                return False
+        return True
+
+
+def render(check: Check, found: Figures) -> str:
+    """The table of a check."""
+    rows = [
+        [metric, low, high, found[metric], "right" if low <= found[metric] <= high else "MISSED"]
+        for metric, (low, high) in check.wants.items()
+    ]
+    return format_table(rows, [check.name, "at least", "at most", "here", ""])
+
+
+def reconstructions(
+    recipe: str,
+    count: int,
+    metrics: tuple[str, ...],
+    files: Files,
+    own: Mapping[str, Any] | None = None,
+) -> Measure:
+    """Held-out images through the tokenizer and back, pair by pair.
+
+    Args:
+      recipe: whose data and tokenizer.
+      count: of images.
+      metrics: "psnr", "ssim", "fid", ...
+      files: network of the Fréchet distance, and its weights.
+      own: changes of the recipe, under those of the command line.
+    """
+
+    def found(changes: Mapping[str, Any], folder: Path) -> Figures:
+        config = _recipe(recipe, changes, own)
+        method = settled_method(config)
+        method, frozen = on_judging_devices(method, train.load_frozen(method))
+        real, again = (folder / f"{name}_{count}" for name in ("real", "reconstructed"))
+        if not real.exists():
+            write_images(config.data, config.eval.split, count, config.seed, real)
+        if not again.exists():
+            batch = even_batch(count, method.mesh.size, _AT_ONCE)
+            judge = SampleJudge(method, frozen, batch, ())
+            number = 0
+            with new_folder(again) as place:
+                for images in open_images(real).batches(batch):
+                    floats = images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+                    for image in to_uint8(judge.reconstruct(floats)):
+                        Image.fromarray(image).save(place / f"{number:06d}.png")
+                        number += 1
+        settings = Settings(
+            str(again), str(real), features=files.features, inception=files.inception or None,
+            metrics=metrics, paired=True,
+        )  # fmt: skip
+        return {name: one["value"] for name, one in measure(settings)["metrics"].items()}
+
+    return found
+
+
+def teacher_forced(recipe: str, own: Mapping[str, Any] | None = None) -> Measure:
+    """Cross-entropy of held-out images under their own tokens, and how far below a uniform guess it is."""
+
+    def found(changes: Mapping[str, Any], folder: Path) -> Figures:
+        del folder
+        method = settled_method(_recipe(recipe, changes, own))
+        ce = HeldOut(*on_judging_devices(method, train.load_frozen(method)))(start_of(method))["ce"]
+        return {"ce": ce, "below ln V": math.log(method.config.tokenizer.codebook_size) - ce}
+
+    return found
+
+
+def sampled(files: Files, draw: Draw, real: int = 0) -> Measure:
+    """The base by a published protocol; against so many of the real images of `reconstructions`, where the
+    protocol's reference is not at hand.
+    """
+
+    def found(changes: Mapping[str, Any], folder: Path) -> Figures:
+        del changes
+        against = files.reference or str(folder / f"real_{real}")
+        asked = dataclasses.replace(files, reference=against)
+        return draw_files(asked, files.checkpoint, folder / f"cfg_{draw.cfg_scale:g}", draw, 1.0, 0)
+
+    return found
+
+
+def _recipe(recipe: str, changes: Mapping[str, Any], own: Mapping[str, Any] | None) -> Any:
+    return require(change(read_recipe(recipe), {**(own or {}), **changes}))

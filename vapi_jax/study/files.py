@@ -1,0 +1,88 @@
+"""The published way of judging, beside a study's own: images in files, as `vapi_jax.sample` writes them.
+
+"adm50k": FID, Inception Score, precision and recall of 50,000 images of random classes at 256 px, by the
+evaluator of `vapi_jax.evaluate`; the images go when they are judged. GenEval's protocols: images in GenEval's
+folders, which stay, for a detector of the user's. What that detector writes beside them is scored whenever
+the page is made.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vapi_jax import sample
+from vapi_jax.evaluation.geneval import Rules
+from vapi_jax.evaluation.geneval_files import judge_file, read_prompts
+from vapi_jax.evaluation.geneval_scores import PROMPTS, check_complete, score
+from vapi_jax.evaluation.measure import Settings, measure
+from vapi_jax.generation.protocols import PROTOCOLS
+from vapi_jax.study.spec import Draw, Files
+
+DETECTIONS = "detections.jsonl"
+_METRICS = ("fid", "is", "precision", "recall")
+
+
+def arguments(files: Files, draw: Draw, temperature: float, seed: int) -> list[str]:
+    """Of `vapi_jax.sample`, beside checkpoint and place: the protocol's, under the draw's own."""
+    given: dict[str, Any] = {**PROTOCOLS[files.protocol]}
+    given |= {"cfg": draw.cfg_scale, "top_k": draw.top_k, "top_p": draw.top_p}
+    given |= {"temperature": temperature, "seed": seed, "dtype": files.dtype, **files.changes}
+    if files.prompts:
+        given["prompts"] = files.prompts
+    if files.text_encoder:
+        given["text_encoder"] = files.text_encoder
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def folder_of(workdir: Path, who: str, what: str, seed: int) -> Path:
+    """Of the images of one set: by whom ("base_0"), by which draw, the how manieth."""
+    return workdir / "images" / who / f"{what}_{seed}"
+
+
+def draw_files(
+    files: Files, checkpoint: str, place: Path, draw: Draw, temperature: float, seed: int
+) -> dict[str, float]:
+    """Draws a set of images, or goes on with it; its metrics, where they can be had without a detector."""
+    argv = [f"--ckpt={checkpoint}", f"--out={place}", *arguments(files, draw, temperature, seed)]
+    sample.run(sample.parse(argv))
+    if not files.reference:
+        return {}
+    file = files.inception or None
+    receipt = measure(
+        Settings(
+            str(place), files.reference, features=files.features, inception=file, metrics=_METRICS
+        )
+    )
+    shutil.rmtree(place)
+    return {name: one["value"] for name, one in receipt["metrics"].items()}
+
+
+def add_detected(
+    files: Files | None, workdir: Path, who: str, what: str, sets: Sequence[dict[str, float]]
+) -> None:
+    """Adds GenEval's scores to sets beside whose images a detector has written what it found.
+
+    Raises:
+      GenevalError: that file cannot be used, or leaves images out.
+    """
+    if files is None or not files.prompts:
+        return
+    for seed, one in enumerate(sets):
+        found = folder_of(workdir, who, what, seed) / DETECTIONS
+        if not found.is_file():
+            continue
+        prompts = read_prompts(Path(files.prompts))
+        images = judge_file(found, prompts, Rules())
+        if len(prompts) == PROMPTS:
+            check_complete(images, prompts)
+        tasks = score(images, prompts).tasks
+        one |= {f"geneval/{task}": estimate.value for task, estimate in tasks.items()}
+
+
+def undetected(workdir: Path) -> list[Path]:
+    """Folders of GenEval's images that no detector has looked at."""
+    places = sorted((workdir / "images").glob("*/*"))
+    return [place for place in places if not (place / DETECTIONS).is_file()]
