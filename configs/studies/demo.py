@@ -2,8 +2,8 @@
 
     python -m vapi_jax.study --study=configs/studies/demo.py --workdir=studies/demo
 
-Four trainings an arm; the base beside them as it is, sharpened, and at each arm's entropy. ":tiny" shows in a
-minute or two that it works.
+Four trainings an arm; the base beside them as it is, sharpened, and at each arm's entropy. ":tiny" shows in
+a minute or two that it works.
 """
 
 from vapi_jax.study.spec import Arm, Draw, Study

@@ -1,0 +1,105 @@
+"""Every study that ships: read, its recipes valid, its cost estimated."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers.paths import CONFIGS
+from vapi_jax.bench.flops import method_flops, sample_flops, step_flops
+from vapi_jax.methods.generator import sized_policy
+from vapi_jax.methods.resolve import examine, resolve
+from vapi_jax.models.policy import make_policy
+from vapi_jax.study import estimate
+from vapi_jax.study.__main__ import main
+from vapi_jax.study.acceptance import Acceptance, Check
+from vapi_jax.study.spec import BASE, Study, read_study, recipe_of
+
+STUDIES = sorted({path.stem for path in (CONFIGS / "studies").glob("*.py")} - {"acceptance"})
+
+
+@pytest.mark.parametrize("variant", ["", ":tiny"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_is_valid_and_says_what_it_costs(name, variant):
+    study = read_study(f"{name}{variant}")
+    assert isinstance(study, Study)
+    for arm in study.trained:
+        _, errors = examine(recipe_of(study, arm))
+        assert errors == []
+    costs = estimate.costs(study)
+    assert [one.name for one in costs] == [BASE, *(arm.name for arm in study.trained)]
+    assert all(one.training is not None and one.hours > 0 for one in costs)
+    assert study.samples > 1280 or "efficientnet" not in study.features[0]
+    assert (max(one.hours for one in costs) < 0.01) or not variant
+    shown = estimate.render(study, costs)
+    assert all(one.name in shown for one in costs)
+    assert "50 %" in shown and "estimate" in shown
+
+
+def flops_of(recipe, **changes):
+    study = Study("x", "?", recipe, (), changes=changes)
+    config = resolve(recipe_of(study))
+    policy = make_policy(**sized_policy(config))
+    return config, policy
+
+
+def test_steps_of_other_methods_are_counted():
+    """PFLOP of a step of 128 images on XXL, by hand from published counts of its parts."""
+    config, policy = flops_of("c2i_xxl")
+    assert method_flops(config, policy) == step_flops(config, policy).model
+    one, encode, decode, vgg = 1.69, 0.313, 0.570, 0.090
+    by_hand = {
+        "xxl_ste": encode + 3 * one + 2 * decode + 3 * vgg,
+        "xxl_cca:equal": encode + 8 * one,
+        "xxl_tokenizer_post": encode + one + 3 * decode + 3 * vgg,
+    }
+    for recipe, each in by_hand.items():
+        found = method_flops(*flops_of(recipe))
+        assert found / 1e12 == pytest.approx(128 * each, rel=0.01)
+    guided = sample_flops(config, policy, guided=True) / 1e12
+    assert guided == pytest.approx(2 * one + decode, rel=0.01)
+
+
+def test_rollouts_are_counted_with_their_guidance():
+    """4 conditions of 8: drawn by two halves, trained through two, held against the base's two."""
+    config, policy = flops_of("xl_ar_grpo", rewards="mse")
+    plain, guided = (sample_flops(config, policy, guided=g) for g in (False, True))
+    one, decode = guided - plain, 2 * plain - guided
+    assert method_flops(config, policy) == pytest.approx(4 * 8 * ((2 + 6 + 2) * one + decode))
+
+
+def test_equal_arithmetic_of_the_miniature_is_equal():
+    study = read_study("mini_table2")
+    costs = {one.name: one for one in estimate.costs(study)}
+    for name in ("STE", "CCA"):
+        equal = costs[f"{name}, equal arithmetic"]
+        assert equal.training == pytest.approx(costs["VA-π"].training, rel=0.01)
+        assert equal.steps > costs[name].steps == costs["VA-π"].steps
+
+
+def test_acceptance_names_published_figures_cheapest_first(capsys):
+    assert main(["--study=acceptance", "--workdir=unused", "--check"]) == 0
+    told = capsys.readouterr().out
+    places = [
+        told.index(word) for word in ("psnr 20.5", "below ln V", "fid 2.04", "fid 13.8", "fid 2.2 ")
+    ]
+    assert places == sorted(places)
+
+
+def test_acceptance_stops_at_the_first_miss_and_measures_nothing_twice(tmp_path, capsys):
+    calls = []
+
+    def check(name, value):
+        def measure(changes, folder):
+            calls.append((name, changes["data.path"]))
+            return {"fid": value}
+
+        return Check(name, measure, {"fid": (2.0, 2.5)}, f"look at {name}")
+
+    checks = (check("one", 2.2), check("two", 2.6), check("three", 2.2))
+    given = Acceptance("a", checks, {"data.path": "here"})
+    assert not given.run(tmp_path)
+    assert calls == [("one", "here"), ("two", "here")]
+    assert "look at two" in capsys.readouterr().out
+    wider = (checks[0], dataclasses.replace(checks[1], wants={"fid": (2.0, 2.7)}), checks[2])
+    assert dataclasses.replace(given, checks=wider).run(tmp_path)
+    assert calls[2:] == [("three", "here")]
