@@ -231,12 +231,12 @@ class StudyJudge:
     def _spread(self, drawn: Judged) -> Metrics:
         """Entropy, and the mean LPIPS of two samples of one label or caption, which come in turn."""
         images, step = drawn.images, self._conditions
-        pairs = min(_PAIRS, len(images) - step) // _AT_ONCE * _AT_ONCE
-        found = {"entropy": drawn.entropy}
+        found, pairs = {"entropy": drawn.entropy}, min(_PAIRS, len(images) - step)
         if pairs > 0:
+            size = min(_AT_ONCE, pairs)
             apart = [
-                np.asarray(self._lpips(images[i : i + _AT_ONCE], images[i + step :][:_AT_ONCE]))
-                for i in range(0, pairs, _AT_ONCE)
+                np.asarray(self._lpips(images[i : i + size], images[i + step :][:size]))
+                for i in range(0, pairs - size + 1, size)
             ]
             found["diversity"] = float(np.mean(apart, dtype=np.float64))
         return found
