@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vapi_jax import sample
-from vapi_jax.evaluation.geneval import Rules
 from vapi_jax.evaluation.geneval_files import judge_file, read_prompts
 from vapi_jax.evaluation.geneval_scores import PROMPTS, check_complete, score
 from vapi_jax.evaluation.measure import Settings, measure
 from vapi_jax.generation.protocols import PROTOCOLS
+from vapi_jax.rewards.geneval import Rules
 from vapi_jax.study.spec import Draw, Files
 
 DETECTIONS = "detections.jsonl"
