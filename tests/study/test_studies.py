@@ -1,6 +1,7 @@
 """Every study that ships: read, its recipes valid, its cost estimated."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -11,7 +12,7 @@ from vapi_jax.methods.resolve import examine, resolve
 from vapi_jax.models.policy import make_policy
 from vapi_jax.study import estimate
 from vapi_jax.study.__main__ import main
-from vapi_jax.study.acceptance import Acceptance, Check
+from vapi_jax.study.acceptance import RESULTS, Acceptance, Check
 from vapi_jax.study.spec import BASE, Study, read_study, recipe_of
 
 STUDIES = sorted({path.stem for path in (CONFIGS / "studies").glob("*.py")} - {"acceptance"})
@@ -103,3 +104,13 @@ def test_acceptance_stops_at_the_first_miss_and_measures_nothing_twice(tmp_path,
     wider = (checks[0], dataclasses.replace(checks[1], wants={"fid": (2.0, 2.7)}), checks[2])
     assert dataclasses.replace(given, checks=wider).run(tmp_path)
     assert calls[2:] == [("three", "here")]
+
+
+@pytest.mark.slow
+def test_acceptance_passes_with_the_shipped_models(tmp_path, capsys):
+    assert main(["--study=acceptance:tiny", f"--workdir={tmp_path}"]) == 0
+    assert "MISSED" not in capsys.readouterr().out
+    measured = json.loads((tmp_path / RESULTS).read_text())
+    assert [set(found) for found in measured.values()] == [
+        {"psnr", "ssim"}, {"ce", "below ln V"}, {"fid", "precision", "recall", "kid"},
+    ]  # fmt: skip

@@ -158,6 +158,22 @@ def test_the_page_holds_every_row_verdict_and_published_figure():
     assert "| good | plain | fid | 2.28 | – |" in text
 
 
+def test_the_front_has_a_line_for_the_base_and_for_every_arm(tmp_path):
+    draws = {name: Draw() for name in ("plain", "hot", "wide")}
+    study = dataclasses.replace(STUDY, draws=draws)
+    results = copy.deepcopy(RESULTS)
+    for training in [*results.base, *(one for found in results.arms.values() for one in found)]:
+        training["draws"] |= dict.fromkeys(draws, training["draws"]["plain"])
+    path, sentences = page.write(study, results, tmp_path, "a command")
+    assert "front.png" in path.read_text() and (tmp_path / "front.png").exists()
+    assert len(sentences) == 3 * 4 + 1
+    (axis,) = page.front(
+        study, rows_of(study, results)
+    ).axes  # no FID, so precision and recall alone
+    assert [line.get_label() for line in axis.lines] == ["base", "good", "narrow"]
+    assert [len(line.get_xdata()) for line in axis.lines] == [3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("changes", "fact"),
     [

@@ -117,12 +117,38 @@ def figure(found: Sequence[Comparison], metric: str) -> Any:
     return drawn
 
 
+def front(study: Study, rows: Sequence[Row]) -> Any:
+    """Fidelity against diversity over the study's draws: a line for the base, and for every trained arm."""
+    from matplotlib.figure import Figure
+
+    pairs = [("is", "fid"), ("precision", "recall")]
+    pairs = [pair for pair in pairs if all(name in row.means for row in rows[:1] for name in pair)]
+    drawn = Figure(figsize=(5.0 * len(pairs), 4.0), layout="constrained")
+    axes = drawn.subplots(1, len(pairs), squeeze=False)[0]
+    for axis, (x, y) in zip(axes, pairs, strict=True):
+        for name in (BASE, *(arm.name for arm in study.trained)):
+            found = [r for r in rows if r.name == name and r.draw in study.draws]
+            places = [(row.means[x], row.means[y]) for row in found]
+            if places:
+                axis.plot(*zip(*places, strict=True), marker="o", label=name)
+            for row, place in zip(found, places, strict=True):
+                axis.annotate(row.draw, place, fontsize=7)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    return drawn
+
+
 def write(study: Study, results: Results, folder: Path, command: str) -> tuple[Path, list[str]]:
-    """study.md and differences.png in a folder; the page's path, and the verdicts."""
+    """study.md and its pictures in a folder; the page's path, and the verdicts."""
     path, found = folder / "study.md", comparisons(study, results)
     text, metric = markdown(study, results, found, command), headline(study, found)
     if found:
         figure(found, metric).savefig(folder / "differences.png", dpi=150)
         text += "\n![differences](differences.png)\n"
+    if len(study.draws) > 2:
+        front(study, rows_of(study, results)).savefig(folder / "front.png", dpi=150)
+        text += "\n![fidelity against diversity](front.png)\n"
     write_atomically(path, text)
     return path, verdicts(found, metric)
