@@ -13,6 +13,7 @@ from vapi_jax.models.policy import make_policy
 from vapi_jax.study import estimate
 from vapi_jax.study.__main__ import main
 from vapi_jax.study.acceptance import RESULTS, Acceptance, Check
+from vapi_jax.study.paper import INCEPTION, REFERENCE
 from vapi_jax.study.spec import BASE, Study, read_study, recipe_of
 
 STUDIES = sorted({path.stem for path in (CONFIGS / "studies").glob("*.py")} - {"acceptance"})
@@ -75,6 +76,19 @@ def test_equal_arithmetic_of_the_miniature_is_equal():
         equal = costs[f"{name}, equal arithmetic"]
         assert equal.training == pytest.approx(costs["VA-π"].training, rel=0.01)
         assert equal.steps > costs[name].steps == costs["VA-π"].steps
+
+
+def test_check_tells_the_cost_and_all_that_is_in_the_way(tmp_path, capsys):
+    workdir = f"--workdir={tmp_path / 'out'}"
+    assert main(["--study=demo:tiny", workdir, "--check", "--set=steps=7"]) == 0
+    assert "2 x 7 x 8" in capsys.readouterr().out
+    assert main(["--study=table4", workdir, "--check"]) == 1
+    told = capsys.readouterr()
+    assert "H100 hours" in told.out
+    assert all(name in told.err for name in (REFERENCE, INCEPTION))
+    assert main(["--study=demo:tiny", workdir, "--check", "--set=vapi.noise_rate=2"]) == 1
+    assert "config.vapi.noise_rate=2" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_acceptance_names_published_figures_cheapest_first(capsys):
