@@ -17,7 +17,7 @@ from vapi_jax.common.options import Errors
 from vapi_jax.evaluation.compare import match_entropy
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.geneval_files import Image
-from vapi_jax.evaluation.kernel_distance import kernel_distance
+from vapi_jax.evaluation.kernel_distance import unbiased_mmd2
 from vapi_jax.evaluation.precision_recall import precision_recall
 from vapi_jax.evaluation.samples import (
     Judged,
@@ -39,7 +39,7 @@ from vapi_jax.training.loop import Run
 from vapi_jax.training.preflight import require
 from vapi_jax.training.run import prepare_devices
 
-_PAIRS, _AT_ONCE = 512, 32  # samples whose LPIPS is taken, in all and at once
+_PAIRS, _AT_ONCE = 128, 32  # samples whose LPIPS is taken, in all and at once
 _MATCHING = 10_000  # seed of the samples by which entropies are matched
 
 Metrics = dict[str, float]
@@ -168,7 +168,8 @@ class StudyJudge:
 
     @cached_property
     def _reference(self) -> dict[str, Float[np.ndarray, "N D"]]:
-        return self._judge.features(self._judge.real(self._study.samples, 0))
+        found = self._judge.features(self._judge.real(self._study.samples, 0))
+        return {name: rows.astype(np.float64) for name, rows in found.items()}
 
     @cached_property
     def _conditions(self) -> int:
@@ -223,7 +224,7 @@ class StudyJudge:
             if min(len(real), len(theirs)) > theirs.shape[1]:
                 both = gaussian_statistics(theirs), gaussian_statistics(real)
                 found[f"frechet/{name}"] = frechet_distance(*both[0], *both[1])
-            found[f"kernel/{name}"] = kernel_distance(theirs, real).distance
+            found[f"kernel/{name}"], _ = unbiased_mmd2(theirs.astype(np.float64), real)
         first = self._study.features[0]
         shares = precision_recall(self._reference[first], features[first])
         return {**found, "precision": shares.precision, "recall": shares.recall}

@@ -16,6 +16,7 @@ from vapi_jax.common import locks
 from vapi_jax.common.files import make_folder, write_atomically
 from vapi_jax.common.progress import announce
 from vapi_jax.generation.loading import SUMMARY
+from vapi_jax.generation.sampler import BrokenSamplesError
 from vapi_jax.methods import HealthError
 from vapi_jax.methods.resolve import raise_all
 from vapi_jax.parallel.preemption import StopRequest
@@ -155,13 +156,12 @@ def _found(
         if not (place / SUMMARY).exists():
             run(config, place, stop=stop)
         done = fit(settled_method(config), place, stop=stop)  # finished: its last step is read
-    except HealthError as error:  # an answer, too
+        draws = {name: judge.tuned(done, place, seed, name) for name in study.draws}
+    except (HealthError, BrokenSamplesError) as error:  # an answer, too
         return {**found, "failed": str(error)}
     summary = json.loads((place / SUMMARY).read_bytes())
-    found["train_seconds"] = summary["seconds"]["train"]
-    found["held_out"] = done.last
-    found["draws"] = {name: judge.tuned(done, place, seed, name) for name in study.draws}
-    return found
+    seconds = summary["seconds"]["train"]
+    return {**found, "train_seconds": seconds, "held_out": done.last, "draws": draws}
 
 
 def read_results(study: Study, folder: Path) -> Results:
