@@ -3,7 +3,8 @@
     python -m vapi_jax.main --config=configs/demo_tokenizer_post.py --workdir=runs/demo_tokenizer_post
 
 The demo's images and steps; losses are the paper's and the learning rate is LlamaGen's for tokenizers, as in
-configs/xxl_tokenizer_post.py. No table: that compares generators. Its report has reconstructions and samples.
+configs/xxl_tokenizer_post.py. No table: that compares generators. Samples of the run (python -m
+vapi_jax.sample --ckpt RUN) are the shipped generator's, through the trained decoder.
 ":tiny" runs the same path in seconds.
 """
 
