@@ -4,7 +4,9 @@
         --config.init.vq=/tmp/scenes_tokenizer/weights/tokenizer.safetensors
 
 The encoder knows the words of the captions and no others: its sizes and its tokenizer ship with the package
-(launch/scene_words.py writes them). Writes weights/policy.safetensors and weights/encoder.safetensors.
+(launch/scene_words.py writes them). Without the second flag it builds on the shipped tokenizer. Writes
+weights/policy.safetensors and weights/encoder.safetensors, from which the shipped half-precision files are
+made by `python launch/ship_scenes.py --base=/tmp/scenes_base`.
 ":tiny" takes the photographs' tokenizer.
 """
 
@@ -57,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "policy": policy(),
             # The captions of scenes need no cleaning.
             "condition": {"name": "caption", "options": {"clean": False}},
+            "init": {"vq": "scenes"},
             "optimizer": {
                 "learning_rate": 3e-3,
                 "schedule": "cosine",

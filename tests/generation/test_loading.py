@@ -178,7 +178,7 @@ def test_a_folder_called_demo_is_not_shadowed_by_the_shipped_weights(
 ):
     monkeypatch.chdir(tmp_path)
     convert(Path("demo"), **released, gpt_args=CONVERSION)
-    monkeypatch.setattr(store, "ASSETS", {})  # nothing shipped is looked at
+    monkeypatch.setattr(store, "SHIPPED", {"demo": {}})  # nothing shipped is looked at
     for place in (local_text("./demo"), local_text("demo/")):
         found = load_generator(place, mesh)
         assert (found.facts["kind"], found.facts["path"]) == ("converted", "demo")

@@ -147,7 +147,8 @@ class Caption(Condition):
 
     Attributes:
       length, width: P and W; those of the generator where a recipe leaves them out.
-      encoder: folder of the T5 that captions are encoded with; "" where the data bring features.
+      encoder: folder of the T5 that captions are encoded with, "scenes" for the one that ships; "" where
+        the data bring features.
       dtype: that it computes in. LlamaGen's features are bfloat16's.
       clean, lower: see `vapi_jax.models.caption_text.clean_caption`.
     """
@@ -223,7 +224,8 @@ class Caption(Condition):
         from vapi_jax.models import t5, text_encoder
 
         try:
-            config = text_encoder.read_config(Path(self.encoder)) if self.encoder else None
+            folder = text_encoder.folder_of(self.encoder) if self.encoder else None
+            config = text_encoder.read_config(folder) if folder else None
         except WeightsError:
             return {}
         return t5.shapes(config, self.dtype) if config else {}
@@ -233,7 +235,7 @@ class Caption(Condition):
 
         if not self.encoder:
             return None
-        text_encoder.look(Path(self.encoder), self.width)
+        text_encoder.look(text_encoder.folder_of(self.encoder), self.width)
         cleaning = "cleaned as LlamaGen's" if self.clean else "as they are"
         return self.encoder, f"{self.dtype}; captions {cleaning}, {self.length} tokens"
 
@@ -256,12 +258,12 @@ CAPTION_FLAGS = ("empty", "cut", "other_script")
 @functools.lru_cache(maxsize=2)
 def _text_encoder(kind: Caption) -> TextEncoder:
     """The encoder of a condition on this process's devices, its weights split over them."""
-    from vapi_jax.models.text_encoder import TextEncoder
+    from vapi_jax.models.text_encoder import TextEncoder, folder_of
     from vapi_jax.parallel.sharding import make_mesh, without_virtual_devices
 
     mesh = without_virtual_devices(make_mesh(1, -1, jax.local_devices()))
     return TextEncoder(
-        Path(kind.encoder), mesh, dtype=kind.dtype, length=kind.length, clean=kind.clean,
+        folder_of(kind.encoder), mesh, dtype=kind.dtype, length=kind.length, clean=kind.clean,
         lower=kind.lower, width=kind.width,
     )  # fmt: skip
 

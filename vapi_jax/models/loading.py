@@ -44,7 +44,7 @@ from vapi_jax.weights.names import (
     check_reference,
     origin_of,
 )
-from vapi_jax.weights.store import resolve_shipped
+from vapi_jax.weights.store import SHIPPED, resolve_shipped
 from vapi_jax.weights.tensors import ENDINGS, INDEX_SUFFIX, LazyTensor, TensorFile, open_tensors
 
 logger = logging.getLogger(__name__)
@@ -194,8 +194,8 @@ def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]
 
 def _locate(source: WeightsSource) -> tuple[Path, str]:
     """The file of tensors that a source means, and what stands before our names in it."""
-    if source.path == "demo":
-        return resolve_shipped(PARTS[source.part]), ""
+    if source.path in SHIPPED:
+        return resolve_shipped(PARTS[source.part], source.path), ""
     path = Path(source.path)
     if not path.is_dir():
         return path, ""

@@ -32,6 +32,7 @@ from vapi_jax.models.text_tokens import T5Tokenizer
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, put_sharded, shard_whole, tree_shardings
 from vapi_jax.weights.names import WeightsError, to_reference
+from vapi_jax.weights.store import SCENES, resolve_shipped
 from vapi_jax.weights.tensors import LazyTensor, open_tensors
 
 CONFIG = "config.json"
@@ -161,6 +162,15 @@ def _features(
 ) -> tuple[Float[Array, "B P W"], Bool[Array, "B P"]]:
     features = t5.encode(params, ids, mask, config, mesh)
     return t5.left_padded(features.astype(jnp.float32), mask)
+
+
+def folder_of(name: str) -> Path:
+    """The folder that a recipe names: "scenes" is the one that ships with the package.
+
+    Raises:
+      WeightsError: a file of the shipped one is missing or damaged.
+    """
+    return resolve_shipped("encoder", SCENES) if name == SCENES else Path(name)
 
 
 def write_config(folder: Path, config: t5.T5Config) -> Path:

@@ -51,7 +51,7 @@ from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import resume, train
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import WeightsError, check_like
-from vapi_jax.weights.store import resolve_shipped
+from vapi_jax.weights.store import SHIPPED, resolve_shipped
 
 logger = logging.getLogger(__name__)
 
@@ -333,9 +333,9 @@ def _look(network: Network, errors: Errors, thorough: bool) -> WeightsFound:
         return SCRATCH
     path = Path(source.path)
     try:
-        if source.path == "demo":
-            resolve_shipped(PARTS[source.part])
-            return WeightsFound("shipped demo", "digest verified")
+        if source.path in SHIPPED:
+            resolve_shipped(PARTS[source.part], source.path)
+            return WeightsFound(f"shipped {source.path}", "digest verified")
         if not path.exists():
             errors.append(
                 f"{option}={source.path!r}: there is nothing at {path.absolute()}; {_CONVERT}"

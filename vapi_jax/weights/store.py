@@ -21,9 +21,20 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 ASSETS = {kind: _ASSETS / f"demo_{kind}.safetensors" for kind in ("tokenizer", "policy")}
 """The weights that ship with the package, trained by configs/demo_tokenizer.py and demo_base.py."""
 
+SCENES = "scenes"
+
+SHIPPED = {
+    "demo": ASSETS,
+    SCENES: {
+        **{kind: _ASSETS / f"scenes_{kind}.safetensors" for kind in ("tokenizer", "policy")},
+        "encoder": _ASSETS / "scenes_encoder",
+    },
+}
+"""What a recipe calls a model that ships -> its networks; an encoder of captions is a folder."""
+
 
 DIGESTS = _ASSETS / "digests.json"
-"""SHA-256 of each of them."""
+"""SHA-256 of each of their files."""
 
 
 def save_safetensors(
@@ -64,23 +75,30 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
     return unflatten(flat)
 
 
-def resolve_shipped(kind: str) -> Path:
-    """The file that ships with the package: "tokenizer" or "policy" of the demo.
+def resolve_shipped(kind: str, model: str = "demo") -> Path:
+    """The file or folder of a network that ships with the package.
+
+    Args:
+      kind: "tokenizer", "policy" or "encoder".
+      model: of `SHIPPED`.
 
     Raises:
-      WeightsError: if the file is absent or is not the one that was shipped.
+      WeightsError: if a file is absent or is not the one that was shipped.
     """
-    shipped = ASSETS[kind]
-    if not shipped.exists():
-        raise WeightsError(f"{shipped} is missing: reinstall the package")
-    wanted = json.loads(DIGESTS.read_text(encoding="utf-8"))[shipped.name]
-    found = digest_of(shipped)
-    if found != wanted:
-        raise WeightsError(
-            f"{shipped} is damaged: its SHA-256 is {found}, {DIGESTS.name} says {wanted}. Reinstall "
-            "the package, or bring the file back from version control"
-        )
-    return shipped
+    place = SHIPPED[model][kind]
+    digests = json.loads(DIGESTS.read_text(encoding="utf-8"))
+    names = [name for name in digests if name.split("/")[0] == place.name]
+    for name in names or [place.name]:
+        shipped = place.parent / name
+        if not shipped.exists():
+            raise WeightsError(f"{shipped} is missing: reinstall the package")
+        wanted, found = digests[name], digest_of(shipped)
+        if found != wanted:
+            raise WeightsError(
+                f"{shipped} is damaged: its SHA-256 is {found}, {DIGESTS.name} says {wanted}. Reinstall "
+                "the package, or bring the file back from version control"
+            )
+    return place
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
