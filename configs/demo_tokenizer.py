@@ -6,7 +6,7 @@
 held-out crops. Writes weights/tokenizer.safetensors, from which the
 shipped half-precision file is made by
 
-    python launch/ship_demo.py --tokenizer=/tmp/demo_tokenizer --policy=/tmp/demo_base
+    python launch/ship.py /tmp/demo_tokenizer /tmp/demo_base
 """
 
 from ml_collections import ConfigDict

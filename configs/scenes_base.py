@@ -6,7 +6,7 @@
 The encoder knows the words of the captions and no others: its sizes and its tokenizer ship with the package
 (launch/scene_words.py writes them). Without the second flag it builds on the shipped tokenizer. Writes
 weights/policy.safetensors and weights/encoder.safetensors, from which the shipped half-precision files are
-made by `python launch/ship_scenes.py --base=/tmp/scenes_base`.
+made by `python launch/ship.py /tmp/scenes_base`.
 ":tiny" takes the photographs' tokenizer.
 """
 

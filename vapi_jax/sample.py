@@ -1,8 +1,10 @@
 """Draw images from a checkpoint: `python -m vapi_jax.sample --ckpt CHECKPOINT --out DIR`.
 
-CHECKPOINT is "demo" for the weights that ship with the package, or the directory of a run:
+CHECKPOINT is "demo" (photographs) or "scenes" (drawn scenes, from captions) for weights that ship with the
+package, or the directory of a run:
 
   python -m vapi_jax.sample --ckpt demo --num 96 --grid --out /tmp/demo_samples
+  python -m vapi_jax.sample --ckpt scenes --prompts "a photo of two red stars" --cfg 2 --grid --out /tmp/stars
   python -m vapi_jax.sample --ckpt runs/demo --num 16 --labels chelsea,coffee --out /tmp/two
 
 The published protocol (50,000 images of random classes at 384 px, judged at 256 px):
@@ -144,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--text_encoder", type=local_path, metavar="DIR",
-        help="of Hugging Face, such as flan-t5-xl; a Janus brings its tokenizer",
+        help="of Hugging Face, such as flan-t5-xl (default: the one that a run was trained with)",
     )  # fmt: skip
     add(
         "--per_prompt",
@@ -370,7 +372,7 @@ def run(args: argparse.Namespace) -> None:
             args.layout,
             args.text_encoder,
             dtype=args.dtype,
-            clean=not args.no_clean,
+            **({"clean": False} if args.no_clean else {}),
         )
     if args.cfg != 1.0:
         try:

@@ -19,6 +19,7 @@ from vapi_jax.common.trees import flatten
 from vapi_jax.evaluation.receipt import precision
 from vapi_jax.generation import loading as module
 from vapi_jax.generation.loading import load_generator
+from vapi_jax.generation.shipped import MODELS
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import llama, vq
 from vapi_jax.models.conversion import convert
@@ -26,10 +27,10 @@ from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.export import open_trained
 from vapi_jax.weights import store
 from vapi_jax.weights.names import WeightsError, to_reference
-from vapi_jax.weights.store import ASSETS, DIGESTS, load_safetensors, save_safetensors
+from vapi_jax.weights.store import DIGESTS, SHIPPED, load_safetensors, save_safetensors
 
 RECIPE = load_recipe(str(CONFIGS / "demo_base.py"), "demo_base")
-SHIPPED = json.loads(DIGESTS.read_text())
+NOTED = json.loads(DIGESTS.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def demo(mesh):
     return load_generator("demo", mesh)
 
 
-def write_run(workdir, policy_weights=ASSETS["policy"], **changes):
+def write_run(workdir, policy_weights=SHIPPED["demo"]["policy"], **changes):
     """The workdir of a finished run of configs/demo_base.py, as `vapi_jax.training.run` leaves it."""
     recipe = RECIPE.get_config()
     recipe.policy.num_classes = 12
@@ -68,32 +69,32 @@ def equal_trees(a, b):
 
 def test_the_demo_is_the_shipped_weights_in_float32(demo):
     for kind, params in (("policy", demo.params), ("tokenizer", demo.frozen["tokenizer"])):
-        assert equal_trees(params, load_safetensors(ASSETS[kind], "float32"))
+        assert equal_trees(params, load_safetensors(SHIPPED["demo"][kind], "float32"))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     assert (demo.image_size, demo.num_classes, demo.policy.num_tokens) == (32, 12, 64)
     assert demo.class_names[:3] == ("astronaut", "camera", "chelsea")
     assert demo.facts["sha256"] == {
-        kind: {ASSETS[kind].name: SHIPPED[ASSETS[kind].name]} for kind in ("policy", "tokenizer")
+        kind: {path.name: NOTED[path.name]} for kind, path in SHIPPED["demo"].items()
     }
     assert demo.facts["trained"]["trained_by"] == "configs/demo_base.py"
     assert json.loads(json.dumps(demo.facts))["policy"]["n_kv_head"] == 2
 
 
-def test_the_sizes_of_the_demo_are_those_of_its_recipes(demo):
+@pytest.mark.parametrize(("name", "recipe"), [("demo", "c2i_demo"), ("scenes", "t2i_demo")])
+def test_the_sizes_of_the_shipped_models_are_those_of_their_recipes(name, recipe):
     """The package cannot import the recipes, which are no part of it, so it repeats their sizes."""
-    recipe = RECIPE.get_config()
-    recipe.policy.num_classes = 12
-    config = resolve(recipe)
-    assert dataclasses.asdict(demo.pixels.tokenizer.config) == dataclasses.asdict(config.tokenizer)
+    config, model = resolve(load_recipe(str(CONFIGS / "x"), recipe).get_config()), MODELS[name]
+    assert model.tokenizer == config.tokenizer
     policy = {**config.policy, "vocab_size": config.tokenizer.codebook_size, "block_size": 64}
-    assert policy == module._DEMO_POLICY
+    assert {**policy, **({"num_classes": 12} if name == "demo" else {})} == model.policy
+    assert model.image_size == config.data.image_size
 
 
 def test_the_weights_lie_split_over_the_mesh():
     split = load_generator("demo", make_mesh(2, 4))
     kernel = split.params["layers"]["feed_forward"]["w1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (4, 192 // 4, 512)
-    assert equal_trees(split.params, load_safetensors(ASSETS["policy"], "float32"))
+    assert equal_trees(split.params, load_safetensors(SHIPPED["demo"]["policy"], "float32"))
 
 
 def test_a_run_is_read_from_another_folder_than_it_was_started_in(
@@ -103,7 +104,7 @@ def test_a_run_is_read_from_another_folder_than_it_was_started_in(
     started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
     for folder in (started, elsewhere):
         folder.mkdir()
-    (started / "vq.safetensors").write_bytes(ASSETS["tokenizer"].read_bytes())
+    (started / "vq.safetensors").write_bytes(SHIPPED["demo"]["tokenizer"].read_bytes())
     run = write_run(started / "run", init={"vq": "vq.safetensors"})
     path = run / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "directory": str(started)}))
@@ -144,7 +145,7 @@ def released(tmp_path_factory):
         ("vq", "tokenizer", vq.NAME_RULES),
     ):
         files[part] = folder / f"{kind}.safetensors"
-        params = load_safetensors(ASSETS[kind], "float32")
+        params = load_safetensors(SHIPPED["demo"][kind], "float32")
         save_file(to_reference(params, rules), files[part])
     return files
 
@@ -306,6 +307,7 @@ def test_a_run_that_has_not_finished_is_said_to_be(tmp_path, mesh):
 
 
 def test_generator_and_tokenizer_must_fit(monkeypatch, mesh):
-    monkeypatch.setitem(module._DEMO_POLICY, "block_size", 49)
+    policy = {**MODELS["demo"].policy, "block_size": 49}
+    monkeypatch.setitem(MODELS, "demo", dataclasses.replace(MODELS["demo"], policy=policy))
     with pytest.raises(WeightsError, match="49.*1024.*8x8.*1024"):
         load_generator("demo", mesh)

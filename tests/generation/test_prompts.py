@@ -55,7 +55,14 @@ def generator():
     )
     params = jax.device_put(params, replicated(demo.mesh))
     facts = {**demo.facts, "policy": {"kind": "text"}}
-    return dataclasses.replace(demo, policy=policy, params=params, class_names=None, facts=facts)
+    return dataclasses.replace(
+        demo,
+        policy=policy,
+        params=params,
+        class_names=None,
+        facts=facts,
+        condition=policy.condition,
+    )
 
 
 @pytest.fixture
@@ -246,7 +253,11 @@ def test_encoders_and_generators_that_do_not_fit(generator):
     )  # fmt: skip
     with pytest.raises(WeightsError, match="32, the generator takes 48"):
         request_prompts(
-            dataclasses.replace(generator, policy=narrow), "a", 1, "flat", GOLDEN / "t5"
+            dataclasses.replace(generator, condition=narrow.condition),
+            "a",
+            1,
+            "flat",
+            GOLDEN / "t5",
         )
     with pytest.raises(PromptError, match="--text_encoder"):
         request_prompts(generator, "a", 1, "flat", None)

@@ -18,7 +18,7 @@ from vapi_jax.models.categorical import sample_group
 from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
-from vapi_jax.weights.store import ASSETS, load_safetensors
+from vapi_jax.weights.store import SHIPPED, load_safetensors
 
 TOKENIZER = VQConfig(**load_recipe(str(CONFIGS / "c2i_demo.py"), "demo_tokenizer").tokenizer())
 IMAGES, G = 16, 8
@@ -37,7 +37,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    return load_safetensors(ASSETS["tokenizer"], "float32")
+    return load_safetensors(SHIPPED["demo"]["tokenizer"], "float32")
 
 
 def encode(params, images, **dtypes):
@@ -82,7 +82,7 @@ def test_rewards_in_bfloat16_rank_a_group_as_those_in_float32(params, batch):
     """Measured of 448 pairs: all with LPIPS alone in bfloat16, 0.984 with the decoder as well."""
     recipe = load_recipe(str(CONFIGS / "c2i_demo.py"), "demo_base").policy()
     policy = make_policy(**recipe, num_classes=12, vocab_size=1024, block_size=64)
-    weights, images = load_safetensors(ASSETS["policy"], "float32"), batch["image"]
+    weights, images = load_safetensors(SHIPPED["demo"]["policy"], "float32"), batch["image"]
     context = encode(params, images)[:, :-1]
     logits = jax.jit(policy.logits)(weights, batch["condition"], context)
     samples = sample_group(jax.random.key(0), logits, G)

@@ -115,6 +115,7 @@ def build(config: TrainConfig, mesh: Mesh) -> tuple[Generator, dict[str, str]]:
         image_size=side,
         class_names=None,
         facts={"kind": "recipe", "policy": {"kind": config.policy["kind"]}},
+        condition=policy.condition,
     )
     return generator, {"generator": generator_note, "tokenizer": tokenizer_note}
 

@@ -1,6 +1,6 @@
 """What a checkpoint turns into when it is to be sampled: a policy, a tokenizer, and who they are.
 
-A checkpoint is named as people name it: "demo" for the weights that ship with the package, the
+A checkpoint is named as people name it: "demo" or "scenes" for weights that ship with the package, the
 directory of a finished run, or a directory of converted weights. Facts about it (architecture,
 SHA-256 of the files) come along, so that whoever uses its images can say where they are from.
 """
@@ -27,6 +27,7 @@ from vapi_jax.common.images import to_uint8
 from vapi_jax.common.options import Dtype
 from vapi_jax.data import DataConfig, class_names
 from vapi_jax.generation.sampler import DEFAULTS, Sampler, decode, encode, in_batches
+from vapi_jax.generation.shipped import MODELS
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.generator import make_condition, sized_policy
 from vapi_jax.methods.method import tokenizer_source
@@ -34,7 +35,7 @@ from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import vq
 from vapi_jax.models.architecture import policy_kind
 from vapi_jax.models.classes import ClassesError, read_class_list
-from vapi_jax.models.conditions import Condition, Prompt
+from vapi_jax.models.conditions import Caption, Condition, Prompt
 from vapi_jax.models.loading import (
     ADAPTERS,
     MANIFEST,
@@ -57,32 +58,7 @@ from vapi_jax.weights.tensors import open_tensors
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
 SUMMARY = "summary.json"
-
-# Sizes of the shipped models: the files say how they were trained, and shapes do not tell heads.
-DEMO_SIDE = 32
-"""Pixels of the images that the shipped models were trained on."""
-
-_DEMO_TOKENIZER = VQConfig(
-    codebook_size=1024,
-    ch=32,
-    encoder_ch_mult=(1, 2, 3),
-    decoder_ch_mult=(1, 2, 3),
-    num_res_blocks=1,
-    z_channels=96,
-)
-_DEMO_POLICY: dict[str, Any] = {
-    "kind": "class",
-    "dim": 192,
-    "n_layer": 4,
-    "n_head": 6,
-    "n_kv_head": 2,
-    "multiple_of": 64,
-    "vocab_size": 1024,
-    "block_size": 64,
-    "num_classes": 12,
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +74,7 @@ class Generator:
       image_size: side of the decoded square images, in pixels.
       class_names: by label; None where they are unknown or there are no classes.
       facts: JSON-able: which checkpoint, which architecture, SHA-256 of every file of weights.
-      prompt: how captions become prompts, where a checkpoint knows its tokenizer.
+      condition: what turns raw conditions into those that the policy takes.
     """
 
     policy: Policy
@@ -109,12 +85,7 @@ class Generator:
     image_size: int
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
-    prompt: Prompt | None = None
-
-    @property
-    def condition(self) -> Condition:
-        """What turns raw conditions into those that the policy takes."""
-        return self.prompt or self.policy.condition
+    condition: Condition
 
     @property
     def num_classes(self) -> int | None:
@@ -190,7 +161,7 @@ def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Genera
     """The generator that a checkpoint holds.
 
     Args:
-      ckpt: "demo", or a directory of one of the kinds in `DIRECTORIES`.
+      ckpt: of `MODELS`, or a directory of one of the kinds in `DIRECTORIES`.
       mesh: devices for the weights and all that is computed with them.
       dtype: what policy and decoder compute in, "float32" or "bfloat16", whatever the checkpoint was
         trained in: images of two checkpoints are compared in one precision.
@@ -199,12 +170,12 @@ def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Genera
       WeightsError: if there is no such checkpoint, with what was looked for; if it is unfinished or
         damaged; or if its parts do not fit.
     """
-    if ckpt == DEMO:
-        if any((Path(DEMO) / marker).is_file() for marker in DIRECTORIES):
+    if ckpt in MODELS:
+        if any((Path(ckpt) / marker).is_file() for marker in DIRECTORIES):
             logger.warning(
-                "%r are the weights that ship with the package; ./%s is a folder", DEMO, DEMO
+                "%r are the weights that ship with the package; ./%s is a folder", ckpt, ckpt
             )
-        return _assemble(_demo(), mesh, dtype)
+        return _assemble(_shipped(ckpt), mesh, dtype)
     path = Path(ckpt).expanduser()
     for marker, (_, reader) in DIRECTORIES.items():
         if (path / marker).is_file():
@@ -220,8 +191,8 @@ def load_generator(ckpt: str, mesh: Mesh, *, dtype: Dtype = "float32") -> Genera
     what = "is a file, not a directory" if path.exists() else "does not exist"
     kinds = ", ".join(what for what, _ in DIRECTORIES.values())
     raise WeightsError(
-        f"checkpoint {ckpt!r} {what}. Give {DEMO!r} for the weights that ship with the package, or "
-        f"the directory of: {kinds}"
+        f"checkpoint {ckpt!r} {what}. Give {' or '.join(map(repr, MODELS))} for weights that ship with "
+        f"the package, or the directory of: {kinds}"
     )
 
 
@@ -236,7 +207,7 @@ class _Found:
     image_size: int
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
-    prompt: Prompt | None = None
+    condition: Condition
     adapters: Path | None = None  # that go into the policy's weights
 
 
@@ -274,7 +245,7 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
         frozen={"tokenizer": load_weights(found.tokenizer_weights, frozen["tokenizer"], layout)},
         image_size=side,
         class_names=found.class_names,
-        prompt=found.prompt,
+        condition=found.condition,
         facts={
             **found.facts,
             "policy": _named(policy),
@@ -296,19 +267,25 @@ def _policy_source(path: str, policy: Policy) -> WeightsSource:
     return WeightsSource(path, "gpt", *names, config, classes=table if table.path else None)
 
 
-def _demo() -> _Found:
-    """The shipped generator of photographs, 32x32 pixels and 12 classes."""
-    policy = make_policy(**_DEMO_POLICY)
+def _shipped(name: str) -> _Found:
+    """A generator that ships with the package."""
+    model = MODELS[name]
+    policy = make_policy(**model.policy)
+    condition = policy.condition
+    if isinstance(condition, Caption):
+        condition = dataclasses.replace(condition, encoder=name, dtype="float32", clean=False)
+    trained = load_metadata(resolve_shipped("policy", name))
     return _Found(
         policy=policy,
-        tokenizer=_DEMO_TOKENIZER,
-        weights=_policy_source(DEMO, policy),
+        tokenizer=model.tokenizer,
+        weights=_policy_source(name, policy),
         tokenizer_weights=WeightsSource(
-            DEMO, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, _DEMO_TOKENIZER
+            name, "vq", vq.NAME_RULES, vq.IGNORED_NAMES, model.tokenizer
         ),
-        image_size=DEMO_SIDE,
+        image_size=model.image_size,
         class_names=_class_names(DataConfig(), policy),
-        facts={"kind": "demo", "path": DEMO, "trained": load_metadata(resolve_shipped("policy"))},
+        facts={"kind": name, "path": name, "trained": trained},
+        condition=condition,
     )
 
 
@@ -330,7 +307,6 @@ def _trained(directory: Path) -> _Found:
             "generator"
         )
     policy = make_policy(**sized_policy(config)).for_sampling()
-    prompt = make_condition(config, policy)
     found, noted = digest_of(weights), summary.get("weights", {}).get(weights.name)
     if noted is not None and found != noted:
         raise WeightsError(
@@ -340,7 +316,7 @@ def _trained(directory: Path) -> _Found:
     tokenizer = tokenizer_source(config)
     if tokenizer is None:
         raise WeightsError(f"{directory / SUMMARY} names no weights of a tokenizer in init.vq")
-    if tokenizer.path != DEMO and not (place := Path(tokenizer.path)).exists():
+    if tokenizer.path not in MODELS and not (place := Path(tokenizer.path)).exists():
         raise WeightsError(
             f"{directory / SUMMARY} names the tokenizer init.vq={tokenizer.path!r}, and there is nothing at "
             f"{place.absolute()}; the run was started in {summary.get('directory', 'another folder')}"
@@ -350,7 +326,7 @@ def _trained(directory: Path) -> _Found:
         tokenizer = dataclasses.replace(tokenizer, path=str(decoder))
     if adapters is not None or for_another:
         source = _policy_source(config.init.gpt, policy)
-        if source.path != DEMO and not (place := Path(source.path)).exists():
+        if source.path not in MODELS and not (place := Path(source.path)).exists():
             raise WeightsError(
                 f"{directory / SUMMARY} builds on init.gpt={source.path!r}, and there is nothing at "
                 f"{place.absolute()}"
@@ -370,7 +346,7 @@ def _trained(directory: Path) -> _Found:
             "path": str(directory),
             "trained": {**trained, "versions": summary.get("versions", {})},
         },
-        prompt=prompt if isinstance(prompt, Prompt) else None,
+        condition=make_condition(config, policy),
     )
 
 
@@ -391,9 +367,9 @@ def _converted(directory: Path) -> _Found:
         policy = make_policy(policy_kind(options["gpt"]), **options["gpt"])
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{directory} has a config.json that does not work: {error}") from error
-    prompt, own = None, policy.condition
-    if isinstance(own, Prompt) and (directory / FAST).is_file():
-        prompt = dataclasses.replace(own, tokenizer=place)
+    condition = policy.condition
+    if isinstance(condition, Prompt) and (directory / FAST).is_file():
+        condition = dataclasses.replace(condition, tokenizer=place)
     names = vq.NAME_RULES, vq.IGNORED_NAMES
     return _Found(
         policy=policy,
@@ -410,7 +386,7 @@ def _converted(directory: Path) -> _Found:
                 "sources": manifest.get("sources", []),
             },
         },
-        prompt=prompt,
+        condition=condition,
     )
 
 
@@ -439,7 +415,7 @@ def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
     raw = {**{name: told[name] for name in kept if name in told}, "method": "base"}
     for section, option in (("init", "gpt"), ("init", "vq"), ("data", "path")):
         value = raw[section].get(option) if isinstance(raw.get(section), dict) else None
-        if value and value != DEMO:
+        if value and value not in MODELS:
             place = Path(str(summary.get("directory", "")), str(value))
             if place.exists():  # else it may be in the same place here
                 raw[section] = {**raw[section], option: str(place)}
@@ -476,8 +452,8 @@ def _named(policy: Policy) -> dict[str, Any]:
 def _digests(source: WeightsSource) -> dict[str, str]:
     """SHA-256 of the files that a source means, by name."""
     path = Path(source.path)
-    if source.path == DEMO:
-        path = resolve_shipped(PARTS[source.part])
+    if source.path in MODELS:
+        path = resolve_shipped(PARTS[source.part], source.path)
     elif (path / MANIFEST).is_file():
         outputs = read_manifest(path)[1]["outputs"]  # compared with the files when they were read
         return {name: facts["sha256"] for name, facts in sorted(outputs.items())}

@@ -30,7 +30,7 @@ from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import Generator
 from vapi_jax.generation.requests import Requests
 from vapi_jax.models.conditions import Caption, Prompt, Tree
-from vapi_jax.models.text_encoder import TextEncoder
+from vapi_jax.models.text_encoder import TextEncoder, folder_of
 
 LAYOUTS = ("flat", "geneval", "hps")
 MOST_PROMPTS, MOST_SAMPLES = 1 << 20, 1 << 12
@@ -233,9 +233,9 @@ def request_prompts(
       generator: takes captions or their tokens.
       asked, layout: see `read_prompts`.
       per_prompt: at most `MOST_SAMPLES`.
-      text_encoder: the folder of the encoder; of a generator of tokens that of their tokenizer, None for
+      text_encoder: the folder of the encoder; of a generator of tokens that of their tokenizer; None for
         the one that it brings.
-      options: of `TextEncoder`.
+      options: of `TextEncoder`, in place of the generator's own.
 
     Raises:
       PromptError: the generator takes no captions, or the prompts cannot be read.
@@ -248,9 +248,12 @@ def request_prompts(
         make = partial(_by_tokens, condition)
     elif isinstance(condition, Caption):
         if text_encoder is None:
-            raise PromptError(
-                "--prompts wants --text_encoder, the folder of the encoder of the checkpoint"
-            )
+            if not condition.encoder:
+                raise PromptError(
+                    "--prompts wants --text_encoder, the folder of the encoder of the checkpoint"
+                )
+            text_encoder = folder_of(condition.encoder)
+        options = {"clean": condition.clean, "lower": condition.lower, **options}
         make = partial(_by_features, generator, condition, text_encoder, options)
     else:
         kind = generator.facts["policy"]["kind"]

@@ -26,7 +26,7 @@ from vapi_jax.data import DataError, classes_of
 from vapi_jax.data.images import UnreadableImage
 from vapi_jax.data.pipeline import encoder_of, fixed_samples, make_source
 from vapi_jax.data.sources import Source
-from vapi_jax.generation.loading import DEMO, DEMO_SIDE
+from vapi_jax.generation.shipped import MODELS
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.classes import where, with_classes
 from vapi_jax.methods.config import TrainConfig
@@ -290,7 +290,7 @@ def look_at_weights(
 def notes_on_weights(config: TrainConfig) -> list[str]:
     """What is worth knowing of the weights that a run starts from, and no error."""
     where = config.init.gpt
-    side = DEMO_SIDE if where == DEMO else _side_of_run(Path(where)) if where else None
+    side = _side_of_model(where) if where else None
     if side in (None, config.data.image_size):
         return []
     return [
@@ -299,8 +299,11 @@ def notes_on_weights(config: TrainConfig) -> list[str]:
     ]
 
 
-def _side_of_run(path: Path) -> int | None:
-    """Pixels of the images that a run was trained on, given its workdir or a file of its weights."""
+def _side_of_model(where: str) -> int | None:
+    """Pixels of the images that a shipped model, or a run given by workdir or file, was trained on."""
+    if where in MODELS:
+        return MODELS[where].image_size
+    path = Path(where)
     folder = path if path.is_dir() else path.parent.parent
     try:
         side = read_json(folder / CONFIG, WeightsError)["data"]["image_size"]

@@ -18,20 +18,18 @@ from vapi_jax.weights.names import WeightsError
 _ASSETS = Path(__file__).parent.parent / "assets"
 
 
-ASSETS = {kind: _ASSETS / f"demo_{kind}.safetensors" for kind in ("tokenizer", "policy")}
-"""The weights that ship with the package, trained by configs/demo_tokenizer.py and demo_base.py."""
-
-SCENES = "scenes"
+DEMO, SCENES = "demo", "scenes"
 
 SHIPPED = {
-    "demo": ASSETS,
-    SCENES: {
-        **{kind: _ASSETS / f"scenes_{kind}.safetensors" for kind in ("tokenizer", "policy")},
-        "encoder": _ASSETS / "scenes_encoder",
-    },
+    name: {kind: _ASSETS / f"{name}_{kind}.safetensors" for kind in ("tokenizer", "policy")}
+    for name in (DEMO, SCENES)
 }
-"""What a recipe calls a model that ships -> its networks; an encoder of captions is a folder."""
+"""What a recipe calls a model that ships with the package -> its networks.
 
+configs/demo_tokenizer.py and demo_base.py trained one of photographs, scenes_tokenizer.py and scenes_base.py
+one of drawn scenes, whose encoder of captions is a folder.
+"""
+SHIPPED[SCENES]["encoder"] = _ASSETS / "scenes_encoder"
 
 DIGESTS = _ASSETS / "digests.json"
 """SHA-256 of each of their files."""
@@ -75,7 +73,7 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> dict[str, Any]:
     return unflatten(flat)
 
 
-def resolve_shipped(kind: str, model: str = "demo") -> Path:
+def resolve_shipped(kind: str, model: str = DEMO) -> Path:
     """The file or folder of a network that ships with the package.
 
     Args:

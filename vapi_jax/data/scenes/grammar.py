@@ -104,7 +104,7 @@ def _side(a: str, b: str, rng: np.random.Generator) -> str:
 def _beside(a: str, side: str, b: str, rng: np.random.Generator) -> list[Place]:
     """Shape, x, y, radius of a and of b, so that one relation holds and no other."""
     step = np.array(SIDES[side])
-    radii = rng.uniform(0.15, 0.2, 2)
+    radii = rng.uniform(0.17, 0.2, 2)
     apart = rng.uniform(radii.sum() * 1.1 + 0.08, 0.54)
     offset = step * apart + step[::-1] * rng.uniform(-0.1, 0.1)
     # The place of a; b is at a - offset.
@@ -118,7 +118,7 @@ def _beside(a: str, side: str, b: str, rng: np.random.Generator) -> list[Place]:
 
 def _scatter(shape: str, count: int, rng: np.random.Generator) -> list[Place]:
     """Several of one shape, their boxes apart from each other."""
-    low, high = {1: (0.13, 0.24), 2: (0.13, 0.17), 3: (0.12, 0.15), 4: (0.12, 0.14)}[count]
+    low, high = {1: (0.16, 0.24), 2: (0.15, 0.18), 3: (0.14, 0.16), 4: (0.14, 0.15)}[count]
     radii = rng.uniform(low, high, count)
     edge = radii * 1.1 + 0.04
     i, j = np.triu_indices(count, 1)
