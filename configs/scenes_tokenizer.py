@@ -2,9 +2,9 @@
 
     python -m vapi_jax.main --config=configs/scenes_tokenizer.py --workdir=/tmp/scenes_tokenizer
 
-32x32 pixels to 8x8 tokens of 512 codes, by pixels alone; 16 minutes on 2 CPU cores; 34.1 dB on held-out scenes.
-The detector of drawn shapes finds 599 of 600 reconstructed test scenes right by GenEval's rules. Writes
-weights/tokenizer.safetensors, from which the shipped half-precision file is made by
+32x32 pixels to 8x8 tokens of 512 codes, by pixels alone; 16 minutes on 2 CPU cores; 34.1 dB on held-out
+scenes. The detector of drawn shapes finds 599 of 600 reconstructed test scenes right by GenEval's rules.
+Writes weights/tokenizer.safetensors, from which the shipped half-precision file is made by
 `python launch/ship.py /tmp/scenes_tokenizer`.
 """
 

@@ -14,6 +14,7 @@ from tests.helpers import modes
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipe_flags import SECTIONS
 from vapi_jax.common.trees import flatten
+from vapi_jax.data.scenes.grammar import TASKS
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.methods import METHODS
 from vapi_jax.methods.config import TrainConfig
@@ -53,7 +54,7 @@ def load(name, variant=""):
 
 def test_the_recipes_are_these():
     known = {"c2i_demo", "c2i_xl", "c2i_xxl", "demo_base", "demo_tokenizer", "t2i_xl"}
-    known |= {"janus_pro_1b", "janus_pro_7b"}
+    known |= {"janus_pro_1b", "janus_pro_7b", "t2i_demo"}
     assert known <= set(RECIPES)
 
 
@@ -261,7 +262,7 @@ def test_the_tiny_form_runs_from_end_to_end(name, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo", "t2i_xl"])
+@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo", "t2i_xl", "t2i_demo"])
 def test_a_post_training_run_tells_what_changed(name, finished):
     summary, _ = finished(name)
     for metric in ("reward", "ce", "entropy"):
@@ -287,6 +288,28 @@ def test_the_demo_compares(finished):
     assert {"base", "temperature", "matched", "vapi", "floor", "real"} == set(kinds)
     for picture in ("samples_before", "samples_after", "reconstructions", "real"):
         assert (workdir / f"{picture}.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_text_demo_scores_scenes(finished):
+    """Six scores in every row, with what guidance does to the base, and what changed, paired."""
+    summary, workdir = finished("t2i_demo")
+    tasks, scores = {*TASKS, "overall"}, summary["scenes"]
+    kinds = [row["kind"] for row in summary["table"]]
+    assert {"base", "guided", "matched", "vapi", "floor", "real"} <= set(kinds)
+    for row in [*(row["scenes"] for row in summary["table"]), *scores["changes"].values()]:
+        assert row.keys() == tasks
+        assert all(-1 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in row.values())
+    assert scores["changes"].keys() == {"base", "matched"}
+    for task in tasks:
+        change = scores["vapi"][task]["value"] - scores["base"][task]["value"]
+        assert scores["changes"]["base"][task]["value"] == pytest.approx(change)
+    real = next(row["scenes"] for row in summary["table"] if row["kind"] == "real")
+    assert real["overall"]["value"] == 1.0
+    assert "color_attr" in (workdir / "report.html").read_text(encoding="utf-8")
+    found = load_generator(str(workdir), make_mesh(1, 1, jax.devices()[:1]))
+    assert found.condition.encoder == "scenes"  # so that it is sampled without naming one
+    assert found.sample(["a photo of a red star"]).shape == (1, 32, 32, 3)
 
 
 @pytest.mark.slow

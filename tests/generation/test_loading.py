@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from vapi_jax.common.trees import flatten
 from vapi_jax.evaluation.receipt import precision
 from vapi_jax.generation import loading as module
 from vapi_jax.generation.loading import load_generator
+from vapi_jax.generation.prompts import request_prompts
 from vapi_jax.generation.shipped import MODELS
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import llama, vq
@@ -27,7 +29,13 @@ from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.export import open_trained
 from vapi_jax.weights import store
 from vapi_jax.weights.names import WeightsError, to_reference
-from vapi_jax.weights.store import DIGESTS, SHIPPED, load_safetensors, save_safetensors
+from vapi_jax.weights.store import (
+    DIGESTS,
+    SHIPPED,
+    load_safetensors,
+    resolve_shipped,
+    save_safetensors,
+)
 
 RECIPE = load_recipe(str(CONFIGS / "demo_base.py"), "demo_base")
 NOTED = json.loads(DIGESTS.read_text())
@@ -88,6 +96,34 @@ def test_the_sizes_of_the_shipped_models_are_those_of_their_recipes(name, recipe
     policy = {**config.policy, "vocab_size": config.tokenizer.codebook_size, "block_size": 64}
     assert {**policy, **({"num_classes": 12} if name == "demo" else {})} == model.policy
     assert model.image_size == config.data.image_size
+
+
+def test_scenes_are_drawn_from_captions_by_their_own_encoder(mesh):
+    scenes = load_generator("scenes", mesh)
+    caption = "a photo of two red stars"
+    asked = request_prompts(scenes, caption, 1, "flat", None)
+    named = request_prompts(scenes, caption, 1, "flat", SHIPPED["scenes"]["encoder"], clean=False)
+    assert asked.facts == named.facts
+    own = scenes.condition.prepare(np.array([caption]))
+    for name, leaf in asked.encode(np.array([0])).items():
+        np.testing.assert_allclose(leaf, own[name], atol=1e-6)
+    few = [scenes.sample([text], cfg=2.0) for text in (caption, "a photo of a blue ring")]
+    assert not np.array_equal(*few)
+    assert scenes.facts["trained"]["trained_by"] == "configs/scenes_base.py"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_part_of_a_shipped_encoder_is_named(tmp_path, monkeypatch, name):
+    folder = tmp_path / "scenes_encoder"
+    shutil.copytree(SHIPPED["scenes"]["encoder"], folder)
+    monkeypatch.setitem(SHIPPED["scenes"], "encoder", folder)
+    assert resolve_shipped("encoder", "scenes") == folder
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b"!")
+    with pytest.raises(WeightsError, match=rf"{name} is damaged.*SHA-256"):
+        resolve_shipped("encoder", "scenes")
+    (folder / name).unlink()
+    with pytest.raises(WeightsError, match=f"{name} is missing"):
+        resolve_shipped("encoder", "scenes")
 
 
 def test_the_weights_lie_split_over_the_mesh():
