@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -185,41 +186,41 @@ class Policy(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class _LlamaPolicy(Policy):
-    """What class and text conditioning share."""
+class _StackPolicy(Policy):
+    """What LlamaGen and Janus share: a stack of blocks, and functions of its parameters.
 
-    length_option: ClassVar[str] = "block_size"
+    Attributes:
+      network: the module that both stand in.
+    """
 
-    config: LlamaConfig
+    network: ClassVar[Any]
 
-    @classmethod
-    def option_hints(cls) -> dict[str, Any]:
-        return {**hints_of(LlamaConfig), "size": Literal[tuple(LLAMA_SIZES)]}
+    config: Any
+
+    @property
+    @abc.abstractmethod
+    def module(self) -> nn.Module:
+        """The network, of these sizes."""
 
     @property
     def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.block_size
+        return int(self.config.vocab_size)
 
     @property
     def compute_dtype(self) -> str:
-        return self.config.dtype
+        return str(self.config.dtype)
 
     @property
     def name_rules(self) -> tuple[Rule, ...]:
-        return llama.NAME_RULES
+        return tuple(self.network.NAME_RULES)
 
     @property
     def ignored_names(self) -> tuple[str, ...]:
-        return llama.IGNORED_NAMES
+        return tuple(self.network.IGNORED_NAMES)
 
     def init(self, rng: PRNGKeyArray) -> Params:
         context = jnp.zeros((1, 1), dtype=jnp.int32)
-        variables = llama.Llama(self.config).init(rng, self.example_condition(1), context)
-        return variables["params"]
+        return self.module.init(rng, self.example_condition(1), context)["params"]
 
     def narrowed(self, params: Params) -> Params:
         return _cast_matrices(params, self.compute_dtype)
@@ -228,7 +229,35 @@ class _LlamaPolicy(Policy):
         return {**params, "layers": unstack(params["layers"])}
 
     def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
-        return llama.Llama(self.config).apply({"params": params}, condition, method="embed")
+        return self.module.apply({"params": params}, condition, method="embed")
+
+    def decode(
+        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        found: tuple[Array, Cache] = self.network.decode(self.config, params, cache, token, index)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _LlamaPolicy(_StackPolicy):
+    """What class and text conditioning share."""
+
+    length_option: ClassVar[str] = "block_size"
+    network: ClassVar[Any] = llama
+
+    config: LlamaConfig
+
+    @classmethod
+    def option_hints(cls) -> dict[str, Any]:
+        return {**hints_of(LlamaConfig), "size": Literal[tuple(LLAMA_SIZES)]}
+
+    @property
+    def module(self) -> llama.Llama:
+        return llama.Llama(self.config)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.block_size
 
     def hidden(
         self,
@@ -238,7 +267,7 @@ class _LlamaPolicy(Policy):
         *,
         dropout_rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        return llama.Llama(self.config).apply(
+        return self.module.apply(
             {"params": params},
             condition,
             context,
@@ -255,11 +284,6 @@ class _LlamaPolicy(Policy):
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
         return cache.grown(self.config.cls_token_num + tokens)
-
-    def decode(
-        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        return llama.decode(self.config, params, cache, token, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +327,7 @@ class TextPolicy(_LlamaPolicy):
 
 
 @dataclasses.dataclass(frozen=True)
-class JanusPolicy(Policy):
+class JanusPolicy(_StackPolicy):
     """Janus-Pro, under a `Prompt`.
 
     alignment: "shifted_by_one" reads token t's logits one position before it, as pretraining and
@@ -318,6 +342,8 @@ class JanusPolicy(Policy):
         "the language model, gen_embed, gen_aligner and gen_head; not its text head (lm_head), and not what "
         "looks at images (vision_model, aligner), which no run loads and an export carries along"
     )
+
+    network: ClassVar[Any] = janus
 
     config: JanusConfig
     alignment: str = "shifted_by_one"
@@ -338,28 +364,16 @@ class JanusPolicy(Policy):
             raise ValueError(f"unknown padding {self.padding!r}")
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+    def module(self) -> janus.Janus:
+        return janus.Janus(self.config)
 
     @property
     def num_tokens(self) -> int:
         return self.config.num_tokens
 
     @property
-    def compute_dtype(self) -> str:
-        return self.config.dtype
-
-    @property
     def context_length(self) -> int:
         return self.num_tokens - (self.alignment == "shifted_by_one")
-
-    @property
-    def name_rules(self) -> tuple[Rule, ...]:
-        return janus.NAME_RULES
-
-    @property
-    def ignored_names(self) -> tuple[str, ...]:
-        return janus.IGNORED_NAMES
 
     @property
     def condition(self) -> Prompt:
@@ -374,19 +388,6 @@ class JanusPolicy(Policy):
     def for_sampling(self) -> JanusPolicy:
         return dataclasses.replace(self, alignment="shifted_by_one", padding="exact")
 
-    def init(self, rng: PRNGKeyArray) -> Params:
-        context = jnp.zeros((1, 1), dtype=jnp.int32)
-        return janus.Janus(self.config).init(rng, self.example_condition(1), context)["params"]
-
-    def narrowed(self, params: Params) -> Params:
-        return _cast_matrices(params, self.compute_dtype)
-
-    def unstacked(self, params: Params) -> Params:
-        return {**params, "layers": unstack(params["layers"])}
-
-    def embed(self, params: Params, condition: Tree) -> Float[Array, "B P D"]:
-        return janus.Janus(self.config).apply({"params": params}, condition, method="embed")
-
     def hidden(
         self,
         params: Params,
@@ -396,7 +397,7 @@ class JanusPolicy(Policy):
         dropout_rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         del dropout_rng  # Janus has no dropout: with an rng and without, it is the same function
-        return janus.Janus(self.config).apply(
+        return self.module.apply(
             {"params": params},
             condition,
             context,
@@ -416,11 +417,6 @@ class JanusPolicy(Policy):
 
     def with_room(self, cache: KVCache, tokens: int) -> KVCache:
         return cache.grown(cache.visible.shape[1] - (self.num_tokens - 1) + tokens)
-
-    def decode(
-        self, params: Params, cache: Cache, token: Int[Array, " B"], index: Int[Array, ""]
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        return janus.decode(self.config, params, cache, token, index)
 
 
 def _cast_matrices(params: Params, dtype: str) -> Params:
