@@ -7,7 +7,9 @@ The encoder knows the words of the captions and no others: its sizes and its tok
 (launch/scene_words.py writes them). Without the second flag it builds on the shipped tokenizer. Writes
 weights/policy.safetensors and weights/encoder.safetensors, from which the shipped half-precision files are
 made by `python launch/ship.py /tmp/scenes_base`.
-":tiny" takes the photographs' tokenizer.
+":tiny" takes the photographs' tokenizer. 55 minutes on 2 CPU cores; cross-entropy 2.8 nats per token on
+scenes of held-out combinations. It draws half of single shapes right, numbers and held-out colours seldom,
+and does not yet bind two colours to two shapes.
 """
 
 from pathlib import Path

@@ -6,7 +6,6 @@
 Post-trains the shipped text-conditional generator of drawn scenes and judges its samples of held-out
 captions by GenEval's rules with an exact detector: six scores before and after, beside the base at equal
 entropy and with guidance. ":tiny" runs the same path with so few samples that its numbers mean nothing.
-
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "init": {"vq": "scenes", "gpt": "scenes"},
             "vapi": {"group_size": 8, "noise_rate": 0.0, "ce_weight": 0.1},
-            "optimizer": {"learning_rate": 1e-5, "weight_decay": 1e-4},
+            "optimizer": {"learning_rate": 1e-4, "weight_decay": 1e-4},
             "eval": {
                 "split": "test",
                 "every": 20,
