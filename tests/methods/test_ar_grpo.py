@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.compare import assert_close
 from tests.helpers.tiny import make_tiny_method, with_random_head
+from vapi_jax.methods import ar_grpo as module
 from vapi_jax.methods.ar_grpo import ARGRPOOptions, drawn_log_probs, mixed_kl
 from vapi_jax.models.head import Head
 from vapi_jax.models.sampling import filter_logits, generate
@@ -99,6 +100,17 @@ def test_a_whole_copy_draws_what_the_training_layout_draws():
         drawn.append(np.asarray(draw(params)))
     assert len(np.unique(drawn[0])) > 4
     np.testing.assert_array_equal(*drawn)
+
+
+def test_auto_takes_the_copy_where_there_is_room(monkeypatch):
+    mesh = make_mesh(1, 2, jax.devices()[:2])
+    whole = make_tiny_method("ar_grpo", mesh, ar_grpo={"rollout_layout": "copy"})
+    size = next(size for name, size, _ in whole.memory(1) if name == "rollout copy")
+    for room, copied in ((None, True), (4 * size, True), (4 * size - 4, False)):
+        monkeypatch.setattr(module, "memory_of", lambda device, room=room: room)
+        method = make_tiny_method("ar_grpo", mesh)
+        assert method.copied is copied
+        assert ("rollout copy" in [name for name, *_ in method.memory(1)]) is copied
 
 
 def test_images_come_only_where_a_reward_asks():

@@ -1,12 +1,14 @@
 """Names of devices that are not here, and what is said where one cannot be compiled for."""
 
 import importlib.util
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from tests.helpers.messages import assert_mentions
 from vapi_jax.parallel import targets
-from vapi_jax.parallel.targets import TargetError, open_devices, parse
+from vapi_jax.parallel.targets import TargetError, memory_of, open_devices, parse
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,17 @@ def test_without_its_compiler_the_extra_is_named(name, extra, monkeypatch):
     with pytest.raises(TargetError) as caught:
         open_devices(parse(name))
     assert_mentions(str(caught.value), name, extra)
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+    ],
+)
+def test_memory_is_known_by_what_jax_calls_a_device(reported, name):
+    assert memory_of(SimpleNamespace(device_kind=reported)) == targets.KINDS[name].memory
+    assert memory_of(jax.devices()[0]) is None  # a CPU

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -44,8 +44,10 @@ from vapi_jax.models.head import Head, block_length, blockwise, project
 from vapi_jax.models.policy import make_policy
 from vapi_jax.models.sampling import filter_logits, generate
 from vapi_jax.parallel.sharding import replicated
+from vapi_jax.parallel.targets import memory_of
 from vapi_jax.rewards import total
 
+_COPY_SHARE = 0.25
 _OUT = -1e9
 """A logit that no exponential tells from -inf, and whose gradient is a number."""
 
@@ -61,8 +63,8 @@ class ARGRPOOptions(GRPOOptions):
     likelihood: Literal["sampled", "conditional"] = "sampled"  # of what was drawn from | of l alone
     importance_cap: NotNegative = 2.0  # C of "conditional"; 0 for no weights
     through_unconditional: bool = True  # the guided gradient also through u
-    rollout_layout: Literal["copy", "training"] = (
-        "copy"  # a whole narrow copy on each device | as split
+    rollout_layout: Literal["auto", "copy", "training"] = (
+        "auto"  # copy, if it takes little room | a whole narrow copy on each device | as split
     )
 
     @property
@@ -229,7 +231,7 @@ class ARGRPO(GroupMethod):
         """G grids of each condition, sample g of condition i from a key of its own."""
         options = self.options
         params = self.policy.narrowed(params)
-        if options.rollout_layout == "copy" and not self.local:
+        if self.copied and not self.local:
             params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
         ids = batch["index"][:, None] * group + jnp.arange(group)
         tokens = generate(
@@ -238,6 +240,24 @@ class ARGRPO(GroupMethod):
             cfg_scale=options.cfg_scale, sample_ids=ids.reshape(-1),
         )  # fmt: skip
         return tokens.reshape(*ids.shape, -1)
+
+    @cached_property
+    def copied(self) -> bool:
+        """Whether rollouts are drawn from a whole copy: one gather in place of one for every token.
+
+        "auto" wants it to take no more than a quarter of a device's memory, where that is known.
+        """
+        layout, room = self.options.rollout_layout, memory_of(self.mesh.devices.flat[0])
+        if layout != "auto" or room is None:
+            return layout != "training"
+        return _bytes(self._narrow) <= _COPY_SHARE * room
+
+    @property
+    def _narrow(self) -> Any:
+        """Shapes of the parameters that are drawn from."""
+        return jax.eval_shape(
+            self.policy.narrowed, jax.eval_shape(self.policy.init, jax.random.key(0))
+        )
 
     def _each(self, condition: Any, group: int) -> Any:
         return jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), condition)
@@ -357,7 +377,7 @@ class ARGRPO(GroupMethod):
         vocab = policy.vocab_size * twice
         at_once = block_length(sequences, policy.num_tokens, vocab)
         images, maps = self.judged_pixels.at_once(rows, options.group_size, side)
-        params = jax.eval_shape(policy.narrowed, jax.eval_shape(policy.init, jax.random.key(0)))
+        params = self._narrow
         drawn = self.config.batch_size // self.mesh.size * options.group_size
         drawn = max(drawn, 1) * (2 if options.cfg_scale != 1.0 else 1)
 
@@ -371,7 +391,7 @@ class ARGRPO(GroupMethod):
             ("decoding", maps, f"{images} sample(s) at a time, and their reward"),
             ("cache", _bytes(jax.eval_shape(full_cache, params)), f"of {drawn} rows of a rollout"),
         ]
-        if options.rollout_layout == "copy":
+        if self.copied:
             found.append(("rollout copy", _bytes(params), "of the generator, whole and narrow"))
         return found
 

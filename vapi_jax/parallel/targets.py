@@ -86,6 +86,8 @@ KINDS: Mapping[str, Kind] = {
 }
 """By the name that a target begins with."""
 
+_REPORTED = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # by JAX, of these
+
 _NODE = 8  # GPUs that one machine has at most
 
 _GPU = """
@@ -114,6 +116,13 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 8 patch: 0 }}
 device_description_str: "{title}"
 """
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes that programs can have of a device, the same on every process; None of one not known here."""
+    named = KINDS.get(_REPORTED.get(device.device_kind, ""))
+    known = [named] if named else [k for k in KINDS.values() if k.title == device.device_kind]
+    return known[0].memory if known else None
 
 
 @dataclasses.dataclass(frozen=True)
