@@ -151,6 +151,7 @@ ARGPARSE = [
     "checkpoint",
     "encode captions",
     "score geneval",
+    "study",
 ]
 
 
@@ -162,7 +163,10 @@ def test_help_is_shown_whatever_letters_the_terminal_has(name, encoding, monkeyp
     module, *words = name.split()
     monkeypatch.setattr("sys.argv", [module, *words, "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"vapi_jax.{module}").main()
+        found = importlib.import_module(f"vapi_jax.{module}")
+        if hasattr(found, "__path__"):  # a package
+            found = importlib.import_module(f"vapi_jax.{module}.__main__")
+        found.main()
     assert ended.value.code == 0
     assert f"vapi_jax.{name}" in shown.getvalue().decode(encoding)
 

@@ -70,9 +70,8 @@ def _change(text: str) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("vapi_jax").setLevel(logging.INFO)
-    return exit_status(lambda: _run(args))
+    return exit_status(lambda: _run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(args: argparse.Namespace) -> int | None:
