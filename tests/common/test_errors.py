@@ -162,11 +162,11 @@ def test_help_is_shown_whatever_letters_the_terminal_has(name, encoding, monkeyp
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding, write_through=True))
     module, *words = name.split()
     monkeypatch.setattr("sys.argv", [module, *words, "--help"])
+    door = importlib.import_module(f"vapi_jax.{module}")
+    if hasattr(door, "__path__"):  # a package
+        door = importlib.import_module(f"vapi_jax.{module}.__main__")
     with pytest.raises(SystemExit) as ended:
-        found = importlib.import_module(f"vapi_jax.{module}")
-        if hasattr(found, "__path__"):  # a package
-            found = importlib.import_module(f"vapi_jax.{module}.__main__")
-        found.main()
+        door.main()
     assert ended.value.code == 0
     assert f"vapi_jax.{name}" in shown.getvalue().decode(encoding)
 
