@@ -306,7 +306,7 @@ def test_the_text_demo_scores_scenes(finished):
         assert scores["changes"]["base"][task]["value"] == pytest.approx(change)
     real = next(row["scenes"] for row in summary["table"] if row["kind"] == "real")
     assert real["overall"]["value"] == 1.0
-    assert "color_attr" in (workdir / "report.html").read_text(encoding="utf-8")
+    assert "color attr" in (workdir / "report.html").read_text(encoding="utf-8")
     found = load_generator(str(workdir), make_mesh(1, 1, jax.devices()[:1]))
     assert found.condition.encoder == "scenes"  # so that it is sampled without naming one
     assert found.sample(["a photo of a red star"]).shape == (1, 32, 32, 3)

@@ -81,6 +81,20 @@ def test_samples_depend_on_seed_and_count_alone_and_the_first_are_shown(judge_an
     assert np.abs(first.images[:8] - other.images.astype(float)).mean() > 2
 
 
+def test_guidance_of_the_settings_holds_unless_another_is_asked_for(judge_and_base):
+    judge, base = judge_and_base
+    guided = judge.judge.with_settings(cfg_scale=3.0)
+    plain, own, asked, none = (
+        one.samples(base, 64, 3, 1.0, 64, **more).images
+        for one, more in (
+            (judge.judge, {}), (guided, {}), (judge.judge, {"guidance": 3.0}), (guided, {"guidance": 1.0}),
+        )
+    )  # fmt: skip
+    assert np.abs(own - plain.astype(float)).mean() > 2
+    np.testing.assert_array_equal(own, asked)
+    np.testing.assert_array_equal(none, plain)
+
+
 def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     judge, base = judge_and_base
     entropy_at = judge.judge.entropies(base, 0)

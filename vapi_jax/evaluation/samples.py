@@ -180,7 +180,7 @@ class SampleJudge:
         seed: int,
         temperature: float,
         shown: int = 0,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         see: Callable[[range, UInt8[np.ndarray, "B H W 3"]], None] = lambda samples, images: None,
     ) -> Judged:
         """Judges samples of all classes in turn, of which the first `shown` are kept as images.
@@ -191,15 +191,14 @@ class SampleJudge:
           params: the method's.
           count: of samples.
           seed: of the samples.
-          temperature, guidance: that they are drawn with.
+          temperature, guidance: that they are drawn with; None is the guidance of the judge's settings.
           shown: images to keep.
           see: called with the numbers of a batch and its images.
         """
         conditions, kept, entropy = by_label(self.method, np.resize(self._asked, count)), [], 0.0
         batches = in_batches(count, self.batch)
-        drawn = self.sampler(
-            self._params(params), conditions, batches, seed, temperature, cfg_scale=guidance
-        )
+        more = {} if guidance is None else {"cfg_scale": guidance}
+        drawn = self.sampler(self._params(params), conditions, batches, seed, temperature, **more)
 
         def images() -> Iterator[np.ndarray]:
             nonlocal entropy

@@ -27,8 +27,8 @@ def texts_of(raw: Any) -> list[str]:
         raw = raw.astype(str)
     if raw.dtype.kind != "U":
         raise WeightsError(
-            f"a reward by prompts wants captions, and the data bring {raw.dtype} conditions. Where it has an "
-            "option prompts, that says what labels are called ('imagenet', or a file with a name a line)"
+            f"a reward by prompts wants captions, and the data bring {raw.dtype} conditions. Where it has "
+            "an option prompts, say there what labels are called: prompts='imagenet', or a file of names"
         )
     return raw.tolist()
 
