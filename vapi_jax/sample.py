@@ -4,7 +4,7 @@ CHECKPOINT is "demo" (photographs) or "scenes" (drawn scenes, from captions) for
 package, or the directory of a run:
 
   python -m vapi_jax.sample --ckpt demo --num 96 --grid --out /tmp/demo_samples
-  python -m vapi_jax.sample --ckpt scenes --prompts "a photo of two red stars" --cfg 2 --grid --out /tmp/stars
+  python -m vapi_jax.sample --ckpt scenes --prompts "a photo of a ring" --cfg 2 --grid --out /tmp/rings
   python -m vapi_jax.sample --ckpt runs/demo --num 16 --labels chelsea,coffee --out /tmp/two
 
 The published protocol (50,000 images of random classes at 384 px, judged at 256 px):
