@@ -45,7 +45,7 @@ for argument in "$@"; do
 done
 
 case "$*" in
-  *t2i*) prepare text ;;
+  *t2i* | *scenes*) prepare text ;;  # captions want a tokenizer
   *) prepare ;;
 esac
 cd "$root"
