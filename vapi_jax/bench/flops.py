@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 from vapi_jax.bench.hlo_flops import taps
 from vapi_jax.data.sources import source_class
+from vapi_jax.methods import find_method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import make_condition
+from vapi_jax.methods.method import Flops
 from vapi_jax.models import head, lpips
 from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.policy import JanusPolicy, Policy, TextPolicy
@@ -219,6 +221,19 @@ def _recomputed(config: TrainConfig, policy: Policy, one: PolicyFlops, way: str)
     return again + (2 * one.head if size < policy.num_tokens else 0.0)
 
 
+def _longest(config: TrainConfig, policy: Policy, prompt_length: int) -> int:
+    """The given length of a Janus prompt, or the longest that the recipe allows."""
+    condition = make_condition(config, policy)
+    return prompt_length or (max(condition.lengths) if isinstance(condition, Prompt) else 0)
+
+
+def _rewards_flops(config: TrainConfig) -> float:
+    """The perceptual features of one image, of all rewards."""
+    rewards = (term.reward for term in make_terms(config.rewards))
+    side = config.data.image_size
+    return sum(lpips_flops(reward.net, side) for reward in rewards if isinstance(reward, LPIPS))
+
+
 def step_flops(
     config: TrainConfig, policy: Policy, way: str = "", prompt_length: int = 0
 ) -> StepFlops:
@@ -242,21 +257,15 @@ def step_flops(
     images, group, side = config.batch_size, config.options.group_size, config.data.image_size
     samples = images * group
     sequences = images if way == "fused" else samples
-    condition = make_condition(config, policy)
-    if isinstance(condition, Prompt):
-        prompt_length = prompt_length or max(condition.lengths)
-    one = policy_flops(policy, prompt_length)
+    one = policy_flops(policy, _longest(config, policy, prompt_length))
     targets = samples if way == "reference" else images
     base = {"reference": samples}.get(way, images if config.options.needs_base else 0)
-    nets = [
-        term.reward.net for term in make_terms(config.rewards) if isinstance(term.reward, LPIPS)
-    ]
     encoded = source_class(config.data.name).brings_tokens
     return StepFlops(
         encode=0.0 if encoded else images * encoder_flops(config.tokenizer, side),
         sampling=0.0 if way == "fused" else images * one.total,
         decode=samples * decoder_flops(config.tokenizer, side),
-        lpips=(samples + targets) * sum(lpips_flops(net, side) for net in nets),
+        lpips=(samples + targets) * _rewards_flops(config),
         forward=sequences * one.total,
         backward=2 * sequences * one.total,
         base=base * one.total,
@@ -268,10 +277,7 @@ def step_flops(
 
 
 def method_flops(config: TrainConfig, policy: Policy, prompt_length: int = 0) -> float | None:
-    """Model FLOPs of one step of any method that trains over or for a generator.
-
-    Networks of rewards other than LPIPS are left out. A backward pass to an input alone costs one forward,
-    one to parameters as well costs two.
+    """Model FLOPs of one step of any method that trains over or for a generator, by its own count.
 
     Args:
       config: the run.
@@ -281,49 +287,21 @@ def method_flops(config: TrainConfig, policy: Policy, prompt_length: int = 0) ->
     Returns:
       None for a method that is not counted here.
     """
-    condition = make_condition(config, policy)
-    if isinstance(condition, Prompt):
-        prompt_length = prompt_length or max(condition.lengths)
-    one, side, options = (
-        policy_flops(policy, prompt_length).total,
-        config.data.image_size,
-        config.options,
-    )
-    decode, images = decoder_flops(config.tokenizer, side), config.batch_size
+    side = config.data.image_size
     encoded = source_class(config.data.name).brings_tokens
-    encode = 0.0 if encoded else encoder_flops(config.tokenizer, side)
-    seen = sum(
-        lpips_flops(term.reward.net, side)
-        for term in make_terms(config.rewards)
-        if isinstance(term.reward, LPIPS)
+    one = Flops(
+        encode=0.0 if encoded else encoder_flops(config.tokenizer, side),
+        policy=policy_flops(policy, _longest(config, policy, prompt_length)).total,
+        decode=decoder_flops(config.tokenizer, side),
+        rewards=_rewards_flops(config),
+        perceptual=lambda net: lpips_flops(net, side),
     )
-    if config.method == "vapi":
-        return step_flops(config, policy, prompt_length=prompt_length).model
-    if config.method == "sft":
-        return images * (encode + 3 * one)
-    if config.method == "ste":
-        return images * (encode + 3 * one + 2 * decode + 3 * seen)
-    if config.method == "cca":
-        return images * (encode + 2 * (3 + 1) * one)
-    if config.method == "tokenizer_post":
-        guided = options.rollout == "mixed" and options.cfg_scale != 1.0
-        perceptual = lpips_flops(options.perceptual_net, side)
-        return images * (encode + (1 + guided) * one + 3 * decode + 3 * perceptual)
-    if config.method == "ar_grpo":
-        drawn = 1 + (options.cfg_scale != 1.0)
-        trained = options.updates * (
-            3 * (1 + options.guided) + (1 + options.guided) * options.needs_base
-        )
-        return images * options.group_size * ((drawn + trained) * one + decode + 2 * seen)
-    return None
+    return find_method(config.method).flops(config, one)
 
 
 def sample_flops(
     config: TrainConfig, policy: Policy, guided: bool, prompt_length: int = 0
 ) -> float:
     """One image drawn and decoded; its judges' networks are small beside that and left out."""
-    condition = make_condition(config, policy)
-    if isinstance(condition, Prompt):
-        prompt_length = prompt_length or max(condition.lengths)
-    one = policy_flops(policy, prompt_length).total
+    one = policy_flops(policy, _longest(config, policy, prompt_length)).total
     return (2.0 if guided else 1.0) * one + decoder_flops(config.tokenizer, config.data.image_size)

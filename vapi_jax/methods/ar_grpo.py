@@ -36,7 +36,7 @@ from vapi_jax.common.options import Count, Errors, Limits, Natural, NotNegative
 from vapi_jax.methods import grpo
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import logits_bytes, sized_policy
-from vapi_jax.methods.method import Aux, Curve, Scalars
+from vapi_jax.methods.method import Aux, Curve, Flops, Scalars
 from vapi_jax.methods.objective import GRPOOptions, advantages_of, objective
 from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, GroupMethod
 from vapi_jax.models import categorical
@@ -171,6 +171,14 @@ class ARGRPO(GroupMethod):
     @property
     def wants_images(self) -> bool:
         return any(term.reward.wants_image for term in self.terms)
+
+    @classmethod
+    def flops(cls, config: TrainConfig, one: Flops) -> float:
+        options = config.options
+        drawn = 1 + (options.cfg_scale != 1.0)
+        trained = options.updates * (1 + options.guided) * (3 + options.needs_base)
+        each = (drawn + trained) * one.policy + one.decode + 2 * one.rewards
+        return config.batch_size * options.group_size * each
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

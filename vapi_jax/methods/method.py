@@ -79,6 +79,27 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one image's forward passes, counted from a configuration.
+
+    A backward pass to parameters costs two of them, one to an input alone costs one.
+
+    Attributes:
+      encode: from its pixels to tokens; 0 where the data bring those.
+      policy: the generator over all its tokens.
+      decode: from tokens to pixels.
+      rewards: the perceptual features of all rewards; their other networks are left out.
+      perceptual: name of an LPIPS backbone -> its features.
+    """
+
+    encode: float
+    policy: float
+    decode: float
+    rewards: float
+    perceptual: Callable[[str], float]
+
+
+@dataclasses.dataclass(frozen=True)
 class SampledPolicy:
     """What a method needs so that others can draw samples of what it trains.
 
@@ -175,6 +196,12 @@ class Method(abc.ABC):
         """Adds what is wrong with options that do not fit one another; nothing is read."""
         if config.eval.compare and not cls.compares:
             errors.append(f"eval.compare: method {config.method!r} has no table; set it to False")
+
+    @classmethod
+    def flops(cls, config: TrainConfig, one: Flops) -> float | None:
+        """Model FLOPs of one step over all devices; None for a method that does not count them."""
+        del config, one
+        return None
 
     def networks(self) -> list[Network]:
         """The trained and the frozen networks, for the plan and for a look at their weights."""

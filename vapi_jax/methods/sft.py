@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vapi_jax.common.options import Errors, Positive, Share
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.corruption import Variant, make_context, purpose_keys
-from vapi_jax.methods.method import Aux
+from vapi_jax.methods.method import Aux, Flops
 from vapi_jax.methods.next_token import NextToken
 from vapi_jax.models.head import cross_entropy_and_entropy
 
@@ -44,6 +44,10 @@ class SFT(NextToken):
     @property
     def options(self) -> Any:
         return self.config.options
+
+    @classmethod
+    def flops(cls, config: TrainConfig, one: Flops) -> float:
+        return config.batch_size * (one.encode + 3 * one.policy)
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

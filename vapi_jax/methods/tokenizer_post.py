@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax.common.options import Errors, Natural, NotNegative, Positive, Share
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, generator_source, logits_bytes
-from vapi_jax.methods.method import Curve, Network, Scalars
+from vapi_jax.methods.method import Curve, Flops, Network, Scalars
 from vapi_jax.methods.tokenizer import ReconstructionOptions, TokenizerTraining
 from vapi_jax.methods.tokenizer_loss import LossWeights
 from vapi_jax.models.categorical import num_choices, uniforms_24
@@ -86,6 +86,13 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
     @property
     def options(self) -> Any:
         return self.config.options
+
+    @classmethod
+    def flops(cls, config: TrainConfig, one: Flops) -> float:
+        options = config.options
+        forwards = 1 + (options.rollout == "mixed" and options.cfg_scale != 1.0)
+        decoded = 3 * one.decode + 3 * one.perceptual(options.perceptual_net)
+        return config.batch_size * (one.encode + forwards * one.policy + decoded)
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vapi_jax.common.options import Errors
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import check_dropout, logits_bytes
-from vapi_jax.methods.method import Aux, Curve, HealthError, Scalars, mean_of
+from vapi_jax.methods.method import Aux, Curve, Flops, HealthError, Scalars, mean_of
 from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, GroupMethod, inner_products
 from vapi_jax.methods.sft import SFTOptions
 from vapi_jax.methods.vapi import PRESETS, VAPiOptions, vapi_loss
@@ -46,6 +46,18 @@ class VAPi(GroupMethod):
     @property
     def options(self) -> VAPiOptions:
         return self.config.options
+
+    @classmethod
+    def flops(cls, config: TrainConfig, one: Flops) -> float:
+        options, images = config.options, config.batch_size
+        samples = images * options.group_size
+        trained = 3 * images if options.fused else images + 3 * samples
+        return (
+            images * one.encode
+            + (trained + images * options.needs_base) * one.policy
+            + samples * one.decode
+            + (samples + images) * one.rewards
+        )
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
