@@ -3,10 +3,10 @@
     python -m vapi_jax.study --study=configs/studies/mini_table3.py --workdir=studies/mini_table3
 
 VA-π, STE, cross-entropy alone and AR-GRPO from the shipped generator, four trainings each, judged by
-GenEval's rules on two samples of each of 600 held-out captions (combinations that training never tells),
-with guidance and without. AR-GRPO's reward is the rule that judges, on other captions, and its steps are
-more: it shows what can be learnt; VA-π's reward never sees a caption. Rates are the recipes', not chosen on
-scenes. ":tiny" shows in minutes that every arm works.
+GenEval's rules on two samples for the caption of each of 600 held-out scenes, with guidance and without.
+AR-GRPO's reward is the rule that judges, on other captions, and its steps are more: it shows what can be
+learnt; VA-π's reward never sees a caption. Rates are the recipes', not chosen on scenes. ":tiny" shows in
+minutes that every arm works.
 """
 
 from vapi_jax.study.paper import GUIDED, PLAIN, is_tiny, tiny_study
