@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import CONFIGS, GOLDEN
-from tests.parallel.test_distributed import ends, free_port, one_run, started
-from tests.parallel.test_distributed import environment as distributed_environment
+from tests.helpers.processes import ends, free_port, one_run, started
+from tests.helpers.processes import environment as distributed_environment
 from vapi_jax.common.locks import LOCK
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers.observations import observe
-from tests.parallel.test_distributed import WORK, environment, free_port, main, started
+from tests.helpers.processes import WORK, environment, free_port, main, started
 from vapi_jax.parallel import distributed, links
 
 pytestmark = pytest.mark.slow
