@@ -2,10 +2,10 @@
 
     python -m vapi_jax.study --study=configs/studies/mini_rates.py --workdir=studies/mini_rates
 
-Chooses `RATES`, which mini_table2.py and mini_ablations.py take, on other crops than those judge by: the
-same three steps of half a decade around a first guess, the same 50 steps of 16 images and one training for
-each method. Take of each method the rate with the lowest distance in the features of the verdict that kept
-its diversity, write it into `RATES`, and only then start the other two. docs/studies.md has what they cost.
+Chooses `RATES`, which mini_table2.py, mini_ablations.py and mini_beyond.py take, on other crops than those
+judge by: the same three steps of half a decade around a first guess, the same 50 steps of 16 images and one
+training for each. Take of each the rate with the lowest distance in the features of the verdict that kept
+its diversity, write it into `RATES`, and only then start the others. docs/studies.md has what they cost.
 ":tiny" shows in minutes that every method works.
 """
 
@@ -16,16 +16,37 @@ from vapi_jax.study.spec import Arm, Study
 
 RECIPE = "c2i_demo"
 STEPS = 50
-RATES = {"vapi": 1e-5, "ste": 1e-5, "cca": 1e-5, "sft": 1e-5, "tokenizer_post": 1e-4}
-"""Method -> learning rate; not chosen yet: the demo's, and LlamaGen's for decoders."""
-NAMES = {"vapi": "VA-π", "ste": "STE", "cca": "CCA", "sft": "CE", "tokenizer_post": "tokenizer"}
+RATES = {
+    "vapi": 1e-5,
+    "spatial": 1e-5,
+    "energy": 1e-5,
+    "ste": 1e-5,
+    "cca": 1e-5,
+    "sft": 1e-5,
+    "tokenizer_post": 1e-4,
+}
+"""Method, or variant of VA-π -> learning rate; not chosen yet: the demo's, and LlamaGen's for decoders."""
+VARIANTS = {"spatial": {"vapi.credit": "spatial"}, "energy": {"vapi.score": "energy"}}
+"""Of VA-π, which may want a rate of their own -> options."""
+NAMES = {
+    "vapi": "VA-π",
+    "spatial": "VA-π, spatial credit",
+    "energy": "VA-π, energy score",
+    "ste": "STE",
+    "cca": "CCA",
+    "sft": "CE",
+    "tokenizer_post": "tokenizer",
+}
 _GRIDS = {"tokenizer_post": (3e-5, 1e-4, 3e-4)}
 _GRID = (1e-5, 3e-5, 1e-4)
 
 
-def arm(name: str, method: str = "vapi", **more: Any) -> Arm:
-    """An arm of a method at its rate; `more` are changes of the recipe, under their dotted paths."""
-    return Arm(name, {"method": method, "optimizer.learning_rate": RATES[method], **more})
+def arm(name: str, method: str = "vapi", average: bool = False, **more: Any) -> Arm:
+    """An arm of a method, or variant, at its rate; `more` are changes of the recipe, under dotted paths."""
+    variant = VARIANTS.get(method)
+    given = {"method": method} if variant is None else {"method": "vapi", **variant}
+    changes = {**given, "optimizer.learning_rate": RATES[method], **more}
+    return Arm(name, changes, average=average)
 
 
 def common(tiny: bool, split: str = "test") -> dict[str, Any]:

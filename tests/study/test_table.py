@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from vapi_jax.study import page
-from vapi_jax.study.spec import Arm, Draw, Files, Results, Study, StudyError
+from vapi_jax.study.spec import Arm, Draw, Files, Results, Study, StudyError, recipe_of
 from vapi_jax.study.table import comparisons, headline, lost_spread, rows_of, says, verdicts
 
 FEATURE = "alex_conv5"
@@ -184,6 +184,7 @@ def test_the_front_has_a_line_for_the_base_and_for_every_arm(tmp_path):
         ({"draws": {}}, "draws"),
         ({"against": "b"}, "'b'"),
         ({"files": Files("adm", "demo")}, "adm50k"),
+        ({"files": Files("adm50k", "demo"), "arms": (Arm("a", average=True),)}, "average"),
         ({"arms": (Arm("a", draw=Draw()),)}, "'a'"),
         ({"arms": (Arm("a", {"steps": 3}, draw=Draw(), trained=False),)}, "'a'"),
     ],
@@ -191,3 +192,13 @@ def test_the_front_has_a_line_for_the_base_and_for_every_arm(tmp_path):
 def test_a_study_that_contradicts_itself_is_refused(changes, fact):
     with pytest.raises(StudyError, match=fact):
         Study(**{"name": "x", "question": "?", "recipe": "c2i_demo", "arms": (), **changes})
+
+
+def test_an_average_wants_a_method_that_keeps_one():
+    for method in ("vapi", "sft"):
+        arm = Arm("a", {"method": method}, average=True)
+        study = Study("x", "?", "c2i_demo", (arm,))
+        with pytest.raises(StudyError, match=f"{method}.ema_decay"):
+            recipe_of(study, arm)
+    arm = Arm("a", {"vapi.ema_decay": 0.9}, average=True)
+    assert recipe_of(Study("x", "?", "c2i_demo", (arm,)), arm).vapi.ema_decay == 0.9

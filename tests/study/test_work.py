@@ -19,6 +19,7 @@ def get_study(variant=""):
         Arm("longer", {"steps": 3}),
         Arm("CE", {"method": "sft", "sft.noise_rate": 0.3}),
         Arm("decoder", {"method": "tokenizer_post", "optimizer.learning_rate": 1e-3}),
+        Arm("kept", {"vapi.ema_decay": 0.9999999}, average=True),
         Arm("cold", draw=Draw(temperature=0.5), trained=False),
     )
     draws = {"plain": Draw(), "guided": Draw(cfg_scale=2.0)}
@@ -46,7 +47,7 @@ def test_every_arm_is_trained_and_judged_alike(done):
     found = read_results(study, out / "results")
     assert [set(one["draws"]) for one in found.base] == [{"plain", "guided", "cold"}]
     assert {name: len(trainings) for name, trainings in found.arms.items()} == {
-        "longer": 1, "CE": 1, "decoder": 1,
+        "longer": 1, "CE": 1, "decoder": 1, "kept": 1,
     }  # fmt: skip
     sets = [arm["draws"][draw]["sets"] for (arm,) in found.arms.values() for draw in study.draws]
     sets += list(found.base[0]["draws"].values())
@@ -74,6 +75,19 @@ def test_a_trained_decoder_decodes_what_the_base_draws(done):
         for own, other in zip(drawn["sets"], base["draws"][name], strict=True):
             assert own["entropy"] == other["entropy"]  # the same tokens
             assert own["kernel/vgg_relu4_3"] != other["kernel/vgg_relu4_3"]  # other pixels
+
+
+@pytest.mark.slow
+def test_an_average_that_kept_all_of_its_start_draws_what_the_base_draws(done):
+    study, out, _ = done
+    found = read_results(study, out / "results")
+    (kept,), (longer,), (base,) = found.arms["kept"], found.arms["longer"], found.base
+    weights = out / "arms" / "kept" / "seed_0" / "run" / "weights"
+    one, average = (weights / f"policy{end}.safetensors" for end in ("", "_ema"))
+    assert one.read_bytes() != average.read_bytes()
+    for name in study.draws:
+        assert kept["draws"][name]["sets"] == base["draws"][name]
+        assert longer["draws"][name]["sets"] != base["draws"][name]
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from vapi_jax.evaluation.scene_scores import SceneJudge, scene_judge
 from vapi_jax.methods import Method, make_method
 from vapi_jax.methods.classes import with_classes
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.method import EMA
 from vapi_jax.methods.resolve import raise_all
 from vapi_jax.models.lpips import load_lpips_params, lpips
 from vapi_jax.study.files import draw_files, folder_of
@@ -73,7 +74,9 @@ class StudyJudge:
     def __init__(self, study: Study, workdir: Path):
         self._study, self._workdir = study, workdir
 
-    def tuned(self, done: Run, place: Path, seed: int, name: str) -> dict[str, Any]:
+    def tuned(
+        self, done: Run, place: Path, seed: int, name: str, average: bool = False
+    ) -> dict[str, Any]:
         """What an arm has trained, and the base at the temperature of its entropy.
 
         Entropies are compared on the same uniforms. An arm that trained the tokenizer's decoder draws the
@@ -84,8 +87,9 @@ class StudyJudge:
           place: of that run, WORKDIR/arms/SLUG/seed_SEED/run.
           seed: of the training.
           name: of one of the study's draws.
+          average: of the run's parameters, in their place.
         """
-        params, tokenizer = generator_of(done)
+        params, tokenizer = generator_of(done, average)
         draw, who = self._study.draws[name], f"{place.parents[1].name}_{seed}"
         judge = self._judge if tokenizer is None else self._judge.with_tokenizer(tokenizer)
         sets = self._sets(judge.with_settings(**draw.settings), params, seed, draw.temperature)
@@ -243,11 +247,12 @@ class StudyJudge:
         return found
 
 
-def generator_of(done: Run) -> tuple[Any, Any]:
-    """A finished run's generator, and the tokenizer that goes with it; None for the one it began with."""
+def generator_of(done: Run, average: bool = False) -> tuple[Any, Any]:
+    """A finished run's generator, or the average of it, and the tokenizer that goes with it; None for the
+    one it began with."""
     sampled = done.method.sampled()
     if sampled is not None:
-        return sampled.params(done.params, done.frozen), None
+        return sampled.params(done.extra[EMA] if average else done.params, done.frozen), None
     # It trained the decoder for a generator that stayed as it was.
     return done.frozen["policy"], done.params["tokenizer"]
 

@@ -98,6 +98,7 @@ class Arm:
       recipe: another recipe than the study's; its generator and tokenizer have to be the same.
       draw: for an untrained arm, how the base is drawn; trained arms are drawn by the study's settings.
       trained: False for the base.
+      average: judged by the average of its parameters (`ema_decay`), in their place.
       published: what is published of it, shown beside.
     """
 
@@ -106,6 +107,7 @@ class Arm:
     recipe: str = ""
     draw: Draw | None = None
     trained: bool = True
+    average: bool = False
     published: Figures = dataclasses.field(default_factory=dict)
 
     @property
@@ -177,12 +179,16 @@ class Study:
             problems.append(f"against={self.against!r} is no arm that trains")
         if self.files is not None and self.files.protocol not in PROTOCOLS:
             problems.append(f"files: {self.files.protocol!r} is none of {', '.join(PROTOCOLS)}")
+        if self.files is not None and (names := [arm.name for arm in self.arms if arm.average]):
+            problems.append(
+                f"files: drawn from a run's weights, not its average ({', '.join(names)})"
+            )
         if not self.draws:
             problems.append("draws: at least one")
         for arm in self.arms:
             if arm.trained and arm.draw is not None:
                 problems.append(f"arm {arm.name!r}: a trained arm is drawn by the study's draws")
-            if not arm.trained and (arm.draw is None or arm.changes or arm.recipe):
+            if not arm.trained and (arm.draw is None or arm.changes or arm.recipe or arm.average):
                 problems.append(f"arm {arm.name!r}: untrained, it wants a draw and nothing else")
         if problems:
             raise StudyError(f"study {self.name}: " + "; ".join(problems))
@@ -264,4 +270,11 @@ def recipe_of(study: Study, arm: Arm | None = None, seed: int = 0) -> Any:
         if section in config:
             with config.unlocked():
                 del config[section]
-    return change(config, changes)
+    config = change(config, changes)
+    section = find_method(config.method).section
+    if arm.average and not config.get(section, {}).get("ema_decay"):
+        raise StudyError(
+            f"arm {arm.name!r}: it is judged by the average of its parameters, and keeps none: set "
+            f"{section}.ema_decay"
+        )
+    return config

@@ -128,17 +128,19 @@ def _finished(workdir: Path, arm: Arm, seed: int) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_bytes())
-    if (found["recipe"], found["changes"]) != (arm.recipe, _changes(arm)):
+    if different := [name for name, fact in _facts(arm).items() if found[name] != fact]:
         raise StudyError(
-            f"{path} is of another arm {arm.name!r}, of recipe {found['recipe']!r} with changes "
-            f"{found['changes']}: rename the arm, or remove the file and the arm's folder"
+            f"{path} is of another arm {arm.name!r} "
+            f"({', '.join(f'{name}: {found[name]}' for name in different)}): rename the arm, or remove "
+            "the file and the arm's folder"
         )
     return True
 
 
-def _changes(arm: Arm) -> dict[str, Any]:
-    """As they are read again."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(arm.changes), default=str))
+def _facts(arm: Arm) -> dict[str, Any]:
+    """What a result has to have in common with its arm, as it is read again."""
+    facts = {"recipe": arm.recipe, "changes": dict(arm.changes), "average": arm.average}
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return found
 
 
@@ -146,8 +148,7 @@ def _found(
     study: Study, workdir: Path, arm: Arm, seed: int, judge: StudyJudge, stop: StopRequest | None
 ) -> dict[str, Any]:
     """The result of one seed of an arm, or of the base."""
-    found: dict[str, Any] = {"arm": arm.name, "seed": seed, "recipe": arm.recipe}
-    found["changes"] = _changes(arm)
+    found: dict[str, Any] = {"arm": arm.name, "seed": seed, **_facts(arm)}
     if arm.name == BASE:
         return {**found, **judge.base(seed)}
     config, place = require(recipe_of(study, arm, seed)), _place(workdir, arm, seed) / "run"
@@ -156,7 +157,7 @@ def _found(
         if not (place / SUMMARY).exists():
             run(config, place, stop=stop)
         done = fit(settled_method(config), place, stop=stop)  # finished: its last step is read
-        draws = {name: judge.tuned(done, place, seed, name) for name in study.draws}
+        draws = {name: judge.tuned(done, place, seed, name, arm.average) for name in study.draws}
     except (HealthError, BrokenSamplesError) as error:  # an answer, too
         return {**found, "failed": str(error)}
     summary = json.loads((place / SUMMARY).read_bytes())

@@ -65,6 +65,7 @@ class Run:
     method: Method
     params: Any
     start_params: Any  # the parameters at step 0, where they were asked for
+    extra: Any  # what the method keeps beside the parameters
     frozen: dict[str, Any]
     first: dict[str, float]  # held-out metrics before the first step
     last: dict[str, float]  # and after the last
@@ -188,6 +189,7 @@ def fit(
         method=method,
         params=state.params,
         start_params=start if keep_start else None,
+        extra=state.extra,
         frozen=frozen,
         first=progress.first,
         last=progress.last,
