@@ -19,6 +19,7 @@ from vapi_jax.evaluation.compare import (
     match_entropy,
 )
 from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.evaluation.kernel_distance import unbiased_mmd2
 from vapi_jax.evaluation.samples import (
     SEEN,
     Judged,
@@ -55,8 +56,11 @@ def judge_and_base():
 
 
 def test_estimate_by_hand():
-    assert estimate([1.0, 2.0, 6.0]) == {"mean": 3.0, "sd": pytest.approx(7**0.5), "n": 3}
-    assert estimate([5.0]) == {"mean": 5.0, "sd": None, "n": 1}
+    several = estimate([1.0, 2.0, 6.0])
+    assert several == {
+        "mean": 3.0, "sd": pytest.approx(7**0.5), "n": 3, "values": [1.0, 2.0, 6.0],
+    }  # fmt: skip
+    assert estimate([5.0]) == {"mean": 5.0, "sd": None, "n": 1, "values": [5.0]}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,9 @@ def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
 def test_a_row_names_its_features_and_its_terms(judge_and_base):
     judge, base = judge_and_base
     row, features = judge.row(Entry("base", "base", base))
-    assert row["frechet"]["n"] == row["frechet_unseen"]["n"] == 2
+    assert row["frechet"]["n"] == row["frechet_unseen"]["n"] == row["kernel_unseen"]["n"] == 2
+    mmd = unbiased_mmd2(features[UNSEEN], judge.reference[UNSEEN])[0]
+    assert row["kernel_unseen"]["values"][0] == pytest.approx(mmd, rel=1e-5)
     assert row["ce"] < np.log(1024)
     assert row["reward"] < 0.0
     known, _ = judge.row(Entry("base", "base", base, held_out={"reward": 7.0, "ce": 8.0}))

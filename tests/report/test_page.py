@@ -104,6 +104,7 @@ def test_a_whole_run(tmp_path):
         assert {show(row["ce"]), show(row["entropy"])} <= set(page.text.split())
         assert show_distance(row["frechet"]) in page.text
         assert show_distance(row["frechet_unseen"]) in page.text
+        assert show_distance(row["kernel_unseen"]) in page.text
     for key in ("reward", "ce"):
         assert {show(n) for n in summary[key].values()} <= set(re.findall(r"−?\d\.\d+", page.text))
     for text in ("2 123 456", "5 min 12 s", "2 min 11 s", "0.10.2", "group_size", "metrics.jsonl"):

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from scipy.stats import ttest_ind_from_stats
+from scipy.stats import ttest_ind_from_stats, ttest_rel
 
 from tests.helpers.runs import distance, make_summary
 from vapi_jax.report import verdict
@@ -97,6 +97,21 @@ def test_compare_is_welchs_test(a, b):
     # The interval ends at 0 just where the test's p is 5 %.
     edge = ttest_ind_from_stats(got.margin, *a[1:], 0.0, *b[1:], equal_var=False)
     assert edge.pvalue == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("second", [[11.1, 21.0, 30.9], [9.1, 22.0, 29.5], [9.0, 19.0, 29.0]])
+def test_values_of_the_same_seeds_are_paired(second):
+    first = [10.0, 20.0, 30.0]
+    a, b = ({**distance(20.0, 10.0), "values": values} for values in (first, second))
+    a, b = ({**one, "mean": sum(one["values"]) / 3} for one in (a, b))
+    got, apart = verdict.compare(a, b), [x - y for x, y in zip(first, second, strict=True)]
+    assert got.difference == pytest.approx(sum(apart) / 3)
+    if len(set(apart)) > 1:
+        interval = ttest_rel(first, second).confidence_interval(0.95)
+        assert got.margin == pytest.approx((interval.high - interval.low) / 2)
+    outside = got.margin < abs(got.difference)
+    assert got.outcome == ("same" if not outside else "better" if got.difference < 0 else "worse")
+    assert verdict.compare(a, {**b, "values": second[:2]}).margin > 20.0  # Welch's
 
 
 def test_what_cannot_be_compared():

@@ -19,6 +19,7 @@ from vapi_jax.common.progress import ProgressBar
 from vapi_jax.evaluation.frechet import frechet_distance, gaussian_statistics
 from vapi_jax.evaluation.geneval_files import Image
 from vapi_jax.evaluation.held_out import HeldOut
+from vapi_jax.evaluation.kernel_distance import unbiased_mmd2
 from vapi_jax.evaluation.samples import SampleJudge, judged_features
 from vapi_jax.evaluation.scene_scores import scene_judge
 from vapi_jax.methods import Method
@@ -74,11 +75,16 @@ class Judge:
         return gaussian_statistics(features, allow_singular=singular)
 
     def distances(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Fréchet distance of features to the reference crops', in both networks."""
-        return {
-            name: frechet_distance(*self._statistics(found), *self._reference_statistics[name])
-            for name, found in features.items()
+        """Fréchet distance of features to the reference crops' in both networks, kernel distance in the
+        one that the reward has not seen."""
+        own, real = (found[self._unseen].astype(np.float64) for found in (features, self.reference))
+        found = {
+            key: frechet_distance(
+                *self._statistics(features[name]), *self._reference_statistics[name]
+            )
+            for key, name in (("frechet", self._seen), ("frechet_unseen", self._unseen))
         }
+        return {**found, "kernel_unseen": unbiased_mmd2(own, real)[0]}
 
     def row(
         self, entry: Entry, tick: Callable[[], None] = lambda: None
@@ -86,8 +92,7 @@ class Judge:
         """A row of the table, over `eval.seeds` sampling seeds, and the features of the first seed."""
         config = self.method.config.eval
         first: dict[str, np.ndarray] = {}
-        found: dict[str, list[float]] = {self._seen: [], self._unseen: []}
-        entropies = []
+        found, entropies = [], []
         verdicts: list[Image] = []
         for seed in range(config.seeds):
 
@@ -100,8 +105,7 @@ class Judge:
             )
             entropies.append(drawn.entropy)
             first = first or drawn.features
-            for name, distance in self.distances(drawn.features).items():
-                found[name].append(distance)
+            found.append(self.distances(drawn.features))
             tick()
         forced: Mapping[str, float] = {}  # Teacher-forced numbers know no guidance.
         if entry.guidance == 1.0:
@@ -114,8 +118,7 @@ class Judge:
             "reward": forced.get("reward"),
             "ce": forced.get("ce"),
             "entropy": float(np.mean(entropies)),
-            "frechet": estimate(found[self._seen]),
-            "frechet_unseen": estimate(found[self._unseen]),
+            **_estimates(found),
         }
         return {**row, **self._scored(entry.kind, verdicts)}, first
 
@@ -136,12 +139,11 @@ class Judge:
 
     def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
         """Real crops, or their reconstructions, in place of samples: what a row can reach."""
-        found: dict[str, list[float]] = {self._seen: [], self._unseen: []}
-        for seed in range(self.method.config.eval.seeds):
-            images = self.judge.reconstructed if through_tokenizer else self.judge.real
-            features = self.judge.features(images(self._samples, seed + 1))
-            for feature, distance in self.distances(features).items():
-                found[feature].append(distance)
+        images = self.judge.reconstructed if through_tokenizer else self.judge.real
+        found = [
+            self.distances(self.judge.features(images(self._samples, seed + 1)))
+            for seed in range(self.method.config.eval.seeds)
+        ]
         row = {"name": name, "kind": kind, "temperature": None, "guidance": None}
         row |= {"reward": None, "ce": None, "entropy": None}
         verdicts: list[Image] = []
@@ -149,12 +151,7 @@ class Judge:
             for numbers, drawn in self._scenes.drawn(self.judge.batch):
                 seen = self.judge.reconstruct(drawn) if through_tokenizer else drawn
                 verdicts += self._scenes.judge(numbers, to_uint8(seen), 0)
-        return {
-            **row,
-            "frechet": estimate(found[self._seen]),
-            "frechet_unseen": estimate(found[self._unseen]),
-            **self._scored(kind, verdicts),
-        }
+        return {**row, **_estimates(found), **self._scored(kind, verdicts)}
 
 
 def match_entropy(entropy_at: Callable[[float], float], target: float, most: float = 1.0) -> float:
@@ -179,10 +176,14 @@ def match_entropy(entropy_at: Callable[[float], float], target: float, most: flo
     return 0.5 * (low + high)
 
 
-def estimate(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, unbiased standard deviation (None for one value) and count."""
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, unbiased standard deviation (None for one value), count, and the values, a seed each."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
+    return {"mean": float(np.mean(values)), "sd": sd, "n": len(values), "values": [*values]}
+
+
+def _estimates(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {name: estimate([one[name] for one in found]) for name in found[0]}
 
 
 def compare(

@@ -147,6 +147,9 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
     rows = summary.get("table") or []
     both = [f for f in ("frechet", "frechet_unseen") if any(row.get(f) for row in rows)]
     names = [f"Fréchet, {words.feature_name(summary, features)}" for features in both]
+    if any(row.get("kernel_unseen") for row in rows):
+        both.append("kernel_unseen")
+        names.append(f"Kernel, {words.feature_name(summary, 'frechet_unseen')}")
     shown = []
     for row in rows:
         temperature = number(row.get("temperature"))

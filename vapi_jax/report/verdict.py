@@ -1,13 +1,14 @@
 """What a run's numbers say, in plain words: better, worse, or not to be told apart.
 
-A difference of two Fréchet distances counts when it lies outside the 95 % interval of Welch's t-test
-over sampling seeds. That interval holds the noise of sampling only: one training run says nothing about
-the next, and the text says so.
+A difference of two Fréchet distances counts when it lies outside the 95 % interval of Student's paired
+t-test over sampling seeds. That interval holds the noise of sampling only: one training run says nothing
+about the next, and the text says so.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,9 @@ class Comparison:
 
 
 def compare(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Comparison:
-    """Welch's comparison of two {"mean", "sd", "n"}."""
+    """Student's paired comparison of two {"mean", "sd", "n", "values"}, whose values share their uniforms
+    seed by seed; Welch's where values are missing or of different count.
+    """
     means = [number((x or {}).get("mean")) for x in (a, b)]
     if a is None or b is None or means[0] is None or means[1] is None:
         return Comparison("absent")
@@ -121,7 +124,12 @@ def compare(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Compari
     parts = [sd**2 / n for sd, n in zip(deviations, counts, strict=True) if sd is not None]
     variance = sum(parts)
     margin = 0.0
-    if variance > 0:
+    ours, theirs = (x.get("values") or () for x in (a, b))
+    if len(ours) == len(theirs) > 1:
+        apart = [x - y for x, y in zip(ours, theirs, strict=True)]
+        spread = statistics.stdev(apart) / math.sqrt(len(apart))
+        margin = float(stdtrit(len(apart) - 1, 0.975)) * spread
+    elif variance > 0:
         freedom = variance**2 / sum(p**2 / (n - 1) for p, n in zip(parts, counts, strict=True))
         margin = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     if abs(difference) <= margin or difference == 0:
