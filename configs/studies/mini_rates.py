@@ -72,7 +72,8 @@ def _changes(split: str) -> dict[str, Any]:
         "grid_per_class": 1,
         "sampled_every": 0,
     }
-    return {"steps": STEPS, **{f"eval.{name}": value for name, value in judged.items()}}
+    one = {"cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": 1}
+    return {"steps": STEPS, **one, **{f"eval.{name}": value for name, value in judged.items()}}
 
 
 def get_study(variant: str = "") -> Study:

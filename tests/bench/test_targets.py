@@ -14,6 +14,7 @@ from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.bench import fitting, hlo, targets, targets_report
 from vapi_jax.bench.hlo_flops import products
+from vapi_jax.common.recipes import read_recipe
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import changed, resolve
@@ -142,6 +143,26 @@ def test_the_plain_step_holds_every_sequence():
     """What the test above looks for is there where it has to be."""
     config, mesh = changed(recipe(), fused=False), make_mesh(1, 8)
     assert sequences(compiled_step(config, mesh)[1], GROUP * IMAGES // 8)
+
+
+@pytest.mark.targets
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "peak", "sent", "flops"),
+    [("c2i_xxl", 7.2e9, 10.3e9, 200e12), ("janus_pro_7b", 23.6e9, 47.5e9, 750e12)],
+)
+def test_recipes_of_real_sizes_keep_their_budgets_on_eight_h100s(name, peak, sent, flops):
+    """A twentieth above docs/targets.md. Of memory, Janus-Pro-7B's whole gradients would be 40 GB alone."""
+    need_compiler("compile-cuda")
+    target, config = parse("h100:8"), resolve(read_recipe(name))
+    _, _, known, compiled = compiled_step(config, targets.open_mesh(config, target))
+    found = targets.read("step", compiled, known, target, 0.0)
+    assert found.exact and found.fits
+    assert found.peak < peak
+    assert found.sent < sent
+    assert found.flops < flops
+    assert found.attention.startswith("cuDNN")
+    assert found.float32 < 0.03  # the encoder
 
 
 @pytest.mark.targets
