@@ -213,7 +213,7 @@ def test_the_demo_and_its_ingredients_have_one_shape():
 # --- end to end -----------------------------------------------------------------------------------
 
 SUMMARY = {"method", "name", "config", "devices", "versions", "steps", "seconds", "held_out"}
-ESTIMATE = {"mean", "sd", "n"}
+ESTIMATE = {"mean", "sd", "n", "values"}
 
 
 @pytest.fixture(scope="module")

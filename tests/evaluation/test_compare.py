@@ -141,8 +141,9 @@ def test_real_crops_are_nearer_than_reconstructions_and_all_are_rounded_alike(ju
     more_than_a_batch = to_uint8(judge.judge.reconstruct(crops[:100]))
     np.testing.assert_array_equal(more_than_a_batch, np.concatenate(made[1])[:100])
     straight, through = (judge.distances(judge.judge.features(batches)) for batches in made)
-    for feature in (SEEN, UNSEEN):
-        assert 0.0 < straight[feature] < through[feature]
+    for distance in ("frechet", "frechet_unseen"):
+        assert 0.0 < straight[distance] < through[distance]
+    assert straight["kernel_unseen"] < through["kernel_unseen"]
 
 
 def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkeypatch):

@@ -86,8 +86,15 @@ def test_an_average_that_kept_all_of_its_start_draws_what_the_base_draws(done):
     one, average = (weights / f"policy{end}.safetensors" for end in ("", "_ema"))
     assert one.read_bytes() != average.read_bytes()
     for name in study.draws:
-        assert kept["draws"][name]["sets"] == base["draws"][name]
-        assert longer["draws"][name]["sets"] != base["draws"][name]
+        for one, other, of_base in zip(
+            kept["draws"][name]["sets"],
+            longer["draws"][name]["sets"],
+            base["draws"][name],
+            strict=True,
+        ):
+            # The same samples, but an average of equal weights may round once.
+            assert one == pytest.approx(of_base, rel=1e-6)
+            assert other["entropy"] != pytest.approx(of_base["entropy"], rel=1e-6)
 
 
 @pytest.mark.slow
