@@ -27,7 +27,7 @@ def policy() -> ConfigDict:
     return ConfigDict(
         {
             "kind": "text",
-            "dim": 96,
+            "dim": 128,
             "n_layer": 4,
             "n_head": 4,
             "multiple_of": 64,
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "scenes_base",
             "method": "text_base",
             "seed": 1,
-            "steps": 24000,
+            "steps": 16000,
             "batch_size": 16,
             "log_every": 10,
             "text_base": {"label_dropout": 0.1, "encoder": str(WORDS)},
@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "name": "scenes",
                 "image_size": 32,
                 "flip": False,
-                "options": {"images": 200_000},
+                "options": {"images": 400_000},
             },
             "tokenizer": load_recipe(__file__, "scenes_tokenizer").tokenizer(),
             "policy": policy(),

@@ -15,7 +15,7 @@ def tokenizer() -> ConfigDict:
     """Sizes of the tokenizer."""
     return ConfigDict(
         {
-            "codebook_size": 512,
+            "codebook_size": 128,
             "codebook_embed_dim": 8,
             "ch": 16,
             "groupnorm_groups": 8,
@@ -23,6 +23,7 @@ def tokenizer() -> ConfigDict:
             "decoder_ch_mult": (1, 2, 4),
             "num_res_blocks": 1,
             "z_channels": 64,
+            "encoder_patches": True,
         }
     )
 
@@ -34,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "scenes_tokenizer",
             "method": "tokenizer",
             "seed": 0,
-            "steps": 5000,
+            "steps": 4000,
             "batch_size": 16,
             "log_every": 10,
             "data": {"name": "scenes", "image_size": 32, "flip": False},

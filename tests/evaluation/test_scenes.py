@@ -12,6 +12,7 @@ from vapi_jax import score
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data.config import SPLITS, DataConfig, DataError
+from vapi_jax.data.pipeline import fixed_samples
 from vapi_jax.data.scenes.drawing import COLORS, Thing, draw
 from vapi_jax.data.scenes.grammar import (
     TASKS,
@@ -70,7 +71,7 @@ def test_names_are_genevals():
 
 @pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize(
-    ("change", "least"), [(np.array, 0.995), (noise, 0.99), (blur, 0.99), (jpeg, 0.93)]
+    ("change", "least"), [(np.array, 0.995), (noise, 0.99), (blur, 0.99), (jpeg, 0.88)]
 )
 def test_true_scenes_are_right(side, change, least):
     scenes = source(side)
@@ -118,7 +119,7 @@ def test_a_change_makes_a_scene_wrong(task):
 
 
 def test_one_too_many_is_wrong():
-    scene = make("counting", "train", np.random.default_rng(0))
+    scene = make("counting", "test", np.random.default_rng(0))
     lot = [
         Thing(scene.things[0].shape, "red", x, y, 0.12)
         for x in (0.2, 0.5, 0.8)
@@ -141,36 +142,68 @@ def test_a_mirror_swaps_left_and_right():
 
 
 def facts(scene: Scene) -> set:
-    """Every combination that a picture shows, whatever its caption tells."""
-    things = scene.things
-    shown = {("colors", (t.shape, t.color)) for t in things}
+    """The combinations that a caption tells of and nothing more, and those that a picture shows."""
+    things, told = scene.things, scene.metadata["include"]
     if len({t.shape for t in things}) == 1:
-        return shown | {("counting", (things[0].shape, len(things)))}
+        shown = {("counting", (things[0].shape, len(things)))}
+        plain = scene.metadata["tag"] == "colors"
+        return shown | {("colors", (told[0]["class"], told[0]["color"]))} if plain else shown
     a, b = things
     x, y = a.x - b.x, a.y - b.y
     side = (
         ("left of" if x < 0 else "right of") if abs(x) > abs(y) else "above" if y < 0 else "below"
     )
-    return shown | {
-        ("two_object", (a.shape, b.shape)),
-        ("position", (a.shape, side, b.shape)),
-    }
+    shown = {("position", (a.shape, side, b.shape))}
+    plain = all(clause.keys() == {"class", "count"} for clause in told)
+    return shown | {("two_object", (a.shape, b.shape))} if plain else shown
 
 
-def test_training_shows_nothing_that_is_held_out():
+def test_training_tells_and_shows_nothing_that_is_held_out():
+    """Shapes of all colours and all pairs are shown, or what a caption asks for could not be drawn."""
     held = {
         (task, c)
         for task in ("counting", "colors", "two_object", "position")
         for split in ("val", "test")
         for c in combinations(task)[split]
     }
-    scenes = source()
+    scenes, painted, pairs = source(), set(), set()
     for index in range(3000):
         scene = scenes.scene(index)[0]
         assert not facts(scene) & held
+        painted |= {(t.shape, t.color) for t in scene.things}
         if len({t.shape for t in scene.things}) == 2:
             a, b = [(t.shape, t.color) for t in scene.things]
             assert coloring_split(a, b) == "train"
+            pairs.add(tuple(sorted((a[0], b[0]))))
+    assert (len(painted), len(pairs)) == (80, 28)
+
+
+def test_things_stand_on_a_lattice_and_apart():
+    scenes = source()
+    for index in range(600):
+        things = scenes.scene(index)[0].things
+        cells = np.array([(8 * thing.x - 0.5, 8 * thing.y - 0.5) for thing in things])
+        np.testing.assert_array_equal(cells, np.clip(np.rint(cells), 1, 6))
+        i, j = np.triu_indices(len(things), 1)
+        assert (abs(cells[i] - cells[j]).max(1) >= 3).all()
+
+
+def test_half_of_the_training_captions_of_numbers_and_sides_name_colours():
+    for task in ("counting", "position"):
+        for split, share in (("train", 0.5), ("val", 0.0), ("test", 0.0)):
+            made = [make(task, split, np.random.default_rng([3, i])).metadata for i in range(400)]
+            named = [all("color" in clause for clause in line["include"]) for line in made]
+            assert np.mean(named) == pytest.approx(share, abs=0.1)
+
+
+def test_sets_of_real_scenes_have_none_in_common():
+    config = source(images=40).config
+    sets = [
+        {sample["image"].tobytes() for sample in fixed_samples(config, "train", 15, 7, number=number)}
+        for number in range(3)
+    ]
+    assert not sets[0] & sets[1]
+    assert sets[2] == sets[0]  # there are no more
 
 
 def test_a_caption_is_read_back_as_the_line_that_it_was_made_from():

@@ -135,6 +135,20 @@ def test_straight_through_gradient(params):
     assert_close(jax.jit(jax.grad(through))(latents), jax.grad(straight)(latents), 2e-6)
 
 
+def test_a_token_of_its_own_patch_knows_of_no_other(params, images, output):
+    """`encoder_patches` takes the same weights, and without it every latent follows every pixel."""
+    patches = vq.VQModel(dataclasses.replace(CONFIG, encoder_patches=True))
+    changed = images.at[:, 2:4, 4:6].add(0.5)
+    own = np.zeros((2, 4, 4), bool)
+    own[:, 1, 2] = True
+    for model, elsewhere in ((patches, False), (MODEL, True)):
+        one, other = (apply(params, x, "encode_latents", model) for x in (images, changed))
+        np.testing.assert_array_equal((one != other).any(-1), own | elsewhere)
+    alone = apply(params, images[:, 2:4, 4:6], "encode_latents", MODEL)
+    assert_close(alone[:, 0, 0], apply(params, images, "encode_latents", patches)[:, 1, 2], 1e-6)
+    assert apply(params, images, "encode", patches).shape == output.indices.shape
+
+
 def test_bfloat16_runs_and_is_close(params, images, output):
     dtypes = dict.fromkeys(("encoder_dtype", "decoder_dtype"), "bfloat16")
     model = vq.VQModel(dataclasses.replace(CONFIG, **dtypes))

@@ -153,6 +153,9 @@ class _Maps:
 
 def encoder_flops(config: VQConfig, side: int, padding: bool = True) -> float:
     """From one image of `side` pixels to its tokens, the search for the nearest codes included."""
+    if config.encoder_patches:
+        whole, patch = dataclasses.replace(config, encoder_patches=False), config.downsample_factor
+        return (side // patch) ** 2 * encoder_flops(whole, patch, padding)
     maps, size, width = _Maps(padding), side, config.ch
     total = maps.conv(size, 3, width)
     last = len(config.encoder_ch_mult) - 1

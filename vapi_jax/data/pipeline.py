@@ -129,14 +129,24 @@ def make_dataset(
 
 
 def fixed_samples(
-    config: DataConfig, split: str, n: int, seed: int, skipped: SkippedImages | None = None
+    config: DataConfig,
+    split: str,
+    n: int,
+    seed: int,
+    skipped: SkippedImages | None = None,
+    number: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of `fixed_batch` one at a time; raises as it does, at the call."""
+    """The samples of `fixed_batch` one at a time; raises as it does, at the call.
+
+    Sets `number` have no image in common, as long as the split has enough of them, where they would be
+    the same: a source that neither order nor crops change.
+    """
     source = make_source(config, split)
     if not 0 < n <= len(source):
         raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
     dataset = _samples(source, config, seed, not source.mixed, skipped)
-    return (dataset[index] for index in range(n))
+    first = number * n if source.settled and (number + 1) * n <= len(source) else 0
+    return (dataset[index] for index in range(first, first + n))
 
 
 def fixed_batch(

@@ -45,6 +45,7 @@ class Source(abc.ABC):
             they were made without.
         mixed: whether the first n images show as many classes as any n do. Where files or records
             are sorted by class, they do not, and an evaluation draws its images from all of them.
+        settled: whether the first n images are the same whatever the seed: mixed, and nothing is drawn.
         left_out: what lies among the images and is not read, counted by kind, in words.
         notes: what else a plan should show, such as examples of captions.
 
@@ -56,6 +57,7 @@ class Source(abc.ABC):
     class_names: tuple[str, ...]
     brings_tokens: ClassVar[bool] = False
     mixed: bool = False
+    settled: ClassVar[bool] = False
     left_out: str = ""
     notes: tuple[str, ...] = ()
 

@@ -72,7 +72,7 @@ def real_crops(
       DataError: the training split is smaller than `count`.
     """
     seed = 1000 * (number + 1) + _REFERENCE_SEED[config.eval.split]
-    samples = fixed_samples(config.data, "train", count, seed)
+    samples = fixed_samples(config.data, "train", count, seed, number=number)
     while part := list(itertools.islice(samples, batch)):
         yield np.stack([sample["image"] for sample in part])
 

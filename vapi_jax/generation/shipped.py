@@ -51,7 +51,7 @@ MODELS = {
     SCENES: Shipped(
         {
             "kind": "text",
-            "dim": 96,
+            "dim": 128,
             "n_layer": 4,
             "n_head": 4,
             "multiple_of": 64,
@@ -60,11 +60,11 @@ MODELS = {
             "token_dropout_p": 0.0,
             "resid_dropout_p": 0.0,
             "ffn_dropout_p": 0.0,
-            "vocab_size": 512,
+            "vocab_size": 128,
             "block_size": 64,
         },
         VQConfig(
-            codebook_size=512,
+            codebook_size=128,
             codebook_embed_dim=8,
             ch=16,
             groupnorm_groups=8,
@@ -72,6 +72,7 @@ MODELS = {
             decoder_ch_mult=(1, 2, 4),
             num_res_blocks=1,
             z_channels=64,
+            encoder_patches=True,
         ),
     ),
 }

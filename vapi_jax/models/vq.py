@@ -15,6 +15,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.common.options import Count, Dtype, NotNegative, Positive, Rate, Vocabulary
@@ -44,6 +45,9 @@ class VQConfig:
     z_channels: Count = 256
     dropout_p: Rate = 0.0
     groupnorm_groups: Count = 32
+    # Each token is encoded from its own pixels alone. Otherwise normalisation and attention tell every
+    # token of the whole image, and a generator trained by teacher forcing learns to read that there.
+    encoder_patches: bool = False
     # Of the convolutions. An encoder in bfloat16 gives other tokens: 2 % of the demo's differ. So x* is
     # that of float32 unless a recipe says otherwise.
     encoder_dtype: Dtype = "float32"
@@ -292,7 +296,14 @@ class VQModel(nn.Module):
         # Accelerators multiply float32 in fewer bits unless told otherwise. Of the demo's tokens, one
         # bfloat16 pass (a TPU's default) changes 0.9 %, TF32 0.2 %, three passes none.
         with jax.default_matmul_precision("high"):
-            return self.quant_conv(self.encoder(images, deterministic)).astype(jnp.float32)
+            if not self.config.encoder_patches:
+                return self.quant_conv(self.encoder(images, deterministic)).astype(jnp.float32)
+            rows, columns = images.shape[1] // factor, images.shape[2] // factor
+            patches = rearrange(
+                images, "B (h p) (w q) C -> (B h w) p q C", h=rows, w=columns, p=factor
+            )
+            latents = self.quant_conv(self.encoder(patches, deterministic)).astype(jnp.float32)
+            return rearrange(latents, "(B h w) 1 1 D -> B h w D", h=rows, w=columns)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B T"]:
         """Tokens of images, int32 in raster order: the x* of the paper (Eq. 34)."""

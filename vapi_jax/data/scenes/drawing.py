@@ -75,10 +75,10 @@ def coverage(thing: Thing, side: int) -> Float[np.ndarray, "side side"]:
 def background(side: int, rng: np.random.Generator) -> Float[np.ndarray, "side side 3"]:
     """A grey with a tint, a slope of light, and one of four textures; in [0, 255]."""
     x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
-    tone = rng.uniform(132, 158) + rng.uniform(-5, 5, 3)
+    tone = rng.uniform(138, 152) + rng.uniform(-3, 3, 3)
     angle, waves = rng.uniform(0, np.pi), rng.uniform(2, 7)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    light = rng.uniform(-10, 10) * (along - 0.5)
+    light = rng.uniform(-6, 6) * (along - 0.5)
     kind = rng.integers(4)
     if kind == 0:
         texture = np.sin(2 * np.pi * waves * along)
@@ -88,7 +88,7 @@ def background(side: int, rng: np.random.Generator) -> Float[np.ndarray, "side s
         texture = rng.normal(0, 0.6, (side, side))
     else:
         texture = np.sin(2 * np.pi * waves * np.hypot(x - rng.random(), y - rng.random()))
-    return tone + (light + rng.uniform(2, 6) * texture)[..., None]
+    return tone + (light + rng.uniform(1, 4) * texture)[..., None]
 
 
 def draw(
@@ -97,7 +97,7 @@ def draw(
     """A picture in [0, 255] of objects on a background; the colours vary a little."""
     picture = background(side, rng)
     for thing in things:
-        paint = np.array(COLORS[thing.color]) + rng.uniform(-8, 8, 3)
+        paint = np.array(COLORS[thing.color]) + rng.uniform(-5, 5, 3)
         share = coverage(thing, side)[..., None]
         picture = picture * (1 - share) + paint * share
     return np.clip(picture, 0, 255)

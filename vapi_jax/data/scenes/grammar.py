@@ -1,14 +1,21 @@
 """What a scene shows and how it is told: GenEval's six tasks over shapes, with combinations held out.
 
+Objects stand on a lattice of 8 x 8 cells, all of one size, so that a tokenizer whose tokens are such cells
+needs few codes and a small generator can learn what captions mean.
+
 Every combination belongs to one split, by a fixed shuffle:
 
-- counting: (shape, how many).
-- colors: (shape, colour). A pair of val or test colours nothing in any other scene of any split.
-- two_object: two shapes together. Two of val or test stand together in no scene of another task.
+- counting: (shape, how many). Training shows a held-out one nowhere.
+- colors: (shape, colour). No training caption tells of a held-out one alone; shapes of any colour are shown
+  under captions that tell no colour, and told by several of them, by sides, and by two coloured shapes.
+- two_object: two shapes together. No training caption tells of two held-out ones and nothing more; they
+  are shown and told with sides and with colours.
 - position: (shape, side, shape), "a left of b" and "b right of a" being one. In training no two shapes
   stand as in val or test, whatever the caption tells.
 - color_attr: two coloured shapes. No training scene of two shapes has the colours of one of val or test.
 - single_object has nothing to combine: every split has all shapes.
+
+Training captions of numbers and of sides name colours half of the time; those of val and test never.
 """
 
 from __future__ import annotations
@@ -30,7 +37,13 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
+_PAINTS = tuple(COLORS)
+_PAIRS = tuple(itertools.combinations(SHAPES, 2))
 _OPENINGS = ("a photo of ", "a picture of ", "")
+
+_CELLS = 8  # of the lattice, along each side
+_APART = 3  # cells between the middles of two objects, at least
+_RADIUS = 0.15  # at most 1.1 times as far does a shape reach: all of it is in 3 x 3 cells
 
 Combination = tuple[Any, ...]
 Place = tuple[str, float, float, float]  # shape, x, y, radius
@@ -65,10 +78,9 @@ def combinations(task: str) -> dict[str, list[Combination]]:
     if task == "colors":
         return _deal(list(itertools.product(SHAPES, COLORS)))
     if task == "two_object":
-        return _deal(list(itertools.combinations(SHAPES, 2)))
+        return _deal(_PAIRS)
     if task == "position":
-        pairs = combinations("two_object")["train"]
-        return _deal([(a, side, b) for a, b in pairs for side in SIDES])
+        return _deal([(a, side, b) for a, b in _PAIRS for side in SIDES])
     return {split: [(shape,) for shape in SHAPES] for split in SPLITS}
 
 
@@ -82,15 +94,10 @@ def _pick(values: Sequence[Any], rng: np.random.Generator) -> Any:
     return values[int(rng.integers(len(values)))]
 
 
-def _color(shape: str, rng: np.random.Generator) -> str:
-    """Any that training has on this shape."""
-    return str(_pick([c for s, c in combinations("colors")["train"] if s == shape], rng))
-
-
 def _colors(a: str, b: str, split: str, rng: np.random.Generator) -> tuple[str, str]:
     """Two different colours for two shapes, together of a split."""
     while True:
-        one, two = _color(a, rng), _color(b, rng)
+        one, two = _pick(_PAINTS, rng), _pick(_PAINTS, rng)
         if one != two and coloring_split((a, one), (b, two)) == split:
             return one, two
 
@@ -104,33 +111,27 @@ def _side(a: str, b: str, rng: np.random.Generator) -> str:
 def _beside(a: str, side: str, b: str, rng: np.random.Generator) -> list[Place]:
     """Shape, x, y, radius of a and of b, so that one relation holds and no other."""
     step = np.array(SIDES[side])
-    radii = rng.uniform(0.17, 0.2, 2)
-    apart = rng.uniform(radii.sum() * 1.1 + 0.08, 0.54)
-    offset = step * apart + step[::-1] * rng.uniform(-0.1, 0.1)
-    # The place of a; b is at a - offset.
-    low = np.maximum(radii[0] * 1.1 + 0.04, radii[1] * 1.1 + 0.04 + offset)
-    high = np.minimum(1 - radii[0] * 1.1 - 0.04, 1 - radii[1] * 1.1 - 0.04 + offset)
-    place = rng.uniform(low, np.maximum(low, high))
-    other = place - offset
-    (x, y), (far_x, far_y) = place.tolist(), other.tolist()
-    return [(a, x, y, float(radii[0])), (b, far_x, far_y, float(radii[1]))]
+    offset = step * rng.integers(_APART, _CELLS - 2) + step[::-1] * rng.integers(-1, 2)
+    # The cell of a; b is at a - offset.
+    low, high = np.maximum(1, 1 + offset), np.minimum(_CELLS - 1, _CELLS - 1 + offset)
+    cell = rng.integers(low, high)
+    return [_place(a, cell), _place(b, cell - offset)]
 
 
 def _scatter(shape: str, count: int, rng: np.random.Generator) -> list[Place]:
     """Several of one shape, their boxes apart from each other."""
-    low, high = {1: (0.16, 0.24), 2: (0.15, 0.18), 3: (0.14, 0.16), 4: (0.14, 0.15)}[count]
-    radii = rng.uniform(low, high, count)
-    edge = radii * 1.1 + 0.04
     i, j = np.triu_indices(count, 1)
     while True:
-        tries = rng.uniform(edge[:, None], 1 - edge[:, None], (200, count, 2))
-        apart = abs(tries[:, i] - tries[:, j]).max(-1) > (radii[i] + radii[j]) * 1.05 + 0.06
+        tries = rng.integers(1, _CELLS - 1, (200, count, 2))
+        apart = abs(tries[:, i] - tries[:, j]).max(-1) >= _APART
         if len(good := np.flatnonzero(apart.all(1))):
-            places = tries[good[0]]
-            return [
-                (shape, float(x), float(y), float(r))
-                for (x, y), r in zip(places, radii, strict=True)
-            ]
+            return [_place(shape, cell) for cell in tries[good[0]]]
+
+
+def _place(shape: str, cell: np.ndarray) -> Place:
+    """A shape in the middle of a cell."""
+    x, y = ((cell + 0.5) / _CELLS).tolist()
+    return shape, x, y, _RADIUS
 
 
 def _a(words: str) -> str:
@@ -150,45 +151,44 @@ def make(task: str, split: str, rng: np.random.Generator) -> Scene:
             in two more ways.
         rng: drawn from; the same state gives the same scene.
     """
-    opening = _pick(_OPENINGS, rng) if split == "train" else _OPENINGS[0]
+    train = split == "train"
+    opening = _pick(_OPENINGS, rng) if train else _OPENINGS[0]
     exclude: list[dict[str, Any]] = []
     if task in ("single_object", "counting", "colors"):
         drawn = _pick(combinations(task)[split], rng)
         shape, count = drawn[0], drawn[1] if task == "counting" else 1
-        color = drawn[1] if task == "colors" else _color(shape, rng)
+        color = drawn[1] if task == "colors" else _pick(_PAINTS, rng)
         places = _scatter(shape, count, rng)
         paints: list[str] = [color] * count
         clause: dict[str, Any] = {"class": shape, "count": count}
-        if task == "colors":
-            clause["color"], text = color, _a(f"{color} {shape}")
-        elif task == "counting":
+        told = ""
+        if task == "colors" or (task == "counting" and train and rng.integers(2)):
+            clause["color"], told = color, f"{color} "
+        if task == "counting":
             exclude = [{"class": shape, "count": count + 1}]
-            text = f"{_NUMBERS[count]} {_plural(shape)}"
+            text = f"{_NUMBERS[count]} {told}{_plural(shape)}"
         else:
-            text = _a(shape)
+            text = _a(told + shape)
         include = [clause]
     else:
         if task == "position":
             a, side, b = _pick(combinations(task)[split], rng)
         else:
-            a, b = _pick(
-                combinations("two_object")[split if task == "two_object" else "train"], rng
-            )
+            pairs = combinations("two_object")[split] if task == "two_object" else _PAIRS
+            a, b = _pick(pairs, rng)
             side = _side(a, b, rng)
         colors = _colors(a, b, split if task == "color_attr" else "train", rng)
         places, paints = _beside(a, side, b, rng), list(colors)
         if rng.integers(2):  # The same scene, told from the other.
             a, b, side, colors = b, a, _OPPOSITE[side], colors[::-1]
         include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-        if task == "position":
-            include = [include[1], {**include[0], "position": [side, 0]}]
-            text = f"{_a(a)} {side} {_a(b)}"
-        elif task == "color_attr":
+        if task == "color_attr" or (task == "position" and train and rng.integers(2)):
             for clause, color in zip(include, colors, strict=True):
                 clause["color"] = color
-            text = f"{_a(f'{colors[0]} {a}')} and {_a(f'{colors[1]} {b}')}"
-        else:
-            text = f"{_a(a)} and {_a(b)}"
+            a, b = f"{colors[0]} {a}", f"{colors[1]} {b}"
+        if task == "position":
+            include = [include[1], {**include[0], "position": [side, 0]}]
+        text = f"{_a(a)} {side if task == 'position' else 'and'} {_a(b)}"
     things = tuple(
         Thing(shape, color, x, y, radius)
         for (shape, x, y, radius), color in zip(places, paints, strict=True)
@@ -206,11 +206,11 @@ def read(caption: str) -> dict[str, Any]:
     found = _caption().fullmatch(caption)
     if found is None:
         raise DataError(f"{caption!r:.80} is no caption of a drawn scene")
-    (count, kind, *first), link, second = found.groups()[:4], found[5], found.groups()[5:]
+    (count, color, kind, *first), link, second = found.groups()[:5], found[6], found.groups()[6:]
     if count:
         shape = {_plural(shape): shape for shape in SHAPES}[kind]
         number = {word: number for number, word in _NUMBERS.items()}[count]
-        include: list[dict[str, Any]] = [{"class": shape, "count": number}]
+        include = [_clause(color, shape, number)]
         exclude = [{"class": shape, "count": number + 1}]
         return {"tag": "counting", "include": include, "prompt": caption, "exclude": exclude}
     include = [_clause(*first)] + ([_clause(*second)] if link else [])
@@ -224,16 +224,17 @@ def read(caption: str) -> dict[str, Any]:
     return {"tag": task, "include": include, "prompt": caption}
 
 
-def _clause(color: str | None, shape: str) -> dict[str, Any]:
-    clause: dict[str, Any] = {"class": shape, "count": 1}
+def _clause(color: str | None, shape: str, count: int = 1) -> dict[str, Any]:
+    clause: dict[str, Any] = {"class": shape, "count": count}
     return {**clause, "color": color} if color else clause
 
 
 @functools.cache
 def _caption() -> re.Pattern[str]:
-    """What `make` may say: number, plural | colour, shape, and perhaps a link, colour, shape."""
-    thing = f"an? (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
-    several = f"({'|'.join(_NUMBERS.values())}) ({'|'.join(map(_plural, SHAPES))})"
+    """What `make` may say: number, colour, plural | colour, shape, perhaps a link, colour, shape."""
+    color = f"(?:({'|'.join(COLORS)}) )?"
+    thing = f"an? {color}({'|'.join(SHAPES)})"
+    several = f"({'|'.join(_NUMBERS.values())}) {color}({'|'.join(map(_plural, SHAPES))})"
     link = f"(?: (and|{'|'.join(SIDES)}) {thing})?"
     return re.compile(f"(?:{'|'.join(_OPENINGS)})(?:{several}|{thing}{link})")
 

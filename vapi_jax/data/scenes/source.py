@@ -39,6 +39,7 @@ class SceneSource(Source):
     """
 
     mixed = True
+    settled = True
     class_names = ()
 
     @classmethod
