@@ -199,7 +199,10 @@ def test_half_of_the_training_captions_of_numbers_and_sides_name_colours():
 def test_sets_of_real_scenes_have_none_in_common():
     config = source(images=40).config
     sets = [
-        {sample["image"].tobytes() for sample in fixed_samples(config, "train", 15, 7, number=number)}
+        {
+            sample["image"].tobytes()
+            for sample in fixed_samples(config, "train", 15, 7, number=number)
+        }
         for number in range(3)
     ]
     assert not sets[0] & sets[1]

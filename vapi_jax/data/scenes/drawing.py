@@ -15,6 +15,9 @@ COLORS = {
 }  # fmt: skip
 """GenEval's ten, in sRGB. A background is grey, which is none of them."""
 
+CELLS = 8
+"""Of the lattice on which objects stand, along each side."""
+
 _SAMPLES = 4  # along each side of a pixel
 _POINTS = np.deg2rad(np.arange(10) * 36)
 _STAR = np.where(np.arange(10) % 2, 0.45, 1.05)
@@ -73,22 +76,24 @@ def coverage(thing: Thing, side: int) -> Float[np.ndarray, "side side"]:
 
 
 def background(side: int, rng: np.random.Generator) -> Float[np.ndarray, "side side 3"]:
-    """A grey with a tint, a slope of light, and one of four textures; in [0, 255]."""
-    x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
+    """A grey with a tint and one of four textures, the same in every cell of the lattice; in [0, 255].
+
+    So tokens of one cell each are alike all over the background, whose details no caption tells.
+    """
+    x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side * CELLS] * 2)
     tone = rng.uniform(138, 152) + rng.uniform(-3, 3, 3)
-    angle, waves = rng.uniform(0, np.pi), rng.uniform(2, 7)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    light = rng.uniform(-6, 6) * (along - 0.5)
-    kind = rng.integers(4)
+    along, across = 2 * np.pi * (x + rng.random()), 2 * np.pi * (y + rng.random())
+    kind, turned = rng.integers(4), rng.integers(2)
     if kind == 0:
-        texture = np.sin(2 * np.pi * waves * along)
+        texture = np.sin(across if turned else along)
     elif kind == 1:
-        texture = np.sin(2 * np.pi * waves * along) * np.sin(2 * np.pi * waves * across) * 1.3
+        texture = np.sin(along + (across if turned else -across))
     elif kind == 2:
-        texture = rng.normal(0, 0.6, (side, side))
+        texture = np.sin(along) * np.sin(across) * 1.3
     else:
-        texture = np.sin(2 * np.pi * waves * np.hypot(x - rng.random(), y - rng.random()))
-    return tone + (light + rng.uniform(1, 4) * texture)[..., None]
+        tile = rng.normal(0, 0.6, (4, 4))
+        texture = tile[(4 * y).astype(int) % 4, (4 * x).astype(int) % 4]
+    return tone + (rng.uniform(1, 4) * texture)[..., None]
 
 
 def draw(

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.data.config import SPLITS, DataError
-from vapi_jax.data.scenes.drawing import COLORS, SHAPES, Thing
+from vapi_jax.data.scenes.drawing import CELLS, COLORS, SHAPES, Thing
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -41,7 +41,6 @@ _PAINTS = tuple(COLORS)
 _PAIRS = tuple(itertools.combinations(SHAPES, 2))
 _OPENINGS = ("a photo of ", "a picture of ", "")
 
-_CELLS = 8  # of the lattice, along each side
 _APART = 3  # cells between the middles of two objects, at least
 _RADIUS = 0.15  # at most 1.1 times as far does a shape reach: all of it is in 3 x 3 cells
 
@@ -111,9 +110,9 @@ def _side(a: str, b: str, rng: np.random.Generator) -> str:
 def _beside(a: str, side: str, b: str, rng: np.random.Generator) -> list[Place]:
     """Shape, x, y, radius of a and of b, so that one relation holds and no other."""
     step = np.array(SIDES[side])
-    offset = step * rng.integers(_APART, _CELLS - 2) + step[::-1] * rng.integers(-1, 2)
+    offset = step * rng.integers(_APART, CELLS - 2) + step[::-1] * rng.integers(-1, 2)
     # The cell of a; b is at a - offset.
-    low, high = np.maximum(1, 1 + offset), np.minimum(_CELLS - 1, _CELLS - 1 + offset)
+    low, high = np.maximum(1, 1 + offset), np.minimum(CELLS - 1, CELLS - 1 + offset)
     cell = rng.integers(low, high)
     return [_place(a, cell), _place(b, cell - offset)]
 
@@ -122,7 +121,7 @@ def _scatter(shape: str, count: int, rng: np.random.Generator) -> list[Place]:
     """Several of one shape, their boxes apart from each other."""
     i, j = np.triu_indices(count, 1)
     while True:
-        tries = rng.integers(1, _CELLS - 1, (200, count, 2))
+        tries = rng.integers(1, CELLS - 1, (200, count, 2))
         apart = abs(tries[:, i] - tries[:, j]).max(-1) >= _APART
         if len(good := np.flatnonzero(apart.all(1))):
             return [_place(shape, cell) for cell in tries[good[0]]]
@@ -130,7 +129,7 @@ def _scatter(shape: str, count: int, rng: np.random.Generator) -> list[Place]:
 
 def _place(shape: str, cell: np.ndarray) -> Place:
     """A shape in the middle of a cell."""
-    x, y = ((cell + 0.5) / _CELLS).tolist()
+    x, y = ((cell + 0.5) / CELLS).tolist()
     return shape, x, y, _RADIUS
 
 
