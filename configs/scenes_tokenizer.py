@@ -2,8 +2,11 @@
 
     python -m vapi_jax.main --config=configs/scenes_tokenizer.py --workdir=/tmp/scenes_tokenizer
 
-32x32 pixels to 8x8 tokens of 512 codes, by pixels alone; 16 minutes on 2 CPU cores; 34.1 dB on held-out
-scenes. The detector of drawn shapes finds 599 of 600 reconstructed test scenes right by GenEval's rules.
+32x32 pixels to 8x8 tokens of 128 codes, by pixels alone; 15 minutes on one CPU core; 38.8 dB on held-out
+scenes. The detector of drawn shapes finds 600 of 600 reconstructed test scenes right by GenEval's rules.
+Each token is encoded from its own pixels (`encoder_patches`): an encoder of the whole picture tells the
+tokens of the background what else is there, and a generator that learns by teacher forcing reads it there
+and not in the caption.
 Writes weights/tokenizer.safetensors, from which the shipped half-precision file is made by
 `python launch/ship.py /tmp/scenes_tokenizer`.
 """
@@ -35,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "scenes_tokenizer",
             "method": "tokenizer",
             "seed": 0,
-            "steps": 4000,
+            "steps": 3000,
             "batch_size": 16,
             "log_every": 10,
             "data": {"name": "scenes", "image_size": 32, "flip": False},
@@ -44,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 "loss": {"adversarial": 0.0, "perceptual": 0.0},
                 "restart_below": 0.1,
                 "restart_every": 25,
-                "restart_until": 0.6,
+                "restart_until": 0.4,
             },
             "optimizer": {
                 "learning_rate": 2e-3,

@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
             "init": {"vq": "scenes", "gpt": "scenes"},
             "vapi": {"group_size": 8, "noise_rate": 0.0, "ce_weight": 0.1},
-            "optimizer": {"learning_rate": 1e-4, "weight_decay": 1e-4},
+            "optimizer": {"learning_rate": 1e-5, "weight_decay": 1e-4},
             "eval": {
                 "split": "test",
                 "every": 20,

@@ -113,6 +113,10 @@ def copy(out, to, split="", **changes):
     [
         ({"tokenizer": 64 * "0"}, "the tokenizer 000000000000 in float32"),
         ({"encoder_dtype": "bfloat16"}, "in bfloat16, and this run has .* in float32"),
+        (
+            {"encoder_patches": True},
+            "of single patches in float32, and this run has .* [0-9a-f]+ in",
+        ),
     ],
 )
 def test_tokens_of_another_encoder_are_refused_and_both_are_named(made, tmp_path, changes, named):

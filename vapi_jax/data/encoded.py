@@ -128,6 +128,7 @@ def finish_split(
     }
     if encoder is not None:
         facts |= {"tokenizer": encoder.digest, "encoder_dtype": encoder.dtype}
+        facts["encoder_patches"] = encoder.patches
     found: Counter[str] = Counter()
     if (first / "features.npy").exists():
         each = [_read_json(part_folder(folder, number) / FACTS) for number in range(parts)]
@@ -157,7 +158,8 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
         facts = _read_json(folder / FACTS)
         captions, encoder = facts.get("captions"), None
         if "tokenizer" in facts:
-            encoder = Encoder(str(facts["tokenizer"]), str(facts["encoder_dtype"]))
+            patches = facts.get("encoder_patches") is True
+            encoder = Encoder(str(facts["tokenizer"]), str(facts["encoder_dtype"]), patches)
         found: dict[str, Any] = {
             "class_names": tuple(map(str, facts["class_names"])),
             "count": int(facts["count"]),

@@ -20,13 +20,16 @@ from vapi_jax.data.config import SOURCES, DataConfig, DataError
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What turned images into tokens: SHA-256 of its weights, and the dtype it computed in."""
+    """What turned images into tokens: SHA-256 of its weights, the dtype it computed in, and whether it saw
+    each token's own pixels alone."""
 
     digest: str
     dtype: str
+    patches: bool = False
 
     def __str__(self) -> str:
-        return f"the tokenizer {self.digest[:12]} in {self.dtype}"
+        apart = " of single patches" if self.patches else ""
+        return f"the tokenizer {self.digest[:12]}{apart} in {self.dtype}"
 
 
 class Source(abc.ABC):

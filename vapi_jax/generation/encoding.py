@@ -18,13 +18,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from vapi_jax.common.digests import params_digest
 from vapi_jax.common.files import FolderExistsError, make_folder, read_json, write_atomically
 from vapi_jax.common.progress import ProgressBar, announce
 from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
 from vapi_jax.data.encoded import LISTED, finish_split, part_folder, write_part
-from vapi_jax.data.sources import Encoder, source_class
+from vapi_jax.data.sources import source_class
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.generator import GeneratorMethod
@@ -69,7 +68,7 @@ def encode_dataset(
     params = encoder = None
     if tokens:
         params = method.load_tokenizer()
-        encoder = Encoder(params_digest(params), config.tokenizer.encoder_dtype)
+        encoder = method.image_encoder(params)
     more = {
         "data": dataclasses.asdict(config.data),
         "seed": config.seed,

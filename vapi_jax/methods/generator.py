@@ -117,7 +117,7 @@ class GeneratorMethod(Method):
             )
         params = load_weights(source, model_shapes(self.config.tokenizer))
         if (made := encoder_of(self.config.data)) is not None:
-            own = Encoder(params_digest(params), self.config.tokenizer.encoder_dtype)
+            own = self.image_encoder(params)
             if made != own:
                 raise WeightsError(
                     f"config.init.vq={source.path}, config.tokenizer.encoder_dtype={own.dtype!r}: "
@@ -125,6 +125,11 @@ class GeneratorMethod(Method):
                     f"has {own}. Choose the same, or encode them again"
                 )
         return params
+
+    def image_encoder(self, params: Any) -> Encoder:
+        """What turns images into tokens, by the tokenizer's weights."""
+        sizes = self.config.tokenizer
+        return Encoder(params_digest(params), sizes.encoder_dtype, sizes.encoder_patches)
 
     def load_frozen(self) -> dict[str, Any]:
         found = {"tokenizer": self.load_tokenizer()}
