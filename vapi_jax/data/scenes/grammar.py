@@ -209,7 +209,7 @@ def read(caption: str) -> dict[str, Any]:
     if count:
         shape = {_plural(shape): shape for shape in SHAPES}[kind]
         number = {word: number for number, word in _NUMBERS.items()}[count]
-        include = [_clause(color, shape, number)]
+        include = [_clause(color, shape, count=number)]
         exclude = [{"class": shape, "count": number + 1}]
         return {"tag": "counting", "include": include, "prompt": caption, "exclude": exclude}
     include = [_clause(*first)] + ([_clause(*second)] if link else [])
@@ -223,7 +223,7 @@ def read(caption: str) -> dict[str, Any]:
     return {"tag": task, "include": include, "prompt": caption}
 
 
-def _clause(color: str | None, shape: str, count: int = 1) -> dict[str, Any]:
+def _clause(color: str | None, shape: str, *, count: int = 1) -> dict[str, Any]:
     clause: dict[str, Any] = {"class": shape, "count": count}
     return {**clause, "color": color} if color else clause
 
