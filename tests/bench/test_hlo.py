@@ -375,7 +375,8 @@ def test_library_calls_printed_with_spaces_are_read_alike():
     assert executions["gather"] == 15
 
 
-# A scan of six on a TPU: no trip count is printed, and one gather is fused with what runs beside it.
+# A scan of six on a TPU: no trip count is printed, one gather is fused with what runs beside it, and the
+# attributes of a Pallas kernel go over lines.
 TPU = """HloModule jit_f, num_partitions=4
 
 %start (s: bf16[4,2]) -> (bf16[4,2], bf16[16,2]) {
@@ -396,6 +397,8 @@ TPU = """HloModule jit_f, num_partitions=4
 
 %body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %p = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %kernel = bf16[4,2]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+}}, metadata={op_name="jit(f)/while/body/pallas_call"}
   %f.1 = (bf16[4,2]{1,0}, bf16[16,2]{1,0}) fusion(%p), kind=kCustom, calls=%start
   ROOT %f.2 = (f32[8,2]{1,0}, bf16[16,2]{1,0}) fusion(%f.1, %p), kind=kOutput, calls=%beside
 }
