@@ -4,9 +4,9 @@
 
 Chooses `RATES`, which mini_table2.py, mini_ablations.py and mini_beyond.py take, on other crops than those
 judge by: the same three steps of half a decade around a first guess, the same 50 steps of 16 images and one
-training for each. Taken of each is the rate with the lowest distance in the features of the verdict; the results are in
-docs/studies/mini_rates. One training a rate is little: most differences are within noise, and VA-π and CE
-chose the highest of their three. docs/studies.md has what they cost.
+training for each. Taken of each is the rate with the lowest distance in the features of the verdict; the
+results are in docs/studies/mini_rates. One training a rate is little: most differences are within noise,
+and VA-π and CE chose the highest of their three. docs/studies.md has what they cost.
 ":tiny" shows in minutes that every method works.
 """
 
