@@ -220,9 +220,7 @@ def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
             current = header[2]
             computations[current] = []
             entry = current if header[1] else entry
-        elif (
-            line.rstrip() == "}"
-        ):  # a Pallas kernel's attributes go over lines that begin with "}}"
+        elif line.rstrip() == "}":  # not the "}}" on which a Pallas kernel's attributes end
             current = ""
         elif current:
             found = _parse_instruction(line, current)
