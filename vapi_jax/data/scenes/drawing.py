@@ -76,24 +76,16 @@ def coverage(thing: Thing, side: int) -> Float[np.ndarray, "side side"]:
 
 
 def background(side: int, rng: np.random.Generator) -> Float[np.ndarray, "side side 3"]:
-    """A grey with a tint and one of four textures, the same in every cell of the lattice; in [0, 255].
+    """A grey with one of four textures, the same in every cell of the lattice; in [0, 255].
 
-    So tokens of one cell each are alike all over the background, whose details no caption tells.
+    Tokens of one cell each are then alike all over the background, and few codes tell all backgrounds,
+    whose details no caption tells.
     """
-    x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side * CELLS] * 2)
-    tone = rng.uniform(138, 152) + rng.uniform(-3, 3, 3)
-    along, across = 2 * np.pi * (x + rng.random()), 2 * np.pi * (y + rng.random())
-    kind, turned = rng.integers(4), rng.integers(2)
-    if kind == 0:
-        texture = np.sin(across if turned else along)
-    elif kind == 1:
-        texture = np.sin(along + (across if turned else -across))
-    elif kind == 2:
-        texture = np.sin(along) * np.sin(across) * 1.3
-    else:
-        tile = rng.normal(0, 0.6, (4, 4))
-        texture = tile[(4 * y).astype(int) % 4, (4 * x).astype(int) % 4]
-    return tone + (rng.uniform(1, 4) * texture)[..., None]
+    x, y = np.meshgrid(*[2 * np.pi * (np.arange(side) + 0.5) / side * CELLS] * 2)
+    textures = (np.sin(x), np.sin(y), np.sin(x + y), np.sin(x) * np.sin(y) * 1.3)
+    tone = rng.uniform(143, 147)
+    texture = textures[int(rng.integers(len(textures)))]
+    return np.repeat((tone + 3 * texture)[..., None], 3, -1)
 
 
 def draw(
@@ -102,7 +94,7 @@ def draw(
     """A picture in [0, 255] of objects on a background; the colours vary a little."""
     picture = background(side, rng)
     for thing in things:
-        paint = np.array(COLORS[thing.color]) + rng.uniform(-5, 5, 3)
+        paint = np.array(COLORS[thing.color]) + rng.uniform(-2, 2, 3)
         share = coverage(thing, side)[..., None]
         picture = picture * (1 - share) + paint * share
     return np.clip(picture, 0, 255)

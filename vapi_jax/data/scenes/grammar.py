@@ -3,15 +3,15 @@
 Objects stand on a lattice of 8 x 8 cells, all of one size, so that a tokenizer whose tokens are such cells
 needs few codes and a small generator can learn what captions mean.
 
-Every combination belongs to one split, by a fixed shuffle:
+Every combination belongs to one split, by a fixed shuffle, and no training caption tells of a held-out one
+and nothing more:
 
-- counting: (shape, how many). Training shows a held-out one nowhere.
-- colors: (shape, colour). No training caption tells of a held-out one alone; shapes of any colour are shown
-  under captions that tell no colour, and told by several of them, by sides, and by two coloured shapes.
-- two_object: two shapes together. No training caption tells of two held-out ones and nothing more; they
-  are shown and told with sides and with colours.
-- position: (shape, side, shape), "a left of b" and "b right of a" being one. In training no two shapes
-  stand as in val or test, whatever the caption tells.
+- counting: (shape, how many). Held-out ones are told with a colour.
+- colors: (shape, colour). Shapes of any colour are shown under captions that tell no colour, and told by
+  several of them, by sides, and by two coloured shapes.
+- two_object: two shapes together. Held-out ones are told with sides and with colours.
+- position: (shape, side, shape), "a left of b" and "b right of a" being one. Held-out ones are told with
+  colours, and shown under captions that tell no side.
 - color_attr: two coloured shapes. No training scene of two shapes has the colours of one of val or test.
 - single_object has nothing to combine: every split has all shapes.
 
@@ -101,16 +101,15 @@ def _colors(a: str, b: str, split: str, rng: np.random.Generator) -> tuple[str, 
             return one, two
 
 
-def _side(a: str, b: str, rng: np.random.Generator) -> str:
-    """Where a may stand beside b without showing what is held out."""
-    held = [*combinations("position")["val"], *combinations("position")["test"]]
-    return str(_pick([side for side in SIDES if (a, side, b) not in held], rng))
+def _told(task: str, split: str, colored: bool, rng: np.random.Generator) -> Combination:
+    """A combination of a split, or any where colours are told beside it."""
+    known = combinations(task)
+    return tuple(_pick([*itertools.chain(*known.values())] if colored else known[split], rng))
 
 
 def _beside(a: str, side: str, b: str, rng: np.random.Generator) -> list[Place]:
-    """Shape, x, y, radius of a and of b, so that one relation holds and no other."""
-    step = np.array(SIDES[side])
-    offset = step * rng.integers(_APART, CELLS - 2) + step[::-1] * rng.integers(-1, 2)
+    """Shape, x, y, radius of a and of b in one row or column, so that no other relation holds."""
+    offset = np.array(SIDES[side]) * rng.integers(_APART, CELLS - 2)
     # The cell of a; b is at a - offset.
     low, high = np.maximum(1, 1 + offset), np.minimum(CELLS - 1, CELLS - 1 + offset)
     cell = rng.integers(low, high)
@@ -133,7 +132,12 @@ def _place(shape: str, cell: np.ndarray) -> Place:
     return shape, x, y, _RADIUS
 
 
-def _a(words: str) -> str:
+def _words(clause: dict[str, Any], name: str) -> str:
+    return f"{clause['color']} {name}" if "color" in clause else name
+
+
+def _a(clause: dict[str, Any]) -> str:
+    words = _words(clause, clause["class"])
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -153,41 +157,38 @@ def make(task: str, split: str, rng: np.random.Generator) -> Scene:
     train = split == "train"
     opening = _pick(_OPENINGS, rng) if train else _OPENINGS[0]
     exclude: list[dict[str, Any]] = []
+    # Whether the caption of a number or of sides names colours as well.
+    colored = train and task in ("counting", "position") and bool(rng.integers(2))
     if task in ("single_object", "counting", "colors"):
-        drawn = _pick(combinations(task)[split], rng)
+        drawn = _told(task, split, colored, rng)
         shape, count = drawn[0], drawn[1] if task == "counting" else 1
         color = drawn[1] if task == "colors" else _pick(_PAINTS, rng)
         places = _scatter(shape, count, rng)
-        paints: list[str] = [color] * count
-        clause: dict[str, Any] = {"class": shape, "count": count}
-        told = ""
-        if task == "colors" or (task == "counting" and train and rng.integers(2)):
-            clause["color"], told = color, f"{color} "
+        paints: Sequence[str] = [color] * count
+        include = [_clause(color if task == "colors" or colored else None, shape, count=count)]
         if task == "counting":
             exclude = [{"class": shape, "count": count + 1}]
-            text = f"{_NUMBERS[count]} {told}{_plural(shape)}"
+            text = f"{_NUMBERS[count]} {_words(include[0], _plural(shape))}"
         else:
-            text = _a(told + shape)
-        include = [clause]
+            text = _a(include[0])
     else:
         if task == "position":
-            a, side, b = _pick(combinations(task)[split], rng)
+            a, side, b = _told(task, split, colored, rng)
         else:
-            pairs = combinations("two_object")[split] if task == "two_object" else _PAIRS
-            a, b = _pick(pairs, rng)
-            side = _side(a, b, rng)
-        colors = _colors(a, b, split if task == "color_attr" else "train", rng)
-        places, paints = _beside(a, side, b, rng), list(colors)
+            a, b = _told("two_object", split, task == "color_attr", rng)
+            side = _pick(tuple(SIDES), rng)
+        paints = _colors(a, b, split if task == "color_attr" else "train", rng)
+        places = _beside(a, side, b, rng)
+        told = [
+            _clause(color if task == "color_attr" or colored else None, shape)
+            for shape, color in zip((a, b), paints, strict=True)
+        ]
         if rng.integers(2):  # The same scene, told from the other.
-            a, b, side, colors = b, a, _OPPOSITE[side], colors[::-1]
-        include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-        if task == "color_attr" or (task == "position" and train and rng.integers(2)):
-            for clause, color in zip(include, colors, strict=True):
-                clause["color"] = color
-            a, b = f"{colors[0]} {a}", f"{colors[1]} {b}"
+            told, side = told[::-1], _OPPOSITE[side]
+        text = f"{_a(told[0])} {side if task == 'position' else 'and'} {_a(told[1])}"
+        include = told
         if task == "position":
-            include = [include[1], {**include[0], "position": [side, 0]}]
-        text = f"{_a(a)} {side if task == 'position' else 'and'} {_a(b)}"
+            include = [told[1], {**told[0], "position": [side, 0]}]
     things = tuple(
         Thing(shape, color, x, y, radius)
         for (shape, x, y, radius), color in zip(places, paints, strict=True)
