@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers.paths import GOLDEN
 from tests.helpers.tiny import with_random_head
@@ -101,14 +103,30 @@ def test_guidance_of_the_settings_holds_unless_another_is_asked_for(judge_and_ba
 
 def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     judge, base = judge_and_base
-    entropy_at = judge.judge.entropies(base, 0)
+    entropy_at = judge.judge.entropies(base, 60, [0])
     entropies = [entropy_at(t) for t in (1.0, 0.9, 0.7)]
     assert entropies[0] > entropies[1] > entropies[2]
-    drawn = judge.judge.samples(base, 64, 0, 0.9)
-    assert drawn.entropy == pytest.approx(entropies[1], rel=1e-5)
-    matched = match_entropy(entropy_at, entropies[1])
-    assert matched == pytest.approx(0.9, abs=0.02)
-    assert match_entropy(entropy_at, entropies[0] + 1.0) == 1.0
+    drawn = [judge.judge.samples(base, 60, seed, 0.9).entropy for seed in (0, 1)]
+    assert drawn[0] == pytest.approx(entropies[1], rel=1e-5)
+    both = judge.judge.entropies(base, 60, [0, 1])
+    assert both(0.9) == pytest.approx(np.mean(drawn), rel=1e-5)
+    assert match_entropy(entropy_at, entropies[1]) == pytest.approx(0.9, abs=1e-3)
+    matched = match_entropy(entropy_at, sum(entropies[:2]) / 2)
+    assert entropy_at(matched) == pytest.approx(sum(entropies[:2]) / 2, abs=0.03)
+
+
+@given(target=st.floats(0.4, 1.6), at=st.sampled_from([1.0, 0.8]))
+def test_a_policy_whose_entropy_is_its_temperature_is_matched_exactly_and_drawn_seldom(target, at):
+    drawn = []
+
+    def entropy_at(temperature: float) -> float:
+        drawn.append(round(temperature / at * 20, 9))
+        return temperature
+
+    matched = match_entropy(entropy_at, target * at, at)
+    assert matched == pytest.approx(at * min(max(target, 0.5), 1.5))
+    assert all(number == int(number) for number in drawn)
+    assert len({*drawn}) == len(drawn) <= 2 + 20 * abs(target - 1) + 1
 
 
 def test_a_row_names_its_features_and_its_terms(judge_and_base):

@@ -28,6 +28,8 @@ from vapi_jax.methods.config import TrainConfig
 REAL, BASE, TUNED = "real crops", "base", "post-trained"
 """What pictures call the three sets of images."""
 
+_STEPS = 20  # of temperature, to 1, by which entropies are matched
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -154,26 +156,26 @@ class Judge:
         return {**row, **_estimates(found), **self._scored(kind, verdicts)}
 
 
-def match_entropy(entropy_at: Callable[[float], float], target: float, most: float = 1.0) -> float:
-    """The temperature in [most / 2, most] at which a policy samples with the target entropy.
+def match_entropy(entropy_at: Callable[[float], float], target: float, at: float = 1.0) -> float:
+    """The temperature between at / 2 and 3/2 at, at which a policy samples with the target entropy.
 
-    Bisection to 0.005 nats or 8 halvings; `most` where the policy is sharper than the target there.
+    On a straight line between two multiples of `at` / 20 whose entropies enclose the target, so that the same
+    few temperatures serve for many targets; a bound where none in between has it.
 
     Args:
-      entropy_at: temperature -> entropy, always of the same uniforms.
-      target: in nats per token.
-      most: the highest temperature.
+      entropy_at: temperature -> entropy of the very samples that are judged, or of as many.
+      target: in nats per token, of the same uniforms.
+      at: what the target was drawn at.
     """
-    low, high = 0.5 * most, most
-    if entropy_at(high) <= target:
-        return high
-    for _ in range(8):
-        middle = 0.5 * (low + high)
-        entropy = entropy_at(middle)
-        if abs(entropy - target) < 0.005:
-            return middle
-        low, high = (middle, high) if entropy < target else (low, middle)
-    return 0.5 * (low + high)
+    here = entropy_at(at)
+    way = 1 if target > here else -1
+    for step in range(1, _STEPS // 2 + 1):
+        last, there = here, at * (1 + way * step / _STEPS)
+        here = entropy_at(there)
+        if way * (here - target) >= 0:
+            share = (target - last) / (here - last) if here != last else 0.0
+            return at * (1 + way * (step - 1 + share) / _STEPS)
+    return there
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any]:
@@ -221,13 +223,19 @@ def compare(
         known = known or {}
         vapi = Entry(f"{judge.method.label}, T=1", "vapi", tuned, held_out=known.get(TUNED))
         vapi_row, vapi_features = judge.row(vapi, tick)
-        matched = match_entropy(judge.judge.entropies(base, seed=10_000), vapi_row["entropy"])
         at_one = Entry("base, T=1", "base", base, held_out=known.get(BASE))
         base_row, base_features = judge.row(at_one, tick)
         entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
-        entries += [Entry(f"base, cfg {s:g}", "guided", base, guidance=s) for s in scales]
+        rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries)]
+        # What was drawn for these rows need not be drawn again.
+        drawn = {row["temperature"]: row["entropy"] for row in rows}
+        others = judge.judge.entropies(base, config.eval.samples, range(seeds))
+        matched = match_entropy(
+            lambda t: drawn[t] if t in drawn else others(t), vapi_row["entropy"]
+        )
+        entries = [Entry(f"base, cfg {s:g}", "guided", base, guidance=s) for s in scales]
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
-        rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries), vapi_row]
+        rows += [*(judge.row(entry, tick)[0] for entry in entries), vapi_row]
         rows += [judge.row(Entry(n, "control", p), tick)[0] for n, p in controls.items()]
     rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", True))
     rows.append(judge.real_row("real crops against other real crops", "real", False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -213,16 +214,23 @@ class SampleJudge:
         features = self.features(images())
         return Judged(features, entropy / count, np.concatenate(kept)[:shown])
 
-    def entropies(self, params: Any, seed: int) -> Callable[[float], float]:
-        """Temperature -> mean entropy of one batch of samples, always of the same uniforms."""
-        weights = self.sampler.weights(self._params(params))
-        conditions = by_label(self.method, np.resize(self._asked, self.batch))
-        key = self.sampler.key(seed)
+    def entropies(self, params: Any, count: int, seeds: Iterable[int]) -> Callable[[float], float]:
+        """Temperature -> `Judged.entropy` of the samples of these seeds, which are not decoded.
 
+        Each temperature is drawn once. Every process of a run has to call it.
+        """
+        weights = self.sampler.weights(self._params(params))
+        conditions = by_label(self.method, np.resize(self._asked, count))
+        keys = [self.sampler.key(seed) for seed in seeds]
+        batches = in_batches(count, self.batch)
+
+        @functools.cache
         def entropy(temperature: float) -> float:
-            at = self.sampler.at(temperature)
-            found = self.sampler.tokens(weights, conditions, range(self.batch), key, **at)
-            return float(host_array(found[1]).mean(dtype=np.float64))
+            at, total = self.sampler.at(temperature), 0.0
+            for key, batch in itertools.product(keys, batches):
+                found = self.sampler.tokens(weights, conditions, batch, key, **at)[1]
+                total += host_array(found)[: len(batch)].mean(axis=1, dtype=np.float64).sum()
+            return float(total) / (count * len(keys))
 
         return entropy
 

@@ -242,10 +242,10 @@ def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[
     noise = _noise(comparison)
     meaning = {
         "better": f"so the post-trained model is better than mere sharpening makes the base, by {noise}",
-        "same": f"a difference {noise}: lowering the temperature of the base does as well, so sharpening"
-        " alone can explain what changed",
-        "worse": f"which is better than the post-trained model by {noise}: simply lowering the"
-        " temperature of the base does more",
+        "same": f"a difference {noise}: another temperature of the base does as well, and can explain"
+        " what changed",
+        "worse": f"which is better than the post-trained model by {noise}: simply another temperature"
+        " of the base does more",
         "unknown": f"{noise}: this run cannot say whether the change is more than sharpening",
     }
     reached = show_distance(matched.get("frechet"))
@@ -328,9 +328,9 @@ def _headline(
         tail = ", although the reward rose" if way == "rose" else reward
         return "mixed", f"No change of the samples beyond noise{tail}"
     if matched.outcome == "worse":
-        return "mixed", "Better than the base, but a lower temperature does better still"
+        return "mixed", "Better than the base, but another temperature of it does better still"
     if matched.outcome == "same":
-        return "mixed", "Better than the base, but no better than lowering its temperature"
+        return "mixed", "Better than the base, but no better than another temperature of it"
     if other.outcome == "worse":
         return "mixed", "Better in the features of the reward, worse in features it never sees"
     if matched.outcome == "better":

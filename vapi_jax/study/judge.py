@@ -41,7 +41,6 @@ from vapi_jax.training.preflight import require
 from vapi_jax.training.run import prepare_devices
 
 _PAIRS, _AT_ONCE = 128, 32  # samples whose LPIPS is taken, in all and at once
-_MATCHING = 10_000  # seed of the samples by which entropies are matched
 
 Metrics = dict[str, float]
 
@@ -73,14 +72,15 @@ class StudyJudge:
 
     def __init__(self, study: Study, workdir: Path):
         self._study, self._workdir = study, workdir
+        self._by_temperature: dict[tuple[str, int], Callable[[float], float]] = {}
 
     def tuned(
         self, done: Run, place: Path, seed: int, name: str, average: bool = False
     ) -> dict[str, Any]:
         """What an arm has trained, and the base at the temperature of its entropy.
 
-        Entropies are compared on the same uniforms. An arm that trained the tokenizer's decoder draws the
-        base's tokens, and is matched by the base itself.
+        Entropies are those of the judged samples, on the same uniforms. An arm that trained the tokenizer's
+        decoder draws the base's tokens, and is matched by the base itself.
 
         Args:
           done: the arm's run.
@@ -95,13 +95,20 @@ class StudyJudge:
         sets = self._sets(judge.with_settings(**draw.settings), params, seed, draw.temperature)
         temperature, plain = draw.temperature, self._judge.with_settings(**draw.settings)
         if tokenizer is None:
-            target = plain.entropies(params, _MATCHING)(draw.temperature)
-            entropy_at = plain.entropies(self._params, _MATCHING)
-            temperature = match_entropy(entropy_at, target, most=draw.temperature)
+            target = float(np.mean([one["entropy"] for one in sets]))
+            temperature = match_entropy(self._entropies(name, seed), target, draw.temperature)
         matched = self._sets(plain, self._params, seed, temperature)
         self._add_files(sets, str(place), who, name, draw, seed, draw.temperature)
         self._add_files(matched, "", who, f"{name}_matched", draw, seed, temperature)
         return {"sets": sets, "matched_temperature": temperature, "matched": matched}
+
+    def _entropies(self, name: str, seed: int) -> Callable[[float], float]:
+        """Of the base in one of the study's draws, for all arms of a seed."""
+        if (name, seed) not in self._by_temperature:
+            plain = self._judge.with_settings(**self._study.draws[name].settings)
+            found = plain.entropies(self._params, self._study.samples, self._turns(seed))
+            self._by_temperature[name, seed] = found
+        return self._by_temperature[name, seed]
 
     def base(self, seed: int) -> dict[str, Any]:
         """The base in every way that the study draws it, the tokenizer's floor and other real crops.
