@@ -1,6 +1,8 @@
 """A study on the smallest models: trained, judged, gone on with."""
 
 import json
+import multiprocessing
+from pathlib import Path
 
 import pytest
 
@@ -8,8 +10,8 @@ from tests.helpers.tiny import make_tiny_recipe, policy_file
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.study import work as module
 from vapi_jax.study.__main__ import main
-from vapi_jax.study.spec import StudyError, read_study
-from vapi_jax.study.work import read_results, work
+from vapi_jax.study.spec import Study, StudyError, read_study
+from vapi_jax.study.work import read_results, settle, work
 
 STUDY = """
 from vapi_jax.study.spec import Arm, Draw, Study
@@ -120,6 +122,63 @@ def test_results_of_another_protocol_or_arm_are_not_mixed_in(done):
         (folder / f"{name}.py").write_text(text.replace(old, new))
         with pytest.raises(StudyError, match=fact):
             work(read_study(str(folder / f"{name}.py")), out)
+        with pytest.raises(StudyError, match=fact):
+            work(read_study(str(folder / f"{name}.py")), out)  # and it has changed nothing
+    recipe = folder / "recipe.py"
+    before = recipe.read_text()
+    assert "'batch_size': 16" in before
+    try:
+        recipe.write_text(before.replace("'batch_size': 16", "'batch_size': 32"))
+        with pytest.raises(StudyError, match="batch_size: 16 -> 32"):
+            work(read_study(str(folder / "study.py")), out)
+    finally:
+        recipe.write_text(before)
+
+
+@pytest.mark.slow
+def test_a_page_of_results_of_another_study_is_refused(done, capsys):
+    _, out, folder = done
+    text = (folder / "study.py").read_text()
+    (folder / "renamed.py").write_text(text.replace('Arm("CE"', 'Arm("ce"'))
+    for results, fact in (
+        (out / "results", "ce_0.json is of another arm"),
+        (folder / "none" / "results", "study.json"),
+    ):
+        argv = [f"--study={folder / 'renamed.py'}", f"--workdir={folder / 'page'}"]
+        assert main([*argv, f"--results={results}"]) != 0
+        assert fact in capsys.readouterr().err
+
+
+def _begin(folder: Path, barrier, samples: int, said) -> None:
+    study = Study("raced", "?", "c2i_demo", (), samples=samples)
+    barrier.wait()
+    try:
+        settle(study, folder)
+        said.put("begun")
+    except StudyError as error:
+        said.put(str(error))
+
+
+@pytest.mark.parametrize("samples", [(64, 64), (64, 72)])
+def test_processes_that_begin_at_once_agree_on_one_protocol(tmp_path, samples):
+    context = multiprocessing.get_context("spawn")
+    barrier, said = context.Barrier(2), context.Queue()
+    begun = [context.Process(target=_begin, args=(tmp_path, barrier, n, said)) for n in samples]
+    for process in begun:
+        process.start()
+    answers = sorted(said.get(timeout=120) for _ in begun)
+    for process in begun:
+        process.join()
+    refused = [answer for answer in answers if answer != "begun"]
+    assert len(refused) == (samples[0] != samples[1])
+    assert all("samples" in answer for answer in refused)
+
+
+def test_results_without_a_protocol_are_nobodys(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "base_0.json").write_text("{}")
+    with pytest.raises(StudyError, match="study.json"):
+        settle(Study("x", "?", "c2i_demo", ()), tmp_path)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class LockedError(ExpectedError, RuntimeError):
 
 
 @contextlib.contextmanager
-def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
+def hold(directory: Path, flag: str = "--workdir", patience: float = 0.0) -> Iterator[None]:
     """Holds `directory`/.lock for as long as the context lasts.
 
     The kernel lets go of it when the process ends, however it ends: a file that a killed run has left
@@ -35,6 +35,7 @@ def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
     Args:
       directory: made if absent.
       flag: of the command, that chooses another directory.
+      patience: seconds that another process may hold it.
 
     Raises:
       LockedError: another process holds it.
@@ -43,7 +44,7 @@ def hold(directory: Path, flag: str = "--workdir") -> Iterator[None]:
     make_folder(directory)
     path = directory / LOCK
     # Its soft lock is a file that a killed process leaves locked.
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    lock = FileLock(path, timeout=patience, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:

@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int | None:
     from vapi_jax.parallel import compiler
     from vapi_jax.study import estimate
     from vapi_jax.study.acceptance import Acceptance
-    from vapi_jax.study.spec import read_file, study_of
+    from vapi_jax.study.spec import read_file, study_of, with_changes
     from vapi_jax.study.work import require_all
 
     found, changes = read_file(args.study), dict(args.set)
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> int | None:
             return None
         return 0 if dataclasses.replace(found, changes=changes).run(args.workdir) else 1
     study = study_of(args.study, found)
-    study = dataclasses.replace(study, changes={**study.changes, **changes})
+    study = with_changes(study, changes)
     if args.check:
         print(estimate.render(study, estimate.costs(study)))
         require_all(study)
@@ -102,26 +102,30 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 def _study(study: Study, args: argparse.Namespace) -> None:
+    from vapi_jax.common import locks
     from vapi_jax.common.files import make_folder
     from vapi_jax.common.progress import announce
     from vapi_jax.parallel.preemption import StopRequest
     from vapi_jax.study import files, page, work
 
     folder, complete = args.results or args.workdir / work.RESULTS, True
-    if args.results is None:
+    if args.results is not None:
+        work.check_protocol(study, folder.parent)
+    else:
         work.require_all(study)
         stop = StopRequest()
         with stop.listening():
             complete = work.work(study, args.workdir, stop)
     results = work.read_results(study, folder)
     make_folder(args.workdir)
-    path, sentences = page.write(study, results, args.workdir, _command(args))
+    with locks.hold(args.workdir, patience=work.PATIENCE):
+        path, sentences = page.write(study, results, args.workdir, _command(args))
     print("\n".join(sentences))
     if not complete:
         announce(
             "other processes are at the arms that are left; the page is of those that are finished"
         )
-    if waiting := files.undetected(folder.parent):
+    if study.files and study.files.prompts and (waiting := files.undetected(folder.parent)):
         announce(
             f"{len(waiting)} sets of images for prompts wait for your detector, the first in {waiting[0]}: "
             f"write what it finds into {files.DETECTIONS} there, and give the command again (docs/text.md)"
@@ -131,6 +135,8 @@ def _study(study: Study, args: argparse.Namespace) -> None:
 
 def _command(args: argparse.Namespace) -> str:
     given = [f"--set={option}={value}" for option, value in args.set]
+    if args.results is not None:
+        given.append(f"--results={args.results}")
     words = [f"--study={args.study}", f"--workdir={args.workdir}", *given]
     return shlex.join(["python", "-m", "vapi_jax.study", *words])
 

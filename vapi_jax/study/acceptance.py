@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,20 @@ class Acceptance:
     def run(self, workdir: Path) -> bool:
         """Does what is not done yet, up to the first miss; whether all was right.
 
-        What was measured is kept in WORKDIR/acceptance.json and not measured again.
+        What was right is kept in WORKDIR/acceptance.json and not measured again under the same changes; what
+        was not may have been repaired since.
         """
         make_folder(workdir)
-        path = workdir / RESULTS
-        known: dict[str, Figures] = json.loads(path.read_bytes()) if path.exists() else {}
+        path, changes = workdir / RESULTS, json.loads(json.dumps(dict(self.changes), default=str))
+        known: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
         for check in self.checks:
-            if check.name not in known:
+            one = known.get(check.name)
+            if one is None or one["changes"] != changes or check.missed(one["figures"]):
                 announce(f"{self.name}: {check.name}")
-                known[check.name] = check.measure(self.changes, workdir / "images")
+                figures = check.measure(self.changes, workdir / "images")
+                known[check.name] = {"changes": changes, "figures": figures}
                 write_atomically(path, json.dumps(known, indent=1) + "\n")
-            found = known[check.name]
+            found = known[check.name]["figures"]
             print(render(check, found), flush=True)
             if missed := check.missed(found):
                 print(f"MISSED: {', '.join(missed)}. {check.miss}")
@@ -130,18 +134,18 @@ def reconstructions(
         method = settled_method(config)
         method, frozen = on_judging_devices(method, train.load_frozen(method))
         real, again = (folder / f"{name}_{count}" for name in ("real", "reconstructed"))
-        if not real.exists():
-            write_images(config.data, config.eval.split, count, config.seed, real)
-        if not again.exists():
-            batch = even_batch(count, method.mesh.size, _AT_ONCE)
-            judge = SampleJudge(method, frozen, batch, ())
-            number = 0
-            with new_folder(again) as place:
-                for images in open_images(real).batches(batch):
-                    floats = images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-                    for image in to_uint8(judge.reconstruct(floats)):
-                        Image.fromarray(image).save(place / f"{number:06d}.png")
-                        number += 1
+        for left in (real, again):  # by an earlier call, perhaps of other data or weights
+            shutil.rmtree(left, ignore_errors=True)
+        write_images(config.data, config.eval.split, count, config.seed, real)
+        batch = even_batch(count, method.mesh.size, _AT_ONCE)
+        judge = SampleJudge(method, frozen, batch, ())
+        number = 0
+        with new_folder(again) as place:
+            for images in open_images(real).batches(batch):
+                floats = images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+                for image in to_uint8(judge.reconstruct(floats)):
+                    Image.fromarray(image).save(place / f"{number:06d}.png")
+                    number += 1
         settings = Settings(
             str(again), str(real), features=files.features, inception=files.inception or None,
             metrics=metrics, paired=True,

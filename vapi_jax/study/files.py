@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi_jax import sample
+from vapi_jax.common.files import partial_of
 from vapi_jax.evaluation.geneval_files import judge_file, read_prompts
 from vapi_jax.evaluation.geneval_scores import PROMPTS, check_complete, score
 from vapi_jax.evaluation.measure import Settings, measure
@@ -23,6 +24,8 @@ from vapi_jax.study.spec import Draw, Files
 
 DETECTIONS = "detections.jsonl"
 _METRICS = ("fid", "is", "precision", "recall")
+OF_FILES = {"precision": "adm/precision", "recall": "adm/recall"}
+"""What is called so in a study, which has others of these in features of its own."""
 
 
 def arguments(files: Files, draw: Draw, temperature: float, seed: int) -> list[str]:
@@ -56,7 +59,9 @@ def draw_files(
             str(place), files.reference, features=files.features, inception=file, metrics=_METRICS
         )
     )
-    shutil.rmtree(place)
+    gone = partial_of(place)  # first by name: half of a set is no set to go on with
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(place.rename(gone))
     return {name: one["value"] for name, one in receipt["metrics"].items()}
 
 

@@ -33,7 +33,7 @@ from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.method import EMA
 from vapi_jax.methods.resolve import raise_all
 from vapi_jax.models.lpips import load_lpips_params, lpips
-from vapi_jax.study.files import draw_files, folder_of
+from vapi_jax.study.files import OF_FILES, draw_files, folder_of
 from vapi_jax.study.spec import BASE, Draw, Study, recipe_of
 from vapi_jax.training import train
 from vapi_jax.training.loop import Run
@@ -154,7 +154,10 @@ class StudyJudge:
             return
         for number, (turn, one) in enumerate(zip(self._turns(seed), sets, strict=True)):
             place = folder_of(self._workdir, who, what, number)
-            one |= draw_files(files, checkpoint or files.checkpoint, place, draw, temperature, turn)
+            found = draw_files(
+                files, checkpoint or files.checkpoint, place, draw, temperature, turn
+            )
+            one |= {OF_FILES.get(metric, metric): value for metric, value in found.items()}
 
     # --- loaded when first asked for ----------------------------------------------------------------
 

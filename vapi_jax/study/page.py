@@ -48,9 +48,16 @@ def markdown(study: Study, results: Results, found: Sequence[Comparison], comman
         lines.append(f"| {' | '.join(cells)} |")
     better = "higher" if higher_is_better(metric) else "lower"
     lines += ["", f"Verdicts are of {metric}; {better} is better.", ""]
-    lines += [f"- {sentence}" for sentence in verdicts(found, metric)]
-    lines += [f"- Broke down: {sentence}" for sentence in results.failed]
+    lines += [f"- {sentence}" for sentence in _sentences(study, results, found, metric)]
     return "\n".join([*lines, *_published(study, rows)]) + "\n"
+
+
+def _sentences(
+    study: Study, results: Results, found: Sequence[Comparison], metric: str
+) -> list[str]:
+    """Verdicts, and what broke down."""
+    broken = [f"Broke down: {sentence}" for sentence in results.failed]
+    return [*verdicts(found, metric, study.seeds), *broken]
 
 
 def _label(study: Study, row: Row) -> str:
@@ -59,7 +66,8 @@ def _label(study: Study, row: Row) -> str:
 
 
 def _amount(study: Study, rows: Sequence[Row]) -> str:
-    trainings = max((row.trainings for row in rows), default=0)
+    numbers = sorted({row.trainings for row in rows if row.trainings}) or [0]
+    trainings = " to ".join(str(number) for number in {numbers[0]: 0, numbers[-1]: 0})
     return (
         f"{trainings} of {study.seeds} training seeds an arm so far, {study.sampling_seeds} set(s) of "
         f"{study.samples:,} samples each. ± is the standard deviation over seeds. Differences are paired by "
@@ -121,7 +129,7 @@ def front(study: Study, rows: Sequence[Row]) -> Any:
     """Fidelity against diversity over the study's draws: a line for the base, and for every trained arm."""
     from matplotlib.figure import Figure
 
-    pairs = [("is", "fid"), ("precision", "recall")]
+    pairs = [("is", "fid"), ("adm/precision", "adm/recall"), ("precision", "recall")]
     pairs = [pair for pair in pairs if all(name in row.means for row in rows[:1] for name in pair)]
     drawn = Figure(figsize=(5.0 * len(pairs), 4.0), layout="constrained")
     axes = drawn.subplots(1, len(pairs), squeeze=False)[0]
@@ -141,7 +149,7 @@ def front(study: Study, rows: Sequence[Row]) -> Any:
 
 
 def write(study: Study, results: Results, folder: Path, command: str) -> tuple[Path, list[str]]:
-    """study.md and its pictures in a folder; the page's path, and the verdicts."""
+    """study.md and its pictures in a folder; the page's path, and what it says."""
     path, found = folder / "study.md", comparisons(study, results)
     text, metric = markdown(study, results, found, command), headline(study, found)
     if found:
@@ -151,4 +159,4 @@ def write(study: Study, results: Results, folder: Path, command: str) -> tuple[P
         front(study, rows_of(study, results)).savefig(folder / "front.png", dpi=150)
         text += "\n![fidelity against diversity](front.png)\n"
     write_atomically(path, text)
-    return path, verdicts(found, metric)
+    return path, _sentences(study, results, found, metric)

@@ -16,7 +16,7 @@ INCEPTION = "weights/pt_inception-2015-12-05-6726825d.pth"
 METADATA = "weights/evaluation_metadata.jsonl"
 
 PLAIN, GUIDED = "plain", "guided"
-_FIDELITY = ("fid", "is", "precision", "recall")
+_FIDELITY = ("fid", "is", "adm/precision", "adm/recall")
 _GENEVAL = (
     "position", "colors", "color_attr", "counting", "single_object", "two_object", "overall",
 )  # fmt: skip

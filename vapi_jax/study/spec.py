@@ -19,6 +19,9 @@ from vapi_jax.methods import find_method
 BASE = "base"
 """The arm that every study has: the generator before any training."""
 
+_OWN = ("seed", "eval.compare", "eval.samples", "eval.sampled")
+"""Options of recipes that follow from the study."""
+
 STUDIES = RECIPES / "studies"
 """The studies that come with the package."""
 
@@ -159,7 +162,8 @@ class Study:
         problems = []
         for what, names in (
             ("arms", [BASE, *(arm.name for arm in self.arms)]),
-            ("folders of arms", [arm.slug for arm in self.arms]),
+            ("folders of arms", [BASE, *(arm.slug for arm in self.arms)]),
+            ("draws", [*self.draws, *(arm.name for arm in self.untrained)]),
             ("features", list(self.features)),
         ):
             twice = [name for name, count in Counter(names).items() if count > 1]
@@ -254,13 +258,29 @@ def read_study(given: str) -> Study:
     return study_of(given, read_file(given))
 
 
+def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
+    """The study with changes of every arm's recipe.
+
+    Raises:
+      StudyError: an arm, or the study itself, sets one of them otherwise.
+    """
+    own = dict.fromkeys(_OWN, "the study")
+    for arm in study.trained:
+        own |= dict.fromkeys(arm.changes, f"arm {arm.name!r}")
+    if taken := [f"{name} ({own[name]})" for name in changes if name in own]:
+        raise StudyError(
+            f"study {study.name}: {', '.join(taken)} is set there, and not for all arms"
+        )
+    return dataclasses.replace(study, changes={**study.changes, **changes})
+
+
 def recipe_of(study: Study, arm: Arm | None = None, seed: int = 0) -> Any:
     """The recipe of one training, as `vapi_jax.main` would take it; without an arm, of the judge."""
     arm = arm or Arm(BASE)
     config = read_recipe(os.fspath(arm.recipe or study.recipe))
     asked = max(3, study.samples // 2)  # captions, so that each is drawn of twice
-    judged = {"eval.compare": False, "eval.samples": asked, "eval.sampled": asked}
-    changes = {**study.changes, **arm.changes, "seed": seed, **judged}
+    own = dict(zip(_OWN, (seed, False, asked, asked), strict=True))
+    changes = {**study.changes, **arm.changes, **own}
     if "lora" in config.get("policy", {}):
         raise StudyError(
             f"arm {arm.name!r}: a study judges whole generators, and this recipe trains adapters"

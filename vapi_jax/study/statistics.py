@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 LEVEL = 0.05
 POWER = 0.8
+_ROUNDING = 1e-12  # of the numbers themselves, which differences that are equal may differ by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Difference:
 
     Attributes:
       mean: of the differences.
-      sd: their unbiased standard deviation; None for one pair.
+      sd: their unbiased standard deviation; None for one pair, 0 where they are equal but for rounding.
       n: pairs.
       margin: half width of the 95 % interval of the mean (Student's t); None for one pair.
       p: of the two-sided t-test against 0; None for one pair, or where all differences are equal.
@@ -32,11 +33,6 @@ class Difference:
     n: int
     margin: float | None
     p: float | None
-
-    @property
-    def detectable(self) -> float | None:
-        """The least true difference that n pairs of this spread tell from 0 in four of five trials."""
-        return None if self.sd is None else detectable(self.sd, self.n)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -52,21 +48,23 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     if n == 1:
         return Difference(mean, None, 1, None, None)
     sd = float(differences.std(ddof=1))
+    if sd <= _ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
+        sd = 0.0
     error = sd / math.sqrt(n)
     margin = float(stdtrit(n - 1, 1.0 - LEVEL / 2.0)) * error
     p = float(2.0 * stdtr(n - 1, -abs(mean) / error)) if error else None
     return Difference(mean, sd, n, margin, p)
 
 
-def detectable(sd: float, n: int) -> float:
-    """The difference that a two-sided t-test at 5 % finds with probability 0.8, by the usual approximation.
+def detectable(sd: float, n: int, level: float = LEVEL) -> float:
+    """The difference that a two-sided t-test at a level finds with probability 0.8.
 
-    (t_{0.975} + t_{0.8}) sd / sqrt(n), with n - 1 degrees of freedom; infinite for n = 1.
+    By Student's noncentral t with n - 1 degrees of freedom; infinite for n = 1.
     """
     if n < 2:
         return math.inf
-    quantiles = stdtrit(n - 1, 1.0 - LEVEL / 2.0) + stdtrit(n - 1, POWER)
-    return float(quantiles) * sd / math.sqrt(n)
+    least = stdtrit(n - 1, 1.0 - level / 2.0)
+    return float(nctdtrinc(n - 1, 1.0 - POWER, least)) * sd / math.sqrt(n)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from vapi_jax.study.spec import BASE, Results, Study
-from vapi_jax.study.statistics import LEVEL, Difference, holm, paired
+from vapi_jax.study.statistics import LEVEL, Difference, detectable, holm, paired
 
 _SPREAD = ("recall", "diversity")
+_UNMATCHED = 0.03  # nats a token, beyond which entropies are not called equal without a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Comparison:
       draw, arm: which.
       against: "base", "base at equal entropy", or the study's own arm for that.
       differences: metric -> arm less the other, over pairs of one seed.
-      corrected: Holm's p of the headline, over all comparisons of the study; None where there is none.
+      corrected: Holm's p of the headline, over all comparisons with the same; None where there is none.
+      level: that its own p would have had to stay under.
     """
 
     draw: str
@@ -51,6 +53,7 @@ class Comparison:
     against: str
     differences: dict[str, Difference]
     corrected: float | None = None
+    level: float = LEVEL
 
 
 AGAINST = ("base", "base at equal entropy")
@@ -60,7 +63,8 @@ BySeed = Mapping[int, Mapping[str, float]]
 
 def higher_is_better(metric: str) -> bool:
     """Whether more of it is better, as it is not of distances."""
-    return metric.startswith(("scenes/", "geneval/")) or metric in ("is", "precision", *_SPREAD)
+    scored = metric.startswith(("scenes/", "geneval/", "adm/"))
+    return scored or metric in ("is", "precision", *_SPREAD)
 
 
 def _average(sets: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -92,6 +96,8 @@ def _paired(own: BySeed, other: BySeed) -> dict[str, Difference]:
 def comparisons(study: Study, results: Results) -> list[Comparison]:
     """In every draw: every arm against the base, against the base at its entropy, and against the arm that
     the study names; and the base drawn otherwise against the base as the study draws it first.
+
+    An arm that draws the base's tokens has no other base at its entropy than the base.
     """
     found = []
 
@@ -104,19 +110,33 @@ def comparisons(study: Study, results: Results) -> list[Comparison]:
         for name in results.arms:
             own = _of_arm(results, name, draw, "sets")
             compare(draw, name, AGAINST[0], own, base)
-            compare(draw, name, AGAINST[1], own, _of_arm(results, name, draw, "matched"))
+            matched = _of_arm(results, name, draw, "matched")
+            if any(matched[seed] != base.get(seed) for seed in matched):
+                compare(draw, name, AGAINST[1], own, matched)
             if study.against in results.arms and name != study.against:
                 other = _of_arm(results, study.against, draw, "sets")
                 compare(draw, name, study.against, own, other)
     first = next(iter(study.draws))
     for arm in study.untrained:
         compare(first, arm.name, AGAINST[0], _of_base(results, arm.name), _of_base(results, first))
-    metric = headline(study, found)
-    p = {str(i): one.differences[metric].p for i, one in enumerate(found)}
-    corrected = holm({name: value for name, value in p.items() if value is not None})
-    return [
-        dataclasses.replace(one, corrected=corrected.get(str(i))) for i, one in enumerate(found)
-    ]
+    return _corrected(found, headline(study, found))
+
+
+def _corrected(found: Sequence[Comparison], metric: str) -> list[Comparison]:
+    """With Holm's p in a metric: all that is held against the same is corrected together."""
+    done = list(found)
+    for against in {one.against for one in found}:
+        p = {
+            str(i): one.differences[metric].p
+            for i, one in enumerate(found)
+            if one.against == against
+        }
+        corrected = holm({i: value for i, value in p.items() if value is not None})
+        left = sum(value >= LEVEL for value in corrected.values())
+        for i in map(int, p):
+            level = LEVEL / max(left, 1)
+            done[i] = dataclasses.replace(found[i], corrected=corrected.get(str(i)), level=level)
+    return done
 
 
 def headline(study: Study, found: Sequence[Comparison]) -> str:
@@ -171,10 +191,10 @@ def _held_out(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def says(comparison: Comparison, metric: str) -> str:
-    """ "better", "worse", "no difference" beyond noise, or "one training" where there is no noise to tell."""
+    """ "better", "worse", "no difference" beyond noise, or "untested" where there is no noise to tell."""
     difference = comparison.differences[metric]
-    if difference.n == 1:
-        return "one training"
+    if not difference.sd:
+        return "untested"
     if comparison.corrected is None or comparison.corrected >= LEVEL:
         return "no difference"
     return "better" if (difference.mean > 0) == higher_is_better(metric) else "worse"
@@ -195,26 +215,32 @@ def lost_spread(comparison: Comparison) -> list[str]:
     return found
 
 
-def verdicts(found: Sequence[Comparison], metric: str) -> list[str]:
-    """A sentence for every comparison, each with its interval."""
-    sentences = []
-    for one in found:
-        difference = one.differences[metric]
-        interval = f"{difference.mean:+.4g}"
-        if difference.margin is not None:
-            interval += f" ± {difference.margin:.2g}"
-        text = f"{one.arm} against {the(one.against)}, {one.draw}: {interval} in {metric}"
-        meaning = says(one, metric)
-        if meaning == "no difference" and difference.detectable is not None:
-            text += (
-                f", no difference beyond noise; {difference.detectable:.2g} would have been seen"
-            )
-        elif meaning == "one training":
-            text += ", of one training, which tells nothing about the next"
-        else:
-            text += f", {meaning} (p = {one.corrected:.2g} after Holm's correction)"
-        lost = lost_spread(one)
-        if lost and (difference.mean > 0) == higher_is_better(metric):
-            text += f"; bought with {' and '.join(lost)}, which fell"
-        sentences.append(text + ".")
-    return sentences
+def verdicts(found: Sequence[Comparison], metric: str, seeds: int) -> list[str]:
+    """A sentence for every comparison, each with its interval; `seeds` are the study's."""
+    return [f"{_verdict(one, metric, seeds)}." for one in found]
+
+
+def _verdict(one: Comparison, metric: str, seeds: int) -> str:
+    difference = one.differences[metric]
+    interval = f"{difference.mean:+.4g}"
+    if difference.margin is not None:
+        interval += f" ± {difference.margin:.2g}"
+    if difference.n < seeds:
+        interval += f" ({difference.n} of {seeds} pairs)"
+    text = f"{one.arm} against {the(one.against)}, {one.draw}: {interval} in {metric}"
+    meaning = says(one, metric)
+    entropy = one.differences.get("entropy")
+    if one.against == AGAINST[1] and entropy is not None and abs(entropy.mean) > _UNMATCHED:
+        text += f", at {entropy.mean:+.2g} nats a token"
+    if meaning == "no difference":
+        assert difference.sd is not None, "or it is untested"
+        least = detectable(difference.sd, difference.n, one.level)
+        return f"{text}, no difference beyond noise; {least:.2g} would have been seen"
+    if meaning == "untested":
+        many = f"the same in all {difference.n} pairs, which leaves no noise to test by"
+        return f"{text}, {many if difference.n > 1 else 'of one pair, which tells nothing about the next'}"
+    text += f", {meaning} (p = {one.corrected:.2g} after Holm's correction)"
+    lost = lost_spread(one)
+    if lost and meaning == "better":
+        text += f"; bought with {' and '.join(lost)}, which fell"
+    return text

@@ -9,26 +9,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vapi_jax.common import locks
-from vapi_jax.common.files import make_folder, write_atomically
+from vapi_jax.common.files import make_folder, read_json, write_atomically
 from vapi_jax.common.progress import announce
 from vapi_jax.generation.loading import SUMMARY
 from vapi_jax.generation.sampler import BrokenSamplesError
 from vapi_jax.methods import HealthError
-from vapi_jax.methods.resolve import raise_all
+from vapi_jax.methods.resolve import raise_all, resolve
 from vapi_jax.parallel.preemption import StopRequest
 from vapi_jax.study.files import add_detected
 from vapi_jax.study.judge import StudyJudge, settled_method
 from vapi_jax.study.spec import BASE, Arm, Results, Study, StudyError, recipe_of
 from vapi_jax.training.loop import fit
 from vapi_jax.training.preflight import look, require
+from vapi_jax.training.resume import config_changes, config_facts
 from vapi_jax.training.run import run
+from vapi_jax.weights.store import SHIPPED
 
 RESULTS = "results"
 PROTOCOL = "study.json"
+PATIENCE = 60.0
+"""Seconds to wait for another process that writes to the folder of the study itself."""
 
 
 def result_path(workdir: Path, slug: str, seed: int) -> Path:
@@ -57,18 +62,30 @@ def settle(study: Study, workdir: Path) -> None:
     """Begins a folder, or goes on with one of the same protocol.
 
     Raises:
-      StudyError: it holds results of another.
+      StudyError: it holds results of another, or results and no protocol.
     """
-    path, asked = workdir / PROTOCOL, protocol(study)
-    make_folder(workdir / RESULTS)
-    if path.exists():
-        found = json.loads(path.read_bytes())
-        different = [name for name, value in asked.items() if found.get(name) != value]
-        if different:
-            raise StudyError(
-                f"{workdir} holds results with other {', '.join(different)}; choose another --workdir"
-            )
-    write_atomically(path, json.dumps(asked, indent=2) + "\n")
+    path, results = workdir / PROTOCOL, workdir / RESULTS
+    make_folder(results)
+    with locks.hold(workdir, patience=PATIENCE):
+        if path.exists():
+            check_protocol(study, workdir)
+            return
+        if next(results.glob("*.json"), None) is not None:
+            raise StudyError(f"{results} holds results, and there is no {path} that says of what")
+        write_atomically(path, json.dumps(protocol(study), indent=2) + "\n")
+
+
+def check_protocol(study: Study, folder: Path) -> None:
+    """Whether a folder's study.json is this study's.
+
+    Raises:
+      StudyError: it is of another protocol, or not there.
+    """
+    asked, found = protocol(study), read_json(folder / PROTOCOL, StudyError)
+    if different := [name for name, value in asked.items() if found.get(name) != value]:
+        raise StudyError(
+            f"{folder} holds results with other {', '.join(different)}; choose another --workdir"
+        )
 
 
 def work(study: Study, workdir: Path, stop: StopRequest | None = None) -> bool:
@@ -82,11 +99,11 @@ def work(study: Study, workdir: Path, stop: StopRequest | None = None) -> bool:
     todo = [(arm, seed) for seed in range(study.seeds) for arm in arms]
     judge, busy = StudyJudge(study, workdir), 0
     for number, (arm, seed) in enumerate(todo, 1):
-        if _finished(workdir, arm, seed):
+        if _finished(study, workdir, arm, seed):
             continue
         announce(f"{study.name}: {arm.name}, seed {seed} ({number} of {len(todo)})")
         with contextlib.suppress(locks.LockedError), locks.hold(_place(workdir, arm, seed)):
-            if not _finished(workdir, arm, seed):  # by now, by another process
+            if not _finished(study, workdir, arm, seed):  # by now, by another process
                 found = _found(study, workdir, arm, seed, judge, stop)
                 text = json.dumps(found, indent=1, default=str, allow_nan=False)
                 write_atomically(result_path(workdir, arm.slug, seed), f"{text}\n")
@@ -99,15 +116,22 @@ def require_all(study: Study) -> None:
     """Looks whether all arms can run here.
 
     Raises:
-      StudyError: a file of the published way of judging is not there.
-      ConfigError: listing once what is in their way, with the arms that it is in the way of.
+      ConfigError: listing once what is in their way, with the arms that it is in the way of, and files of
+        the published way of judging that are not there.
     """
-    if study.files is not None:
-        named = (study.files.reference, study.files.inception, study.files.prompts)
-        if gone := [name for name in named if name and not Path(name).exists()]:
-            raise StudyError(f"study {study.name}: there is no {' and no '.join(gone)}")
     found: dict[str, list[str]] = {}
-    for arm in (Arm(BASE), *study.trained):
+    arms = (Arm(BASE), *study.trained)
+    if (files := study.files) is not None:
+        named = (
+            files.checkpoint,
+            files.reference,
+            files.inception,
+            files.prompts,
+            files.text_encoder,
+        )
+        gone = [f for f in named if f and f not in SHIPPED and not Path(f).exists()]
+        found |= {f"files: there is no {f}": [arm.name for arm in arms] for f in gone}
+    for arm in arms:
         for error in look(recipe_of(study, arm))[1]:
             found.setdefault(error, []).append(arm.name)
     everywhere = 1 + len(study.trained)
@@ -123,18 +147,26 @@ def _place(workdir: Path, arm: Arm, seed: int) -> Path:
     return workdir / "arms" / arm.slug / f"seed_{seed}"
 
 
-def _finished(workdir: Path, arm: Arm, seed: int) -> bool:
+def _finished(study: Study, workdir: Path, arm: Arm, seed: int) -> bool:
     path = result_path(workdir, arm.slug, seed)
     if not path.exists():
         return False
     found = json.loads(path.read_bytes())
-    if different := [name for name, fact in _facts(arm).items() if found[name] != fact]:
+    different = _other_facts(found, arm)
+    if "config" in found:  # as older ones have not
+        different += config_changes(found["config"], resolve(recipe_of(study, arm, seed)))
+    if different:
         raise StudyError(
-            f"{path} is of another arm {arm.name!r} "
-            f"({', '.join(f'{name}: {found[name]}' for name in different)}): rename the arm, or remove "
+            f"{path} is of another arm {arm.name!r} ({', '.join(different)}): rename the arm, or remove "
             "the file and the arm's folder"
         )
     return True
+
+
+def _other_facts(found: Mapping[str, Any], arm: Arm) -> list[str]:
+    """In which a result is not of its arm."""
+    facts = {"arm": arm.name, **_facts(arm)}
+    return [f"{name}: {found[name]}" for name, fact in facts.items() if found[name] != fact]
 
 
 def _facts(arm: Arm) -> dict[str, Any]:
@@ -149,6 +181,7 @@ def _found(
 ) -> dict[str, Any]:
     """The result of one seed of an arm, or of the base."""
     found: dict[str, Any] = {"arm": arm.name, "seed": seed, **_facts(arm)}
+    found["config"] = config_facts(resolve(recipe_of(study, arm, seed)))
     if arm.name == BASE:
         return {**found, **judge.base(seed)}
     config, place = require(recipe_of(study, arm, seed)), _place(workdir, arm, seed) / "run"
@@ -162,28 +195,32 @@ def _found(
         return {**found, "failed": str(error)}
     summary = json.loads((place / SUMMARY).read_bytes())
     seconds = summary["seconds"]["train"]
-    return {**found, "train_seconds": seconds, "held_out": done.last, "draws": draws}
+    # The run's own figures are of the parameters, not of their average.
+    held_out = {} if arm.average else done.last
+    return {**found, "train_seconds": seconds, "held_out": held_out, "draws": draws}
 
 
 def read_results(study: Study, folder: Path) -> Results:
     """The results of a study as far as they are there, with GenEval's scores of what was detected since.
 
     Raises:
-      StudyError: there is none of the base, or a file cannot be read.
+      StudyError: there is none of the base, or a file cannot be read or is of another arm.
     """
     files = study.files
 
-    def read(slug: str, seed: int) -> Any:
-        path = folder / f"{slug}_{seed}.json"
-        try:
-            return json.loads(path.read_bytes()) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{path}: {error}") from error
+    def read(arm: Arm, seed: int) -> Any:
+        path = folder / f"{arm.slug}_{seed}.json"
+        if not path.exists():
+            return None
+        found = read_json(path, StudyError)
+        if different := _other_facts(found, arm):
+            raise StudyError(f"{path} is of another arm ({', '.join(different)})")
+        return found
 
     base, failed = [], []
     arms: dict[str, list[dict[str, Any]]] = {}
     for seed in range(study.seeds):
-        if (found := read(BASE, seed)) is not None:
+        if (found := read(Arm(BASE), seed)) is not None:
             base.append(found)
             for name, sets in found["draws"].items():
                 add_detected(files, folder.parent, f"{BASE}_{seed}", name, sets)
@@ -191,7 +228,7 @@ def read_results(study: Study, folder: Path) -> Results:
         raise StudyError(f"{folder} holds no results of the base ({BASE}_0.json)")
     for arm in study.trained:
         for seed in range(study.seeds):
-            if (found := read(arm.slug, seed)) is None:
+            if (found := read(arm, seed)) is None:
                 continue
             if "failed" in found:
                 failed.append(f"{arm.name}, seed {seed}: {found['failed']}")
