@@ -3,8 +3,8 @@
     python -m vapi_jax.study --study=configs/studies/mini_beyond.py --workdir=studies/mini_beyond
 
 Does any of them beat plain VA-π, and the base at its own entropy? Four trainings an arm on the shipped
-models, each variant at a rate of its own; run mini_rates.py first and write its rates down. ":tiny" shows in
-minutes that every arm works.
+models. Spatial credit and energy score have rates of their own, the two together the lower of them, the
+others VA-π's; run mini_rates.py first and write its rates down. ":tiny" shows in minutes that every arm works.
 """
 
 from vapi_jax.common.recipes import load_recipe
