@@ -12,6 +12,17 @@ LONGEST = 20_000
 """Letters of a caption; what is longer is no caption, and cleaning takes the square of it in time."""
 
 
+def fault_of(text: str) -> str:
+    """What a text is where it can be no caption, or ""."""
+    if len(text) > LONGEST:
+        return f"caption(s) of more than {LONGEST} letters"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "caption(s) with half of a surrogate pair, which is no letter"
+    return ""
+
+
 def read_captions(path: Path) -> list[str]:
     """The captions of a file, one a line: as they are, or in `.jsonl` as JSON strings.
 
