@@ -32,9 +32,6 @@ from vapi_jax.common.paths import local_path
 from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.progress import announce
 
-LISTED = 3
-
-
 # --- captions -------------------------------------------------------------------------------------
 
 
@@ -82,7 +79,7 @@ def _encode_captions(args: argparse.Namespace) -> None:
     from vapi_jax.common.digests import sha256_file
     from vapi_jax.data.caption_files import read_captions
     from vapi_jax.data.config import DataError
-    from vapi_jax.generation.captions import encode_captions
+    from vapi_jax.generation.captions import encode_captions, flagged
     from vapi_jax.models.conditions import CAPTION_FLAGS
     from vapi_jax.models.text_encoder import TextEncoder
     from vapi_jax.parallel.sharding import make_mesh
@@ -100,11 +97,7 @@ def _encode_captions(args: argparse.Namespace) -> None:
     if not record:  # another process has it
         return
     print(f"{args.out}: {len(texts)} captions, features {encoder.length} x {encoder.width} each")
-    for name in CAPTION_FLAGS:
-        rows = record[name]
-        shown = "".join(f"\n  line {row + 1}: {texts[row]:.70}" for row in rows[:LISTED])
-        more = f"\n  and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-        print(f"{name.replace('_', ' ')}: {len(rows)}{shown}{more}")
+    print(flagged({name: record[name] for name in CAPTION_FLAGS}, texts, "line"))
     print(f"all of them are listed in {args.out.with_suffix('.json')}")
 
 

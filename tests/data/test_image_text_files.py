@@ -133,7 +133,7 @@ def test_a_field_that_no_record_has_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text, kind",
     [
-        ("x" * (LONGEST + 1), f"of more than {LONGEST} letters"),
+        ("x" * (LONGEST + 1), f"with more than {LONGEST} letters"),
         ("a \ud800", "with half of a surrogate"),
     ],
 )

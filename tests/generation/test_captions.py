@@ -48,6 +48,7 @@ def test_the_record_counts_what_is_odd_and_names_what_it_depends_on(written):
     record = json.loads((written / "out.json").read_text())
     assert record["captions"] == 5
     assert (record["empty"], record["cut"], record["other_script"]) == ([1], [3], [2])
+    assert record["unknown"] == [2]
     assert record["clean"] and record["lower"] and record["dtype"] == "float32"
     assert set(record["text_encoder"]) == {"config.json", "tokenizer.json", "model.safetensors"}
     assert set(record["libraries"]) == {"tokenizers", "ftfy", "beautifulsoup4"}

@@ -13,13 +13,13 @@ LONGEST = 20_000
 
 
 def fault_of(text: str) -> str:
-    """What a text is where it can be no caption, or ""."""
+    """What a text has that no caption has, or ""."""
     if len(text) > LONGEST:
-        return f"caption(s) of more than {LONGEST} letters"
+        return f"more than {LONGEST} letters"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "caption(s) with half of a surrogate pair, which is no letter"
+        return "half of a surrogate pair, which is no letter"
     return ""
 
 

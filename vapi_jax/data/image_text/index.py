@@ -118,8 +118,8 @@ def _build(layout: Layout, fields: CaptionFields, where: tuple[Where, ...], min_
         caption = fields.any_in(record)
         reason = next(filter(None, (test.fails(record) for test in where)), "")
         for fault in (faults := fields.faults(record)):
-            left_out[fault] += 1
-            faulty.setdefault(fault, entry.name)
+            left_out[kind := f"caption(s) with {fault}"] += 1
+            faulty.setdefault(kind, entry.name)
         if not caption:
             reason = "" if faults else "image(s) without a caption"
             seen |= dict.fromkeys(texts_in(record))
@@ -134,8 +134,8 @@ def _build(layout: Layout, fields: CaptionFields, where: tuple[Where, ...], min_
         places.append((*entry.image, *entry.text, *entry.record))
         if len(examples) < _EXAMPLES:
             examples.append(caption[:_SHOWN])
-    for fault, name in faulty.items():
-        left_out[f"{fault}, the first of {name}"] = left_out.pop(fault)
+    for kind, name in faulty.items():
+        left_out[f"{kind}, the first of {name}"] = left_out.pop(kind)
     left_out.update(layout.left_out)
     if not ends:
         told = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common()) or "nothing"
