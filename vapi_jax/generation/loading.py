@@ -449,9 +449,10 @@ def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
             place = Path(str(summary.get("directory", "")), str(value))
             if place.exists():  # else it may be in the same place here
                 raw[section] = {**raw[section], option: str(place)}
-    asked = raw["condition"].get("options") if isinstance(raw.get("condition"), dict) else None
+    options = raw["condition"].get("options") if isinstance(raw.get("condition"), dict) else None
+    asked = options if isinstance(options, dict) else {}
     for option in ("tokenizer", "encoder"):
-        value = asked.get(option) if isinstance(asked, dict) else None
+        value = asked.get(option)
         if isinstance(value, str) and value and value not in MODELS:
             place = Path(str(summary.get("directory", "")), value)
             if place.exists():
