@@ -61,6 +61,13 @@ class Index:
         text = self.names[start : int(self.ends[index])].tobytes()
         return text.decode(errors="surrogateescape")
 
+    def digest(self) -> str:
+        """SHA-256 of the names and of where everything lies, which a text of another length changes."""
+        found = hashlib.sha256()
+        for array in (self.names, self.ends, self.places):
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
+
     def entry(self, index: int) -> Entry:
         """An entry, as its layout takes it."""
         image, text, record = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import re
 import zlib
@@ -107,6 +108,9 @@ class ImageTextSource(Source):
 
     def name(self, index: int) -> str:
         return self._index.name(int(self._rows[index]))
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self._index.digest()} {len(self)}".encode()).hexdigest()
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         entry, side = self._index.entry(int(self._rows[index])), self.config.image_size
