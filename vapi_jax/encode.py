@@ -28,12 +28,9 @@ from typing import Any
 from absl import app, flags
 
 from vapi_jax.common.errors import exit_status
-from vapi_jax.common.paths import local_path
+from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.progress import announce
-
-LISTED = 3
-
 
 # --- captions -------------------------------------------------------------------------------------
 
@@ -48,7 +45,10 @@ def parse_captions(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    add("--text_encoder", type=local_path, required=True, metavar="DIR")
+    add(
+        "--text_encoder", type=local_text, required=True, metavar="DIR",
+        help="of Hugging Face, such as flan-t5-xl; scenes for the one that ships",
+    )  # fmt: skip
     add("--captions", type=local_path, required=True, metavar="FILE.txt|FILE.jsonl")
     add("--out", type=local_path, required=True, metavar="FILE.npz", help="replaced if it is there")
     add("--clean", action=switch, default=True, help="LlamaGen's cleaning of captions, twice")
@@ -57,12 +57,17 @@ def parse_captions(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the encoder; LlamaGen's features are bfloat16's (default %(default)s)",
     )  # fmt: skip
+    add(
+        "--length", type=int, default=120,
+        help="tokens of a caption, as the generator takes them: LlamaGen's 120 (the default), 12 of scenes",
+    )  # fmt: skip
     add("--batch", type=int, default=32, help="captions at once (default %(default)s)")
     add("--fsdp", type=int, default=1, help="devices that share one copy of the encoder")
     add_process_flags(parser)
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        parser.error(f"--batch {args.batch}: wants at least 1")
+    for name, least in (("batch", 1), ("length", 2)):  # the end token takes one
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name} {value}: wants at least {least}")
     if args.out.suffix != ".npz":
         parser.error(f"--out {args.out}: wants a name that ends in .npz")
     return args
@@ -80,31 +85,30 @@ def captions(argv: list[str]) -> int:
 
 def _encode_captions(args: argparse.Namespace) -> None:
     from vapi_jax.common.digests import sha256_file
+    from vapi_jax.common.files import make_room
     from vapi_jax.data.caption_files import read_captions
     from vapi_jax.data.config import DataError
-    from vapi_jax.generation.captions import encode_captions
+    from vapi_jax.generation.captions import encode_captions, flagged
     from vapi_jax.models.conditions import CAPTION_FLAGS
-    from vapi_jax.models.text_encoder import TextEncoder
+    from vapi_jax.models.text_encoder import TextEncoder, folder_of
     from vapi_jax.parallel.sharding import make_mesh
 
+    make_room((args.out, args.out.with_suffix(".json")), (args.captions,))
     texts = read_captions(args.captions)
     try:
         mesh = make_mesh(fsdp=args.fsdp)
     except ValueError as error:
         raise DataError(f"--fsdp {args.fsdp}: {error}") from error
     encoder = TextEncoder(
-        args.text_encoder, mesh, dtype=args.dtype, clean=args.clean, lower=args.lower
-    )
+        folder_of(args.text_encoder), mesh, dtype=args.dtype, length=args.length, clean=args.clean,
+        lower=args.lower,
+    )  # fmt: skip
     facts = {"source": {"file": args.captions.name, "sha256": sha256_file(args.captions)}}
     record = encode_captions(encoder, texts, args.out, batch=args.batch, facts=facts)
     if not record:  # another process has it
         return
     print(f"{args.out}: {len(texts)} captions, features {encoder.length} x {encoder.width} each")
-    for name in CAPTION_FLAGS:
-        rows = record[name]
-        shown = "".join(f"\n  line {row + 1}: {texts[row]:.70}" for row in rows[:LISTED])
-        more = f"\n  and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-        print(f"{name.replace('_', ' ')}: {len(rows)}{shown}{more}")
+    print(flagged({name: record[name] for name in CAPTION_FLAGS}, texts, "line"))
     print(f"all of them are listed in {args.out.with_suffix('.json')}")
 
 

@@ -55,12 +55,12 @@ from vapi_jax.generation.files import (
     write_recipe,
 )
 from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.prompt_lists import prompts_at
 from vapi_jax.generation.prompts import (
     LAYOUTS,
     MOST_SAMPLES,
     PromptFiles,
     PromptRequests,
-    prompts_at,
     request_prompts,
 )
 from vapi_jax.generation.protocols import PROTOCOLS

@@ -44,7 +44,8 @@ from typing import Any
 
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError, exit_status
-from vapi_jax.common.files import write_atomically
+from vapi_jax.common.files import make_room, write_atomically
+from vapi_jax.common.options import Errors, build
 from vapi_jax.common.paths import local_path, local_text
 from vapi_jax.common.process_flags import add_process_flags, process_flags
 from vapi_jax.common.tables import format_table
@@ -58,7 +59,7 @@ from vapi_jax.evaluation.geneval_scores import (
     score,
 )
 from vapi_jax.generation.protocols import departures_from_geneval
-from vapi_jax.rewards.geneval import Prompt, Rules
+from vapi_jax.rewards.geneval import GenevalError, Prompt, Rules
 
 MODELS = {
     "clip": "cosine of image and prompt by a CLIP",
@@ -183,6 +184,8 @@ def colors(args: argparse.Namespace) -> None:
     """Adds colours to detections, and says what by."""
     from vapi_jax.evaluation.geneval_colors import ColorClassifier, color_detections
 
+    path = args.out.with_suffix(".json")
+    make_room((args.out, path), (args.detections, args.metadata))
     reward = _reward(args, "clip")
     prompts, classifier = read_prompts(args.metadata), ColorClassifier(reward)
     found = color_detections(args.detections, args.images, prompts, classifier, args.background)
@@ -193,7 +196,6 @@ def colors(args: argparse.Namespace) -> None:
         "detections": {"file": args.detections.name, "sha256": sha256_file(args.detections)},
         "metadata": {"file": args.metadata.name, "sha256": sha256_file(args.metadata)},
     }
-    path = args.out.with_suffix(".json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     print(f"detections with colors are in {args.out}, what they depend on in {path}")
 
@@ -204,8 +206,10 @@ def by_model(args: argparse.Namespace) -> None:
 
     from vapi_jax.evaluation.prompt_scores import find_pictures, receipt, score_pictures
 
+    prompts, path = getattr(args, "prompts", None), args.out.with_suffix(".json")
+    lists = prompts.glob("*.json") if prompts and prompts.is_dir() else [prompts]
+    make_room((args.out, path), lists)
     reward = _reward(args, args.command)
-    prompts = getattr(args, "prompts", None)
     pictures = find_pictures(args.images, prompts)
     lines, scores = [], []
     for name, prompt, value in score_pictures(reward, pictures):
@@ -214,7 +218,6 @@ def by_model(args: argparse.Namespace) -> None:
         scores.append(value)
     found = receipt(args.command, reward, pictures, prompts, np.array(scores))
     write_atomically(args.out, "".join(lines))
-    path = args.out.with_suffix(".json")
     write_atomically(path, json.dumps(found, indent=2) + "\n")
     print(
         f"{args.command}: {found['mean']:.5g} ({found['low']:.5g} to {found['high']:.5g}, 95 %) over "
@@ -228,7 +231,8 @@ def geneval(args: argparse.Namespace) -> None:
     # With JAX, which --help does without.
     from vapi_jax.evaluation.receipt import ReceiptError, find_recipe
 
-    rules = Rules(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)})
+    rules, path = _rules(args), args.out.with_suffix(".json")
+    make_room((args.out, path), (args.detections, *_inputs(args)))
     prompts = read_prompts(args.metadata)
     digest = sha256_file(args.metadata)
     images = judge_file(args.detections, prompts, rules)
@@ -262,15 +266,15 @@ def geneval(args: argparse.Namespace) -> None:
             "sha256": sha256_file(args.against),
             "difference": {name: dataclasses.asdict(gap) for name, gap in gaps.items()},
         }
-    path = args.out.with_suffix(".json")
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     print(_table(scores, gaps))
-    if digest != PUBLISHED:
-        print(f"{args.metadata} is not the published evaluation_metadata.jsonl")
     if recipe is None:
         print("how the images were made is not known: --samples DIR names their folder")
-    elif other := departures_from_geneval(recipe):
-        print(f"warning: {other}")
+    if args.command == "geneval":  # scenes have no published prompts, nor a published protocol
+        if digest != PUBLISHED:
+            print(f"{args.metadata} is not the published evaluation_metadata.jsonl")
+        if recipe is not None and (other := departures_from_geneval(recipe)):
+            print(f"warning: {other}")
     if changed:
         print(f"{len(changed)} verdicts differ from the file's own, the first of {changed[0]}")
     print(f"verdicts and reasons are in {args.out}, all numbers in {path}")
@@ -279,15 +283,34 @@ def geneval(args: argparse.Namespace) -> None:
 def scenes(args: argparse.Namespace) -> None:
     """Detects, and does as `geneval` does with any detections."""
     from vapi_jax.evaluation.receipt import find_recipe
-    from vapi_jax.evaluation.scene_files import detect_folder
+    from vapi_jax.evaluation.scene_files import detect_folder, read_scene_prompts
 
     args.detections = args.out.with_suffix(".detections.jsonl")
-    prompts = read_prompts(args.metadata)
-    detect_folder(args.images, args.detections, len(prompts), args.allow_incomplete)
+    _rules(args)  # that anything wrong with them comes first
+    make_room((args.detections, args.out, args.out.with_suffix(".json")), _inputs(args))
+    prompts = read_scene_prompts(args.metadata)
+    detect_folder(args.images, args.detections, prompts, args.allow_incomplete)
     if args.samples is None and find_recipe(args.images) is not None:
         args.samples = args.images
     args.allow_incomplete = True  # The size of GenEval's set is not that of these prompts.
     geneval(args)
+
+
+def _rules(args: argparse.Namespace) -> Rules:
+    given, errors = (
+        {field.name: getattr(args, field.name) for field in dataclasses.fields(Rules)},
+        Errors(),
+    )
+    rules = build(Rules, given, "--", errors)
+    if errors:
+        raise GenevalError("; ".join(errors))
+    return rules
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Any, ...]:
+    """What `geneval` and `scenes` read beside detections, the record of another set included."""
+    other = args.against
+    return args.metadata, other, other and other.with_suffix(".json")
 
 
 def _line(image: Image, prompt: Prompt) -> str:

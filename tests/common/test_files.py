@@ -12,7 +12,9 @@ from vapi_jax.common import files
 from vapi_jax.common.errors import ExpectedError, disk_trouble
 from vapi_jax.common.files import (
     FolderExistsError,
+    OutputError,
     make_folder,
+    make_room,
     new_file,
     new_folder,
     read_json,
@@ -79,6 +81,22 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     with pytest.raises(PermissionError) as error:
         make_folder(Path("/proc/a/b"))
     assert "/proc/a/b" in disk_trouble(error.value)
+
+
+def test_room_is_made_for_what_is_written_unless_it_is_read(tmp_path):
+    out, source = tmp_path / "a" / "b" / "out.json", tmp_path / "in.json"
+    source.touch()
+    make_room((out,), (source, None))
+    assert out.parent.is_dir() and not out.exists()
+    (tmp_path / "link.json").symlink_to(source)
+    for wrong, message in (
+        (tmp_path / "a" / ".." / "in.json", "in.json is read"),
+        (tmp_path / "link.json", "link.json is read"),
+        (tmp_path / "a", "is a folder"),
+        (source / "out.json", "in.json is a file"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            make_room((out, wrong), (source,))
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):

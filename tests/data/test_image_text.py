@@ -19,6 +19,8 @@ from tests.helpers.image_text import (
     COUNT,
     FIELDS,
     LAYOUTS,
+    config,
+    fresh,
     members,
     pairs,
     png,
@@ -27,7 +29,6 @@ from tests.helpers.image_text import (
     write_tar,
 )
 from vapi_jax.data import DataConfig, DataError, SkippedImages, fixed_batch, make_dataset
-from vapi_jax.data.image_text import source
 from vapi_jax.data.image_text.captions import CaptionFields, Where, text_of
 from vapi_jax.data.image_text.layouts import JsonLines, TabLines, TarShards
 from vapi_jax.data.image_text.parquet import Parquet
@@ -41,19 +42,6 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "vapi_jax" / "image_text"
-
-
-OWN = ("crop", "val_split", "folder_holdout", "max_unreadable")
-
-
-def config(root, field="", **options):
-    data = {k: options.pop(k) for k in OWN if k in options}
-    if field:
-        options["caption_field"] = field
-    return DataConfig(
-        name="image_text", path=str(root), image_size=4, num_threads=0, flip=False, options=options,
-        **data,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,12 +95,6 @@ def test_the_index_is_built_once_and_again_when_files_change(tmp_path, cache):
     write_tar(root / "00002.tar", members(pairs(6, 100)))
     assert len(fresh(config(root, "txt"))._index) == COUNT + 6
     assert len(list(cache.glob("*.npz"))) == 2
-
-
-def fresh(asked):
-    """The source as another process opens it."""
-    source._open.cache_clear()
-    return make_source(asked, "train")
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -336,11 +318,28 @@ def test_lists_of_downloads_in_parquet_are_no_images(tmp_path):
         make_source(config(root, "url", layout="parquet"), "train")
 
 
-def test_splits_that_file_names_tell_are_not_mixed(tmp_path):
-    root = write("parquet", tmp_path / "data")
-    write_parquet(root / "test-00000-of-00001.parquet", pairs(3, 90))
-    with pytest.raises(DataError, match=r"test-\*, train-\*.*data.train_split"):
-        make_source(config(root, "caption"), "train")
+@pytest.mark.parametrize(
+    "layout, field, names",
+    [
+        ("parquet", "caption", ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"]),
+        ("parquet", "caption", ["train.parquet", "test.parquet"]),
+        ("jsonl", "blip", ["train.jsonl", "val.jsonl"]),
+        ("tsv", "", ["my_training_set.tsv", "my_validation_set.tsv"]),
+        ("tar", "txt", ["train-0000.tar", "val-0000.tar"]),
+    ],
+)
+def test_splits_that_file_names_tell_are_not_mixed(layout, field, names, tmp_path):
+    lone = min(write(layout, tmp_path / "made").glob(f"*.{layout}"))
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in names:
+        (root / name).write_bytes(lone.read_bytes())
+    for image in (tmp_path / "made").glob("*.png"):
+        image.rename(root / image.name)
+    with pytest.raises(DataError, match=f"{'.*'.join(sorted(names))}.*data.train_split"):
+        make_source(config(root, field), "train")
+    asked = DataConfig(**{**vars(config(root, field)), "train_split": names[0]})
+    assert len(make_source(asked, "train"))
 
 
 @settings(max_examples=60)

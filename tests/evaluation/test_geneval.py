@@ -244,6 +244,52 @@ def test_two_sets_are_compared(folder, capsys):
     assert record["against"]["difference"]["overall"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
+def test_verdicts_by_other_rules_are_not_mixed(folder, capsys):
+    assert run(folder, "--allow_incomplete", "--threshold=0.1") == 0
+    for ending in ("jsonl", "json"):
+        (folder / f"out.{ending}").rename(folder / f"base.{ending}")
+    capsys.readouterr()
+    against = f"--against={folder / 'base.jsonl'}"
+    assert run(folder, "--allow_incomplete", against) == 1
+    assert "--threshold=0.1, as base.json says, and here it is 0.3" in capsys.readouterr().err
+    assert not (folder / "out.jsonl").exists()
+    assert run(folder, "--allow_incomplete", against, "--threshold=0.1") == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "threshold=nan",
+        "counting_threshold=90",
+        "max_overlap=-1",
+        "position_threshold=2",
+        "max_objects=-1",
+    ],
+)
+def test_rules_have_limits(folder, wrong, capsys):
+    assert run(folder, "--allow_incomplete", f"--{wrong}") == 1
+    told = capsys.readouterr().err
+    assert f"--{wrong.partition('=')[0]}" in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name, out",
+    [
+        ("detections.jsonl", "detections.jsonl"),
+        ("metadata.jsonl", "metadata.jsonl"),
+        ("base.jsonl", "base.jsonl"),
+        ("base.json", "base.jsonl"),
+    ],
+)
+def test_what_is_read_is_not_replaced(folder, name, out, capsys):
+    assert run(folder, "--allow_incomplete", f"--out={folder / 'base.jsonl'}") == 0
+    against, before = f"--against={folder / 'base.jsonl'}", (folder / name).read_bytes()
+    assert run(folder, "--allow_incomplete", against, f"--out={folder / out}") == 1
+    assert "is read, and would be replaced" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == before
+    assert run(folder, "--allow_incomplete", f"--out={folder / 'no' / 'such' / 'x.jsonl'}") == 0
+
+
 def test_results_of_the_original_evaluator_are_judged_again(folder, capsys):
     """Boxes tell; what colours were seen is not in the file, so its verdict holds there."""
     lines = [
@@ -281,6 +327,8 @@ def test_results_of_the_original_evaluator_are_judged_again(folder, capsys):
         (detection(0, 0, [1, 2, 3, 4]), "box"),
         (detection(0, 0, [1, 2, 3, 4, "5"]), "box"),
         (detection(0, 0, [1, 2, 3, 4, 1e300]), "box"),
+        (detection(0, 0, [1, 2, 3, 4, 95.0]), "line 1.*from 0 to 1, not 95.0"),
+        (detection(0, 0, [1, 2, 3, 4, -0.5]), "from 0 to 1, not -0.5"),
         (detection(0, 0, [1, 2, 3, 4, float("nan")]), "NaN"),
         ({"filename": "0/samples/0.png", "detections": {"mouse": []}}, "computer mouse"),
         ({"filename": "0/samples/0.png", "detections": {"dog": 3}}, "dog"),

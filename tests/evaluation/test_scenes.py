@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,7 +261,9 @@ def test_bad_options_are_named(change, named):
         SceneSource(config, "train")
 
 
-def test_command_scores_a_folder(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """Images of scenes, the second of every task with nothing on it, and their metadata."""
     lines = []
     for index in range(12):
         scene = make(TASKS[index // 2], "test", np.random.default_rng([index, 5]))
@@ -270,22 +273,87 @@ def test_command_scores_a_folder(tmp_path):
         # The second of every task has nothing on it.
         shown = picture(scene.things if index % 2 == 0 else (), index)
         Image.fromarray(np.uint8(np.round(shown))).save(folder / "0000.png")
-    metadata, out = tmp_path / "metadata.jsonl", tmp_path / "scores.jsonl"
-    metadata.write_text("\n".join(lines))
-    command = [
-        "scenes",
-        f"--images={tmp_path / 'images'}",
-        f"--metadata={metadata}",
-        f"--out={out}",
-    ]
-    assert score.main(command) == 0
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def command(folder: Path, *more: str) -> int:
+    return score.main([
+        "scenes", f"--images={folder / 'images'}", f"--metadata={folder / 'metadata.jsonl'}",
+        f"--out={folder / 'scores.jsonl'}", *more,
+    ])  # fmt: skip
+
+
+def test_command_scores_a_folder(folder, capsys):
+    out = folder / "scores.jsonl"
+    (folder / "images/recipe.json").write_text('{"sampling": {"top_k": 5}}')
+    assert command(folder) == 0
+    told = capsys.readouterr().out
+    assert "published" not in told and "warning" not in told
     tasks = json.loads(out.with_suffix(".json").read_text())["scores"]["tasks"]
     assert {name: estimate["value"] for name, estimate in tasks.items()} == dict.fromkeys(
         [*TASKS, "overall"], 0.5
     )
-    (tmp_path / "images/00003/samples/0000.png").unlink()
-    assert score.main(command) != 0
-    assert score.main([*command, "--allow_incomplete"]) == 0
+    (folder / "images/00003/samples/0000.png").unlink()
+    assert command(folder) != 0
+    assert command(folder, "--allow_incomplete") == 0
+
+
+def saved(side: tuple[int, int], place: str):
+    def save(folder: Path) -> None:
+        path = folder / "images" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", side).save(path)
+
+    return save
+
+
+def first_line(folder: Path, **change: object) -> str:
+    line = json.loads((folder / "metadata.jsonl").read_text().splitlines()[0])
+    return json.dumps({**line, **change})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (saved((64, 64), "0copy/samples/0000.png"), "0copy/samples/0000.png is no image such as"),
+        (saved((64, 64), "1_0/samples/0000.png"), "1_0/samples/0000.png is no image such as"),
+        (saved((64, 64), "00000/samples/0000 (copy).png"), r"0000 (copy).png is no image such as"),
+        (saved((64, 64), "00012/samples/0000.png"), "prompt 12, and the metadata 12 prompts"),
+        (saved((16, 16), "00000/samples/0000.png"), "16x16 pixels; scenes are square"),
+        (saved((64, 32), "00000/samples/0000.png"), "64x32 pixels"),
+        (
+            lambda f: (f / "images/00000/metadata.jsonl").write_text(first_line(f, prompt="a dog")),
+            "prompt 0 were drawn for 'a dog', and --metadata asks for 'a photo",
+        ),
+        (
+            lambda f: (f / "images/prompts.jsonl").write_text('{"prompt": "a dog", "fed": ""}'),
+            "prompt 0 were drawn for 'a dog'",
+        ),
+        (
+            lambda f: (f / "metadata.jsonl").write_text(
+                first_line(f, include=[{"class": "dog", "count": 1}])
+            ),
+            "prompt 0 asks for 'dog', and scenes are of circle",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_folder_of_scenes_for_its_metadata_is_refused(folder, spoil, named, capsys):
+    spoil(folder)
+    assert command(folder) == 1
+    told = capsys.readouterr().err
+    assert named in told and len(told.splitlines()) == 1
+    assert [path.name for path in folder.iterdir() if path.name.startswith("scores")] == []
+
+
+def test_what_the_sampler_left_beside_its_images_agrees(folder):
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines):
+        (folder / f"images/{number:05}/metadata.jsonl").write_text(line)
+    texts = [json.dumps({"prompt": json.loads(line)["prompt"]}) for line in lines]
+    (folder / "images/prompts.jsonl").write_text("\n".join(texts))
+    assert command(folder) == 0
+    assert command(folder, f"--out={folder / 'metadata.jsonl'}") == 1
 
 
 def test_a_runs_judge_scores_true_scenes_and_tells_them_from_others():

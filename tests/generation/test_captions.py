@@ -10,6 +10,7 @@ from vapi_jax import encode
 from vapi_jax.data.caption_files import LONGEST, read_captions
 from vapi_jax.data.config import DataError
 from vapi_jax.generation.requests import _by_caption
+from vapi_jax.generation.shipped import MODELS
 from vapi_jax.models.conditions import Caption
 from vapi_jax.models.text_encoder import TextEncoder
 from vapi_jax.parallel.sharding import make_mesh
@@ -48,6 +49,7 @@ def test_the_record_counts_what_is_odd_and_names_what_it_depends_on(written):
     record = json.loads((written / "out.json").read_text())
     assert record["captions"] == 5
     assert (record["empty"], record["cut"], record["other_script"]) == ([1], [3], [2])
+    assert record["unknown"] == [2]
     assert record["clean"] and record["lower"] and record["dtype"] == "float32"
     assert set(record["text_encoder"]) == {"config.json", "tokenizer.json", "model.safetensors"}
     assert set(record["libraries"]) == {"tokenizers", "ftfy", "beautifulsoup4"}
@@ -75,7 +77,7 @@ def test_lines_are_captions(tmp_path):
     path = tmp_path / "c.txt"
     path.write_bytes("\ufeffone\r\n\u2028two\x0b\n\nlast".encode())
     assert read_captions(path) == ["one", "\u2028two\x0b", "", "last"]
-    path = tmp_path / "c.jsonl"
+    path = tmp_path / "c.JSONL"
     path.write_text('"one\\ntwo"\n"\\u00e9"\n')
     assert read_captions(path) == ["one\ntwo", "é"]
 
@@ -103,12 +105,39 @@ def test_a_file_that_holds_no_captions_is_refused(name, content, message, tmp_pa
     assert not (tmp_path / "out.npz").exists()
 
 
+def test_scenes_are_served_at_their_own_length(tmp_path):
+    (tmp_path / "c.txt").write_text("a photo of a ring\n")
+    out = tmp_path / "new" / "folder" / "out.npz"
+    assert encode.main([
+        "captions", "--text_encoder=scenes", f"--captions={tmp_path / 'c.txt'}", "--length=12",
+        f"--out={out}", "--no-clean",
+    ]) == 0  # fmt: skip
+    condition = MODELS["scenes"].policy
+    kind = Caption(length=condition["cls_token_num"], width=condition["caption_dim"])
+    assert _by_caption(out, 1, kind).of(np.array([0]))["features"].shape[1] == 12
+
+
+@pytest.mark.parametrize("name", ["c.txt", "out.txt", "out.jsonl"])
+def test_what_is_read_is_not_replaced(name, tmp_path, capsys):
+    """Nor is a file of another kind taken for lines: a list in JSON, say."""
+    (tmp_path / name).write_text('"a"\n')
+    for place in ("out.npz", "out.json"):
+        (tmp_path / place).symlink_to(tmp_path / name)
+        assert run(tmp_path, name) == 1
+        assert f"{place} is read" in capsys.readouterr().err
+        (tmp_path / place).unlink()
+    (tmp_path / name).rename(tmp_path / "c.json")
+    assert run(tmp_path, "c.json") == 1
+    assert "c.json: captions are read from .txt" in capsys.readouterr().err
+
+
 def test_options_that_make_no_sense(tmp_path, capsys):
     (tmp_path / "c.txt").write_text("a\n")
     assert run(tmp_path, "c.txt", "--fsdp=3") == 1
     assert "--fsdp 3" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(tmp_path, "c.txt", "--batch=0")
+    for wrong in ("--batch=0", "--length=1"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "c.txt", wrong)
     with pytest.raises(SystemExit):
         encode.main(["captions", "--captions=c", "--text_encoder=t", "--out=x.npy"])
     assert encode.main([]) == 2

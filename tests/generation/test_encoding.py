@@ -18,6 +18,7 @@ from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
 from vapi_jax.data.encoded import write_part
+from vapi_jax.data.image_text import source
 from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.generation import encoding
 from vapi_jax.generation.encoding import encode_dataset
@@ -204,6 +205,30 @@ def test_an_interrupted_call_is_gone_on_with_and_another_one_is_refused(
     files = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()]
     assert files == [p.relative_to(again) for p in sorted(again.rglob("*")) if p.is_file()]
     assert all((out / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+def test_a_call_is_not_gone_on_with_on_other_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = image_text.write("tar", tmp_path / "data", image_text.pairs(24))
+    options = {"caption_field": "txt"}
+    data = {"name": "image_text", "path": str(root), "flip": False, "options": options}
+    config = make_tiny_config("vapi", data=data, batch_size=4, eval={"images": 2})
+    out = tmp_path / "out"
+
+    def begin():
+        source._open.cache_clear()  # as another process does
+        return encode_dataset(make_method(config, make_mesh()), out, 16, tokens=False)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoding, "write_part", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    image_text.write_tar(root / "00002.tar", image_text.members(image_text.pairs(2, 90)))
+    with pytest.raises(FolderExistsError, match="what the data were before.*asked.json"):
+        begin()
 
 
 # --- captions -------------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ def write_run(workdir, policy_weights=SHIPPED["demo"]["policy"], **changes):
     recipe = RECIPE.get_config()
     recipe.policy.num_classes = 12
     recipe.update(changes)
+    return write_summary(workdir, recipe, policy_weights)
+
+
+def write_summary(workdir, recipe, policy_weights, **more):
     config = dataclasses.asdict(resolve(recipe))
     (workdir / "weights").mkdir(parents=True)
     digest = save_safetensors(
@@ -65,6 +69,7 @@ def write_run(workdir, policy_weights=SHIPPED["demo"]["policy"], **changes):
         "config": json.loads(json.dumps(config, default=str)),
         "weights": {"policy.safetensors": digest},
         "versions": {"vapi_jax": "0.1.0"},
+        **more,
     }
     (workdir / "summary.json").write_text(json.dumps(summary))
     return workdir
@@ -110,6 +115,32 @@ def test_scenes_are_drawn_from_captions_by_their_own_encoder(mesh):
     few = [scenes.sample([text], cfg=2.0) for text in (caption, "a photo of a blue ring")]
     assert not np.array_equal(*few)
     assert scenes.facts["trained"]["trained_by"] == "configs/scenes_base.py"
+
+
+def test_an_encoder_that_has_changed_since_the_training_is_told(
+    tmp_path, monkeypatch, mesh, caplog
+):
+    folder = tmp_path / "encoder"
+    shutil.copytree(SHIPPED["scenes"]["encoder"], folder)
+    recipe = load_recipe(str(CONFIGS / "x"), "t2i_demo").get_config()
+    # Relative paths are those of where the run was started.
+    recipe.condition.options = {"encoder": "encoder", "clean": False}
+    noted = {path.name: sha256_file(path) for path in folder.iterdir()}
+    run = write_summary(
+        tmp_path / "run", recipe, SHIPPED["scenes"]["policy"], directory=str(tmp_path),
+        condition={"text_encoder": noted},
+    )  # fmt: skip
+    generator = load_generator(str(run), mesh)
+    request_prompts(generator, "a ring", 1, "flat", None)
+    assert not caplog.messages
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings, indent=7))
+    with pytest.raises(WeightsError, match=r"has changed.*\(config.json\).*--text_encoder"):
+        request_prompts(generator, "a ring", 1, "flat", None)
+    with pytest.raises(WeightsError, match="has changed"):
+        generator.sample(["a ring"])
+    request_prompts(generator, "a ring", 1, "flat", folder)
+    assert "is not the encoder that" in caplog.text and "config.json differ" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

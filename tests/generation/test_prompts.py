@@ -13,13 +13,13 @@ from vapi_jax import sample
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.paths import PathError
 from vapi_jax.generation.loading import load_generator
-from vapi_jax.generation.prompts import (
+from vapi_jax.generation.prompt_lists import (
     MOST_PROMPTS,
     PromptError,
     prompts_at,
     read_prompts,
-    request_prompts,
 )
+from vapi_jax.generation.prompts import request_prompts
 from vapi_jax.generation.sampler import decode
 from vapi_jax.models import sampling
 from vapi_jax.models.conditions import text_condition
@@ -140,6 +140,18 @@ def test_genevals_folders_hold_samples_whose_keys_are_of_prompt_and_sample(
     assert "per_prompt" in capsys.readouterr().err
 
 
+def test_what_the_encoder_makes_of_odd_prompts_is_said(run, tmp_path, no_model, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n" + "word " * 20 + "\n犬 a dog\n(sic)\n")
+    assert run(path, "--per_prompt=1", "--no-clean") == 0
+    told = capsys.readouterr().out
+    assert "cut: 1\n  prompt 2: word word" in told and "unknown: 2\n  prompt 3: 犬" in told
+    assert "other script: 1" in told and "empty" not in told
+    fed = [json.loads(x)["fed"] for x in (tmp_path / "out/prompts.jsonl").read_text().splitlines()]
+    assert fed[0] == "a cat" and fed[2] == "<unk> a dog"
+    assert "word word".startswith(fed[1][:9]) and len(fed[1]) < 60
+
+
 def test_the_number_of_samples_and_of_prompts_changes_no_key(generator, tmp_path):
     path = write_metadata(tmp_path)
     few = request_prompts(generator, path, 1, "flat", GOLDEN / "t5")
@@ -181,10 +193,12 @@ def no_model(monkeypatch, generator):
 @pytest.mark.parametrize(
     "name, content, want",
     [
-        ("p.txt", "a cat\n\nA dog\r\n", ["a cat", "", "A dog"]),
+        ("p.txt", "a cat\nA dog\r\n", ["a cat", "A dog"]),
+        ("P.JSONL", '"a"\n"b"\n', ["a", "b"]),
         ("p.jsonl", '"a\\ncat"\n{"prompt": "b"}\n{"Prompt": "c"}\n{"text": "d"}\n', "a\ncat b c d"),
         ("p.json", '["a cat", {"caption": "b"}]', ["a cat", "b"]),
         ("p.tsv", 'Prompt\tCategory\na "red" cat\tx\n', ['a "red" cat']),
+        ("p.tsv", 'text\n"a ""red""\ncat"\n"Go" she said\n', ['a "red"\ncat', '"Go" she said']),
         ("p.csv", 'Prompts,Category\n"a cat, red",x\n', ["a cat, red"]),
     ],
 )
@@ -198,13 +212,19 @@ def test_prompts_are_read_from_every_kind_of_file(name, content, want, tmp_path)
 @pytest.mark.parametrize(
     "name, content, layout, message",
     [
-        ("p.jsonl", '"a"\n{"words": "b"}\n', "flat", "prompt 2"),
+        ("p.jsonl", '"a"\n{"words": "b"}\n', "flat", "line 2"),
+        ("p.jsonl", '"a"\n\n"b"\n', "flat", "line 2 is empty"),
+        ("p.jsonl", '"a"\n{"prompt: 3}\n', "flat", "line 2: Unterminated string.* at letter 2"),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', "flat", "line 1 has half of a surrogate"),
+        ("p.txt", "", "flat", "line 1 is empty"),
+        ("p.txt", "a cat\n \nA dog\n", "flat", "line 2 is empty"),
+        ("p.csv", "prompt,style\n,x\n", "flat", "prompt 1 is empty"),
         ("p.jsonl", '"a"\nb\n', "flat", "p.jsonl"),
         ("p.jsonl", '"\\ud800"\n', "flat", "surrogate"),
         ("p.json", "3", "flat", "p.json"),
         ("p.json", "[]", "flat", "0 prompts"),
         ("p.tsv", "a\tb\n1\t2\n", "flat", "prompt 1"),
-        ("p.txt", "x" * 30_000, "flat", "30000 letters"),
+        ("p.txt", "x" * 30_000, "flat", "more than 20000 letters"),
         ("p.txt", "a dog\n", "geneval", "line 1.*tag.*evaluation_metadata"),
         ("p.jsonl", '{"prompt": "a dog"}\n', "geneval", "line 1.*evaluation_metadata"),
         ("p.bin", b"\xff\xfe\xff", "flat", "p.bin"),
@@ -220,6 +240,9 @@ def test_files_that_hold_no_prompts_are_refused(name, content, layout, message, 
 def test_what_is_no_file_is_a_text_unless_it_looks_like_a_file(tmp_path):
     assert prompts_at("a cat // on a mat.") == "a cat // on a mat."
     assert prompts_at("x" * 5000) == "x" * 5000
+    for text, wrong in (("", "is empty"), (" ", "is empty"), ("\udcff", "surrogate")):
+        with pytest.raises(PromptError, match=f"--prompts: the text .*{wrong}"):
+            read_prompts(prompts_at(text), "flat")
     with pytest.raises(PromptError, match="no file absent.jsonl"):
         read_prompts(prompts_at("absent.jsonl"), "flat")
     with pytest.raises(PromptError, match="folder"):

@@ -8,8 +8,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vapi_jax.data import DataConfig
+from vapi_jax.data.image_text import source
+from vapi_jax.data.pipeline import make_source
+
 COUNT = 24
 LAYOUTS = ["tar", "jsonl", "tsv", "parquet", "folder"]
+
+
+OWN = ("crop", "val_split", "folder_holdout", "max_unreadable")
+
+
+def config(root, field="", **options):
+    """Of a source of these files, and options of it."""
+    data = {k: options.pop(k) for k in OWN if k in options}
+    if field:
+        options["caption_field"] = field
+    return DataConfig(
+        name="image_text", path=str(root), image_size=4, num_threads=0, flip=False, options=options,
+        **data,
+    )  # fmt: skip
+
+
+def fresh(asked):
+    """The source as another process opens it."""
+    source._open.cache_clear()
+    return make_source(asked, "train")
 
 
 def png(number, size=(12, 9)):

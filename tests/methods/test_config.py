@@ -289,6 +289,15 @@ def test_wrong_types(changes, line):
         ),
         (
             {
+                "policy": {"kind": "text", "cls_token_num": 12, "caption_dim": 32, **SMALL},
+                "condition": {"name": "caption", "options": {"length": 5}},
+            },
+            "condition.name: 'caption' makes dropped bool, features float32 [5, 32], mask bool [5], the "
+            "generator takes dropped bool, features float32 [12, 32], mask bool [12]: choose the kind that "
+            "it takes, and leave sizes out of condition.options",
+        ),
+        (
+            {
                 "data": {"image_size": 16},
                 "rewards": ({"name": "lpips", "options": {"net": "alex"}},),
             },

@@ -87,6 +87,17 @@ def test_a_batch_has_one_of_few_lengths_and_is_padded_on_the_left(folder):
     assert tokenizer(CAPTIONS[1:2], lengths, static=True)[0].shape == (1, 200)
 
 
+def test_what_is_kept_of_a_caption_is_what_its_tokens_say(folder):
+    tokenizer = PromptTokenizer(folder, 300)
+    caption = f" {'ared' * 20}"
+    [whole] = tokenizer.ids([caption])
+    assert tokenizer.kept(caption, (8, len(whole))) == caption.strip()
+    kept = tokenizer.kept(caption, (len(whole) - 5, 8))
+    assert caption.strip().startswith(kept) and len(kept) < len(caption.strip())
+    cut, mask, _ = tokenizer([caption], (len(whole) - 5,))
+    assert tokenizer.ids([kept])[0] == cut[0][mask[0]].tolist()
+
+
 def test_a_caption_that_is_too_long_loses_its_end_and_keeps_the_frame(folder, caplog):
     condition = Prompt(
         pad_id=marks(folder)[1][PAD], vocab=300, tokenizer=str(folder), lengths=(32,)

@@ -69,6 +69,7 @@ def test_shards_of_a_model_with_a_decoder_give_the_features_of_transformers(
     assert_close_in_norm(got.features[got.left_mask], want[got.mask], 2e-4)
     assert got.cut.tolist() == [False] * 4 + [True]
     assert got.empty.tolist() == [False, True, False, False, False]
+    assert got.unknown.tolist() == [False, False, False, True, False]
     assert got.other_script.tolist() == [False, False, False, True, False]
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,10 @@ LARGEST_JSON = 1 << 26
 
 class FolderExistsError(ExpectedError, FileExistsError):
     """A folder that was to be made is there already."""
+
+
+class OutputError(ExpectedError, ValueError):
+    """A file that was to be written is needed for something else, or cannot be there."""
 
 
 def partial_of(path: Path) -> Path:
@@ -87,6 +91,26 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:
         raise PermissionError(errno.EACCES, error.strerror, str(path)) from error
+
+
+def make_room(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
+    """Makes the folders of files that are to be written, before any work goes into them.
+
+    Raises:
+      OutputError: one of them is an input as well, or a folder.
+      OSError: a folder cannot be made.
+    """
+    read = [path for path in inputs if path is not None]
+    for path in outputs:
+        if any(path.resolve() == other.resolve() for other in read):
+            raise OutputError(
+                f"{path} is read, and would be replaced by what is written there: name another --out"
+            )
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder, and a file is to be written there")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: {path.parent} is a file")
+        make_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Files of images below a folder: one list of endings for all commands, and a count of what is left out."""
+"""Files below a folder, images above all: one list of endings for all commands, and a count of the rest."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 EXTENSIONS = frozenset(
@@ -19,6 +19,9 @@ EXTENSIONS = frozenset(
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for. Named, because it knows formats whose readers start other programs."""
 
+OTHER_FILES = "file(s) ending in"
+"""Begins the kinds of files that only have another ending."""
+
 # Made by file servers, archives and operating systems beside what a user put there.
 _SYSTEM = frozenset(
     {
@@ -30,7 +33,7 @@ _SYSTEM = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Images below a folder.
+    """Images, or files of another kind, below a folder.
 
     Attributes:
       files: their paths, sorted by their parts.
@@ -47,12 +50,21 @@ def find_images(folder: Path) -> ImageFiles:
     Raises:
       OSError: a folder that cannot be listed.
     """
+    return find_files(folder, EXTENSIONS)
+
+
+def find_files(folder: Path, endings: Collection[str]) -> ImageFiles:
+    """As `find_images`, of other endings, in lower case.
+
+    Raises:
+      OSError: a folder that cannot be listed.
+    """
     left_out: Counter[str] = Counter()
-    found = sorted(_walk(folder, left_out), key=lambda path: path.split(os.sep))
+    found = sorted(_walk(folder, endings, left_out), key=lambda path: path.split(os.sep))
     return ImageFiles(tuple(found), dict(left_out))
 
 
-def _walk(top: Path, left_out: Counter[str]) -> Iterator[str]:
+def _walk(top: Path, endings: Collection[str], left_out: Counter[str]) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -68,7 +80,7 @@ def _walk(top: Path, left_out: Counter[str]) -> Iterator[str]:
         left_out.update(kind for kind in kinds.values() if kind)
         folders[:] = [name for name in folders if not kinds[name]]
         for name in names:
-            if kind := kind_of_file(name):
+            if kind := kind_of_file(name, endings):
                 left_out[kind] += 1
             else:
                 yield os.path.join(parent, name)
@@ -81,12 +93,12 @@ def kind_of_folder(name: str) -> str:
     return "hidden folder(s)" if name.startswith(".") else ""
 
 
-def kind_of_file(name: str) -> str:
-    """What a file is that is no image; "" for images."""
+def kind_of_file(name: str, endings: Collection[str] = EXTENSIONS) -> str:
+    """What a file is that is no image, or of none of these endings; "" for others."""
     if name.startswith("."):
         return "hidden file(s)"
     ending = os.path.splitext(name)[1].lower()
-    return "" if ending in EXTENSIONS else f"file(s) ending in {ending or 'nothing'}"
+    return "" if ending in endings else f"{OTHER_FILES} {ending or 'nothing'}"
 
 
 def in_words(left_out: Mapping[str, int], most: int = 12) -> str:

@@ -12,14 +12,31 @@ LONGEST = 20_000
 """Letters of a caption; what is longer is no caption, and cleaning takes the square of it in time."""
 
 
+def fault_of(text: str) -> str:
+    """What a text has that no caption has, or ""."""
+    if len(text) > LONGEST:
+        return f"more than {LONGEST} letters"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair, which is no letter"
+    return ""
+
+
 def read_captions(path: Path) -> list[str]:
-    """The captions of a file, one a line: as they are, or in `.jsonl` as JSON strings.
+    """The captions of a file, one a line: as they are in `.txt`, or in `.jsonl` as JSON strings.
 
     An empty line is an empty caption, so that caption i is line i + 1.
 
     Raises:
-      DataError: the file cannot be read, is no text, holds no caption or a line that is none.
+      DataError: the file is of another kind, cannot be read, is no text, holds no caption or a line that
+        is none.
     """
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
+        raise DataError(
+            f"{path}: captions are read from .txt, one a line, or .jsonl, a JSON string a line"
+        )
     try:
         # Only line feeds end a line: a caption may hold any other separator.
         lines = read_text(path).split("\n")
@@ -32,7 +49,7 @@ def read_captions(path: Path) -> list[str]:
     captions = []
     for number, line in enumerate(lines, 1):
         caption = line.removesuffix("\r")
-        if path.suffix == ".jsonl":
+        if kind == ".jsonl":
             caption = _unquoted(line, f"{path}, line {number}")
         if len(caption) > LONGEST:
             raise DataError(f"{path}, line {number}: {len(caption)} letters are no caption")

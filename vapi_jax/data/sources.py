@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -85,6 +86,13 @@ class Source(abc.ABC):
     def name(self, index: int) -> str:
         """What a message calls an image: its path, or its place in the data."""
         return f"image {index}"
+
+    def digest(self) -> str:
+        """SHA-256 of what tells whether the images are still the same, as far as can be seen without them."""
+        found = hashlib.sha256()
+        for index in range(len(self)):
+            found.update(f"{self.name(index)}\n".encode(errors="surrogateescape"))
+        return found.hexdigest()
 
     def asked(self, index: int) -> Mapping[str, Any] | None:
         """The line of GenEval's metadata that an image of drawn shapes satisfies; None of other images.

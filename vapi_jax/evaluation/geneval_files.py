@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vapi_jax.common.files import read_text
+from vapi_jax.common.files import read_json, read_text
 from vapi_jax.rewards.geneval import (
     COLORS,
     GenevalError,
@@ -33,6 +33,7 @@ PROMPTS, SAMPLES = 553, 4
 _RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 _PLACE = re.compile(r"(?:^|/)([0-9]{1,9})/samples/([0-9]{1,9})\.png$")
 _MOST_BOXES = 10_000  # of a class in an image
+_ROUNDED = 1e-6  # what a softmax in float32 may exceed 1 by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,8 @@ def _found(value: Any, where: str) -> Objects:
     for box in boxes:
         if not isinstance(box, list) or len(box) != 5 or not all(map(_is_number, box)):
             raise GenevalError(f"{where}: a box is [x0, y0, x1, y1, score], not {box!r:.80}")
+        if abs(box[4] - 0.5) > 0.5 + _ROUNDED:
+            raise GenevalError(f"{where}: a score is a confidence from 0 to 1, not {box[4]!r:.20}")
     if colors is not None:
         if not isinstance(colors, list) or len(colors) != len(boxes):
             raise GenevalError(f"{where}: colors are a list, one for each of {len(boxes)} boxes")
@@ -164,9 +167,11 @@ def judge_file(path: Path, prompts: list[Prompt], rules: Rules) -> list[Image]:
       rules: thresholds.
 
     Raises:
-      GenevalError: the file or a line of it cannot be used, or it is of other prompts.
+      GenevalError: the file or a line of it cannot be used, it is of other prompts, or its verdicts hold and
+        are by other rules, as the record beside it says.
     """
     seen: dict[tuple[int, int], Image] = {}
+    held = False
     for where, value in lines_of(path):
         file, number, sample = place_of(value, where)
         if number >= len(prompts):
@@ -176,6 +181,7 @@ def judge_file(path: Path, prompts: list[Prompt], rules: Rules) -> list[Image]:
         if (number, sample) in seen:
             raise GenevalError(f"{where}: {file} is there twice")
         judged = _detected if "detections" in value else _resulted
+        held |= judged is _resulted and not isinstance(value.get("details"), str)
         try:
             verdict, given = judged(value, prompts[number], rules)
         except GenevalError as error:
@@ -183,7 +189,23 @@ def judge_file(path: Path, prompts: list[Prompt], rules: Rules) -> list[Image]:
         seen[number, sample] = Image(number, sample, file, verdict, given)
     if not seen:
         raise GenevalError(f"{path} holds no images")
+    if held:
+        _check_rules(path, rules)
     return [seen[key] for key in sorted(seen)]
+
+
+def _check_rules(path: Path, rules: Rules) -> None:
+    """Compares rules with those of `vapi_jax.score`'s own record beside its verdicts."""
+    record = path.with_suffix(".json")
+    theirs = read_json(record, GenevalError).get("rules") if record.is_file() else None
+    if not isinstance(theirs, dict):
+        return
+    for name, ours in dataclasses.asdict(rules).items():
+        if theirs.get(name, ours) != ours:
+            raise GenevalError(
+                f"{path}: its verdicts were made with --{name}={theirs[name]}, as {record.name} says, "
+                f"and here it is {ours}: give the same, or the detections in place of verdicts"
+            )
 
 
 def _detected(value: Mapping[str, Any], prompt: Prompt, rules: Rules) -> tuple[Verdict, None]:

@@ -19,7 +19,7 @@ from vapi_jax.common.files import read_text
 from vapi_jax.common.image_files import find_images
 from vapi_jax.data.images import PILLOW_PIXELS, UnreadableImage, read_rgb
 from vapi_jax.evaluation.receipt import environment, find_recipe
-from vapi_jax.generation.prompts import read_prompts
+from vapi_jax.generation.prompt_lists import read_prompts
 from vapi_jax.parallel.sharding import host_array, make_mesh, replicated, shard_whole
 from vapi_jax.rewards.reward import Reward
 

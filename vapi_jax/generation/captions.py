@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,25 @@ from vapi_jax.common.npz import npy_header, npy_member
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.models.conditions import CAPTION_FLAGS
 from vapi_jax.models.text_encoder import EncodedCaptions, TextEncoder
+
+LISTED = 3
+"""Captions that are shown of many."""
+
+
+def flagged(rows: Mapping[str, Sequence[int]], texts: Sequence[str], one: str) -> str:
+    """How many captions are empty, cut and so on, and the first of each.
+
+    Args:
+      rows: numbers of captions by flag.
+      texts: the captions.
+      one: what a caption is called, before its number.
+    """
+    lines = []
+    for flag, found in rows.items():
+        lines.append(f"{flag.replace('_', ' ')}: {len(found)}")
+        lines += [f"  {one} {row + 1}: {texts[row]:.70}" for row in found[:LISTED]]
+        lines += [f"  and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    return "\n".join(lines)
 
 
 def encode_batches(

@@ -23,6 +23,7 @@ from vapi_jax.common.progress import ProgressBar, announce
 from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
 from vapi_jax.data.encoded import LISTED, finish_split, part_folder, write_part
+from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.sources import source_class
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import ConfigError
@@ -79,7 +80,10 @@ def encode_dataset(
     parts = -(-num // stride)
     held_out = fixed_batch(config.data, split, config.eval.images, config.seed)
     if first:
+        sources = {name: make_source(config.data, name) for name in ("train", split)}
+        there = {name: {"images": len(s), "sha256": s.digest()} for name, s in sources.items()}
         asked = {**more, "num": num, "part": stride, "held_out": [split, config.eval.images]}
+        asked |= {"found": there}
         _settle(out, {**asked, "tokens": encoder and dataclasses.asdict(encoder)})
     missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
     encode = _encoding(method, params)
@@ -120,9 +124,16 @@ def _settle(out: Path, asked: Mapping[str, Any]) -> None:
     if not out.exists():
         make_folder(out)
         write_atomically(out / ASKED, f"{text}\n")
-    elif not (out / ASKED).exists():
+        return
+    if not (out / ASKED).exists():
         raise FolderExistsError(f"{out} exists; choose another place")
-    elif read_json(out / ASKED, FolderExistsError) != json.loads(text):
+    begun, now = read_json(out / ASKED, FolderExistsError), json.loads(text)
+    if begun != now and {**begun, "found": now["found"]} == now:
+        raise FolderExistsError(
+            f"{out} holds a part of what the data were before: files have come, gone or changed since "
+            f"({ASKED} says how many images there were). Choose another place, or remove it"
+        )
+    if begun != now:
         raise FolderExistsError(
             f"{out} holds a part of other data, or of the same encoded otherwise ({ASKED} says what). Go on "
             "with the command that began it, choose another place, or remove it"

@@ -75,6 +75,7 @@ class Generator:
       class_names: by label; None where they are unknown or there are no classes.
       facts: JSON-able: which checkpoint, which architecture, SHA-256 of every file of weights.
       condition: what turns raw conditions into those that the policy takes.
+      noted: what `Condition.describe` said of it in training; empty where nobody noted it.
     """
 
     policy: Policy
@@ -86,6 +87,29 @@ class Generator:
     class_names: tuple[str, ...] | None
     facts: dict[str, Any]
     condition: Condition
+    noted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def changed(self, now: Mapping[str, Any]) -> str:
+        """The files behind a condition that are not those of the training, by what `describe` says now."""
+        for part in ("text_encoder", "tokenizer"):
+            then, found = self.noted.get(part), now.get(part)
+            if then and found and then != found:
+                both = isinstance(then, dict) and isinstance(found, dict)
+                names = (
+                    [n for n in {**then, **found} if then.get(n) != found.get(n)]
+                    if both
+                    else [part]
+                )
+                return ", ".join(sorted(names))
+        return ""
+
+    def refuse_changed(self, now: Mapping[str, Any]) -> None:
+        """Raises WeightsError where files behind the generator's own condition have changed."""
+        if names := self.changed(now):
+            raise WeightsError(
+                f"the text encoder of {self.facts['path']} has changed since it was trained ({names}): put "
+                "back what it was trained with, or name that with --text_encoder"
+            )
 
     @property
     def num_classes(self) -> int | None:
@@ -128,7 +152,10 @@ class Generator:
         rows = rows if count is None else np.resize(rows, count)
         if not len(rows):
             raise ValueError("there is nothing to draw: no conditions, or a count of 0")
-        prepared = self.condition.prepare(np.asarray(conditions)[rows])
+        raw = np.asarray(conditions)[rows]
+        if self.noted and raw.dtype.kind == "U":
+            self.refuse_changed(self.condition.describe())
+        prepared = self.condition.prepare(raw)
         asked = {"cfg_scale": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         size = min(batch, len(rows))
         sampler = Sampler(self.policy, self.pixels, self.frozen, size, {**DEFAULTS, **asked})
@@ -209,6 +236,7 @@ class _Found:
     facts: dict[str, Any]
     condition: Condition
     adapters: Path | None = None  # that go into the policy's weights
+    noted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
@@ -246,6 +274,7 @@ def _assemble(found: _Found, mesh: Mesh, dtype: Dtype) -> Generator:
         image_size=side,
         class_names=found.class_names,
         condition=found.condition,
+        noted=found.noted,
         facts={
             **found.facts,
             "policy": _named(policy),
@@ -347,6 +376,7 @@ def _trained(directory: Path) -> _Found:
             "trained": {**trained, "versions": summary.get("versions", {})},
         },
         condition=make_condition(config, policy),
+        noted=noted if isinstance(noted := summary.get("condition"), dict) else {},
     )
 
 
@@ -419,12 +449,15 @@ def _run_config(directory: Path, summary: Mapping[str, Any]) -> TrainConfig:
             place = Path(str(summary.get("directory", "")), str(value))
             if place.exists():  # else it may be in the same place here
                 raw[section] = {**raw[section], option: str(place)}
-    asked = raw["condition"].get("options") if isinstance(raw.get("condition"), dict) else None
-    if isinstance(asked, dict) and isinstance(asked.get("tokenizer"), str):
-        place = Path(str(summary.get("directory", "")), asked["tokenizer"])
-        if place.exists():
-            asked = {**asked, "tokenizer": str(place)}
-            raw["condition"] = {**raw["condition"], "options": asked}
+    options = raw["condition"].get("options") if isinstance(raw.get("condition"), dict) else None
+    asked = options if isinstance(options, dict) else {}
+    for option in ("tokenizer", "encoder"):
+        value = asked.get(option)
+        if isinstance(value, str) and value and value not in MODELS:
+            place = Path(str(summary.get("directory", "")), value)
+            if place.exists():
+                asked = {**asked, option: str(place)}
+                raw["condition"] = {**raw["condition"], "options": asked}
     named = (
         (raw.get("policy") or {}).get("kind"),
         *((raw.get(part) or {}).get("name") for part in ("condition", "data")),

@@ -6,13 +6,12 @@ of devices, in any batch, and however many samples of a prompt are asked for.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
 import io
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,163 +21,24 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from vapi_jax.common.errors import ExpectedError
-from vapi_jax.common.files import read_text, write_atomically
-from vapi_jax.common.paths import is_local, local_path
-from vapi_jax.data.caption_files import LONGEST
+from vapi_jax.common.files import write_atomically
+from vapi_jax.common.progress import announce
+from vapi_jax.generation.captions import flagged
 from vapi_jax.generation.files import SampleFiles
 from vapi_jax.generation.loading import Generator
+from vapi_jax.generation.prompt_lists import MOST_PROMPTS, PromptError, Prompts, read_prompts
 from vapi_jax.generation.requests import Requests
 from vapi_jax.models.conditions import Caption, Prompt, Tree
 from vapi_jax.models.text_encoder import TextEncoder, folder_of
 
+logger = logging.getLogger(__name__)
+
 LAYOUTS = ("flat", "geneval", "hps")
-MOST_PROMPTS, MOST_SAMPLES = 1 << 20, 1 << 12
+MOST_SAMPLES = 1 << 12
 LIST = "prompts.jsonl"
 """Beside the images: each prompt, and what the text encoder was given for it."""
 
-_SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv")
-_COLUMNS = ("prompt", "Prompt", "Prompts", "text", "caption")
-_GENEVAL = ("tag", "include", "prompt")
-
-
-class PromptError(ExpectedError, ValueError):
-    """Prompts that cannot be read, or that are none of the layout asked for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What images are wanted for.
-
-    Attributes:
-      texts: the prompts.
-      lines: of GenEval's metadata, one a prompt, as they are in the file; empty in other layouts.
-      places: for HPSv2, "STYLE/00000" of each prompt; empty in other layouts.
-      source: name of the file, or the one text.
-    """
-
-    texts: tuple[str, ...]
-    lines: tuple[str, ...]
-    places: tuple[str, ...]
-    source: str
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """For the recipe."""
-        text = json.dumps([self.texts, self.lines, self.places])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return {"rule": self.source, "prompts": len(self.texts), "sha256": digest}
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def prompts_at(text: str) -> Path | str:
-    """What a user means: a file or folder that is there, or the prompt itself.
-
-    Raises:
-      PathError: a bucket.
-    """
-    if not is_local(text):
-        return local_path(text)
-    try:
-        if (path := local_path(text)).exists():
-            return path
-    except (OSError, ValueError):  # longer than any name, or empty
-        pass
-    return text
-
-
-def read_prompts(asked: Path | str, layout: str) -> Prompts:
-    """The prompts of a file, or one that is given as a text.
-
-    Args:
-      asked: `.txt` with a prompt on each line; `.jsonl` with JSON strings, or objects that have a
-        prompt, Prompt, text or caption; `.tsv` or `.csv` with such a column; `.json` with a list of
-        texts; for "hps" one such file, whose name is the style, or a folder of them.
-      layout: "geneval" wants the lines of GenEval's metadata.
-
-    Raises:
-      PromptError: there is no such file, or it holds something else.
-    """
-    lines: tuple[str, ...] = ()
-    places: tuple[str, ...] = ()
-    if isinstance(asked, str):
-        if asked.endswith(_SUFFIXES) and not any(c.isspace() for c in asked):
-            raise PromptError(f"--prompts: there is no file {asked}")
-        rows, source = [asked], asked
-    else:
-        source = asked.name
-        files = sorted(asked.glob("*.json")) if asked.is_dir() else [asked]
-        if (asked.is_dir() and layout != "hps") or not files:
-            raise PromptError(f"--prompts: {asked} is a folder; only hps takes one, of .json files")
-        found = [_rows(file) for file in files]
-        rows = [text for part in found for text, _ in part]
-        lines = tuple(line for part in found for _, line in part) if layout == "geneval" else ()
-        if layout == "hps":
-            places = tuple(
-                f"{file.stem}/{index:05d}"
-                for file, part in zip(files, found, strict=True)
-                for index in range(len(part))
-            )
-    if layout == "geneval" and not lines:
-        raise PromptError("--layout geneval wants GenEval's evaluation_metadata.jsonl as --prompts")
-    if layout == "hps" and not places:
-        raise PromptError("--layout hps wants a file of prompts, whose name is the style")
-    for number, line in enumerate(lines, 1):
-        if not all(name in line for name in _GENEVAL):
-            raise PromptError(
-                f"--prompts: {source}, line {number} has no {', '.join(_GENEVAL)}: --layout geneval "
-                "wants GenEval's evaluation_metadata.jsonl"
-            )
-    if not 0 < len(rows) <= MOST_PROMPTS:
-        raise PromptError(f"--prompts: {source} holds {len(rows)} prompts; 1 to {MOST_PROMPTS} do")
-    return Prompts(tuple(rows), lines, places, source)
-
-
-def _rows(path: Path) -> list[tuple[str, str]]:
-    """(prompt, its line) of a file."""
-    try:
-        text = read_text(path)
-        rows = list(_parsed(path, text))
-    except OSError as error:
-        raise PromptError(f"--prompts: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise PromptError(f"--prompts: {path}: {error}") from error
-    for number, (prompt, _) in enumerate(rows, 1):
-        if not isinstance(prompt, str):
-            raise PromptError(
-                f"--prompts: {path}, prompt {number} is no text: a string is wanted, or one of "
-                f"{', '.join(_COLUMNS)}"
-            )
-        if len(prompt) > LONGEST:
-            raise PromptError(f"--prompts: {path}, prompt {number} has {len(prompt)} letters")
-    return rows
-
-
-def _parsed(path: Path, text: str) -> Iterator[tuple[Any, str]]:
-    if path.suffix in (".tsv", ".csv"):
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
-            yield _prompt(row), ""
-    elif path.suffix == ".json":
-        if not isinstance(values := json.loads(text), list):
-            raise ValueError(f"a list of prompts is wanted, not a {type(values).__name__}")
-        for value in values:
-            yield _prompt(value), ""
-    else:
-        # Only line feeds end a line, and the last one ends the file.
-        for line in text.removesuffix("\n").split("\n"):
-            line = line.removesuffix("\r")
-            yield (_prompt(json.loads(line)) if path.suffix == ".jsonl" else line), line
-
-
-def _prompt(value: Any) -> Any:
-    if isinstance(value, dict):
-        return next((value[name] for name in _COLUMNS if name in value), None)
-    if isinstance(value, str):
-        value.encode()  # half of a surrogate pair is no letter
-    return value
+_AT_ONCE = 1024
 
 
 # --- conditions -----------------------------------------------------------------------------------
@@ -192,7 +52,7 @@ class PromptRequests(Requests):
       prompts: `rows` are of these.
       per_prompt: samples of each.
       encode: the condition of these rows [B].
-      fed: what is left of a prompt when it is encoded.
+      fed: what is left of a prompt in its tokens.
     """
 
     prompts: Prompts
@@ -239,9 +99,10 @@ def request_prompts(
 
     Raises:
       PromptError: the generator takes no captions, or the prompts cannot be read.
-      WeightsError: the encoder cannot be read, or is of another width than the generator takes.
+      WeightsError: the encoder cannot be read, is of another width than the generator takes, or is the
+        generator's own and has changed since it was trained.
     """
-    condition = generator.condition
+    condition, own = generator.condition, text_encoder is None
     if isinstance(condition, Prompt):
         if text_encoder is not None:
             condition = dataclasses.replace(condition, tokenizer=str(text_encoder))
@@ -261,7 +122,17 @@ def request_prompts(
             f"--prompts: this checkpoint is a generator of kind {kind!r}: no captions"
         )
     prompts = read_prompts(asked, layout)
-    encode, fed, encoder = make(prompts.texts)
+    encode, fed, encoder, odd = make(prompts.texts)
+    if own:
+        generator.refuse_changed(encoder)
+    elif names := generator.changed(encoder):
+        logger.warning(
+            "--text_encoder %s is not the encoder that %s was trained with: %s differ",
+            text_encoder, generator.facts["path"], names,
+        )  # fmt: skip
+    if odd:
+        told = flagged(odd, prompts.texts, "prompt")
+        announce(f"of {len(prompts.texts)} prompts ({LIST} says what is left of each)\n{told}")
     facts = {**prompts.facts, "per_prompt": per_prompt, "layout": layout, "encoder": encoder}
     rows = np.repeat(np.arange(len(prompts.texts)), per_prompt)
     return PromptRequests(
@@ -269,8 +140,13 @@ def request_prompts(
     )
 
 
-_Encoding = tuple[Callable[[Int[np.ndarray, " B"]], Tree], Callable[[str], str], dict[str, Any]]
-"""`PromptRequests.encode`, its `fed`, and what encodes, for the recipe."""
+_Encoding = tuple[
+    Callable[[Int[np.ndarray, " B"]], Tree],
+    Callable[[str], str],
+    dict[str, Any],
+    dict[str, list[int]],
+]
+"""`PromptRequests.encode`, its `fed`, what encodes, for the recipe, and prompts by `CAPTION_FLAGS`."""
 
 
 def _by_features(
@@ -294,14 +170,21 @@ def _by_features(
             "dropped": np.zeros(len(wanted), bool),
         }
 
-    return encode, encoder.clean, encoder.describe()
+    # Few at a time: a list may be long, and all of its tokens at once are many.
+    parts = [encoder.flags(texts[at : at + _AT_ONCE]) for at in range(0, len(texts), _AT_ONCE)]
+    rows = {
+        flag: np.flatnonzero(np.concatenate([part[flag] for part in parts])) for flag in parts[0]
+    }
+    odd = {flag: found.tolist() for flag, found in rows.items() if len(found)}
+    return encode, encoder.kept, encoder.describe(), odd
 
 
 def _by_tokens(condition: Prompt, texts: tuple[str, ...]) -> _Encoding:
     """Tokens, all of one length, so that no sample depends on which others are in its batch."""
-    found = condition.prepare(np.array(texts))
+    found = condition.prepare(np.array(texts))  # says which lose their end
     return (
-        lambda rows: jax.tree.map(lambda leaf: leaf[rows], found), str.strip, condition.describe()
+        lambda rows: jax.tree.map(lambda leaf: leaf[rows], found),
+        partial(condition.load().kept, lengths=condition.lengths), condition.describe(), {},
     )  # fmt: skip
 
 

@@ -296,8 +296,18 @@ def check_policy(config: TrainConfig, errors: Errors) -> None:
     makes, takes = (jax.eval_shape(lambda x=x: x.example(1)) for x in (given, policy.condition))
     if makes != takes:
         errors.append(
-            f"condition.name: {config.condition.name!r} makes {makes}, the generator takes {takes}"
+            f"condition.name: {config.condition.name!r} makes {_in_words(makes)}, the generator takes "
+            f"{_in_words(takes)}: choose the kind that it takes, and leave sizes out of condition.options"
         )
+
+
+def _in_words(condition: Any) -> str:
+    """The arrays of one condition: "features float32 [120, 2048], mask bool [120]"."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(condition):
+        name = ".".join(str(getattr(key, "key", key)) for key in path)
+        found.append(f"{name} {leaf.dtype} {list(leaf.shape[1:])}".replace(" []", "").strip())
+    return ", ".join(found)
 
 
 def check_dropout(config: TrainConfig, errors: Errors, option: str, rate: float) -> None:

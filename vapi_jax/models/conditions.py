@@ -251,7 +251,7 @@ class Caption(Condition):
 
 _AT_ONCE = 128  # captions
 
-CAPTION_FLAGS = ("empty", "cut", "other_script")
+CAPTION_FLAGS = ("empty", "cut", "unknown", "other_script")
 """What is counted of captions; see `vapi_jax.models.text_encoder.EncodedCaptions`."""
 
 

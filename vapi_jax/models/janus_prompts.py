@@ -98,6 +98,15 @@ class PromptTokenizer:
                 )
         return found
 
+    def kept(self, caption: str, lengths: Sequence[int]) -> str:
+        """What is left of a caption in a prompt of at most the longest of these."""
+        text = f"{_BEFORE}{caption.strip()}"
+        found = self._tokenizer.encode(f"{text}{_AFTER}{self._begin}", add_special_tokens=False)
+        if len(found.ids) < max(lengths):
+            return caption.strip()
+        last = max(lengths) - len(self._end) - 2  # the first token is none of the text's
+        return text[len(_BEFORE) : found.offsets[last][1]]
+
     def __call__(
         self,
         captions: Sequence[str],

@@ -59,6 +59,7 @@ class EncodedCaptions:
       ids, mask: their tokens, padded on the right.
       features, left_mask: as a policy takes them, padded on the left; 0 where there is no token.
       cut: captions of more tokens than there is room for, which lost their end.
+      unknown: captions with something that the tokenizer has no token for.
       other_script: captions with letters that are not Latin.
     """
 
@@ -68,6 +69,7 @@ class EncodedCaptions:
     features: Float[np.ndarray, "B P W"]
     left_mask: Bool[np.ndarray, "B P"]
     cut: Bool[np.ndarray, " B"]
+    unknown: Bool[np.ndarray, " B"]
     other_script: Bool[np.ndarray, " B"]
 
     @property
@@ -119,8 +121,23 @@ class TextEncoder:
         )
 
     def clean(self, caption: str) -> str:
-        """The caption as it is encoded."""
+        """The caption before it becomes tokens."""
         return clean_caption(caption, **self._clean)
+
+    def kept(self, caption: str) -> str:
+        """What is left of a caption in its tokens."""
+        return self._tokenizer.kept(self.clean(caption), self.length)
+
+    def flags(self, captions: Sequence[str]) -> dict[str, Bool[np.ndarray, " B"]]:
+        """What `EncodedCaptions` says of captions by `CAPTION_FLAGS`, without encoding them."""
+        cleaned = list(map(self.clean, captions))
+        tokens = self._tokenizer(cleaned, self.length)
+        return {
+            "empty": np.array([not text for text in cleaned], bool),
+            "cut": tokens.cut,
+            "unknown": tokens.unknown,
+            "other_script": np.array(list(map(has_other_script, captions)), bool),
+        }
 
     def __call__(self, captions: Sequence[str], rows: int | None = None) -> EncodedCaptions:
         """Encodes captions; every process must bring the same ones.
@@ -139,7 +156,9 @@ class TextEncoder:
         features, left_mask = self._features(self._params, **sharded)
         other = np.array([has_other_script(caption) for caption in captions], bool)
         left, left_mask = (host_array(x)[: len(captions)] for x in (features, left_mask))
-        return EncodedCaptions(cleaned, tokens.ids, tokens.mask, left, left_mask, tokens.cut, other)
+        return EncodedCaptions(
+            cleaned, tokens.ids, tokens.mask, left, left_mask, tokens.cut, tokens.unknown, other
+        )
 
     def describe(self) -> dict[str, Any]:
         """What features depend on, for the record."""

@@ -21,6 +21,7 @@ from vapi_jax.weights.names import WeightsError
 LIBRARIES = ("tokenizers",)
 """What ids depend on, for the record."""
 
+UNKNOWN = "<unk>"
 FAST, SENTENCEPIECE, SETTINGS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 
 _EXTRA_IDS = 100  # sentinels that T5 puts behind the pieces of its model
@@ -34,11 +35,13 @@ class Tokens:
       ids: padded on the right, the end token included.
       mask: True where there is a token.
       cut: captions that were longer and lost their end.
+      unknown: captions with something that the tokenizer has no token for.
     """
 
     ids: Int[np.ndarray, "B P"]
     mask: Bool[np.ndarray, "B P"]
     cut: Bool[np.ndarray, " B"]
+    unknown: Bool[np.ndarray, " B"]
 
 
 class T5Tokenizer:
@@ -62,6 +65,7 @@ class T5Tokenizer:
             )
         self.path, self._pad, self._end = found[0], pad, end
         self._tokenizer = open_tokenizer(self.path)
+        self._unknown = self._tokenizer.token_to_id(UNKNOWN)
         marks = [self._tokenizer.token_to_id(token) for token in ("<pad>", "</s>")]
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if marks != [pad, end] or largest >= vocab:
@@ -79,7 +83,18 @@ class T5Tokenizer:
         for row, seen, encoding in zip(ids, mask, found, strict=True):
             kept = [*encoding.ids[: length - 1], self._end]
             row[: len(kept)], seen[: len(kept)] = kept, True
-        return Tokens(ids, mask, np.array([len(e.ids) >= length for e in found], bool))
+        cut = np.array([len(e.ids) >= length for e in found], bool)
+        unknown = np.array([self._unknown in e.ids for e in found], bool)
+        return Tokens(ids, mask, cut, unknown)
+
+    def kept(self, caption: str, length: int) -> str:
+        """What the ids say of a cleaned caption: no end that is cut, `UNKNOWN` for what has no token."""
+        found = self._tokenizer.encode(caption, add_special_tokens=False)
+        text, at = "", 0
+        for token, (start, end) in list(zip(found.ids, found.offsets, strict=True))[: length - 1]:
+            text += caption[at:start] + (UNKNOWN if token == self._unknown else caption[start:end])
+            at = end
+        return text
 
 
 def open_tokenizer(path: Path) -> Any:

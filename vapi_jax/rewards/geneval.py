@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.common.options import Count, Share
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = (
@@ -41,11 +42,11 @@ class Rules:
       position_threshold: share of both objects' sizes by which centres must differ.
     """
 
-    threshold: float = 0.3
-    counting_threshold: float = 0.9
-    max_objects: int = 16
-    max_overlap: float = 1.0
-    position_threshold: float = 0.1
+    threshold: Share = 0.3
+    counting_threshold: Share = 0.9
+    max_objects: Count = 16
+    max_overlap: Share = 1.0
+    position_threshold: Share = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

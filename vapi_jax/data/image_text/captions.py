@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vapi_jax.data.caption_files import fault_of
 from vapi_jax.data.config import DataError
 
 Record = Mapping[str, Any]
@@ -46,9 +47,10 @@ def column_of(field: str) -> str:
 
 
 def text_of(record: Record, field: str) -> str:
-    """A text of a record without white space around it; "" where there is none."""
+    """A text of a record without white space around it; "" where there is none that can be a caption."""
     value = _value(record, field)
-    return value.strip() if isinstance(value, str) else ""
+    text = value.strip() if isinstance(value, str) else ""
+    return "" if fault_of(text) else text
 
 
 def texts_in(record: Record) -> dict[str, str]:
@@ -99,6 +101,16 @@ class CaptionFields:
     def any_in(self, record: Record) -> str:
         """The first text that is not empty, or ""."""
         return next(filter(None, (text_of(record, name) for name in self.names)), "")
+
+    def in_record(self, record: Record) -> set[str]:
+        """The names that a record has something under."""
+        return {name for name in self.names if _value(record, name) is not None}
+
+    def faults(self, record: Record) -> list[str]:
+        """What is wrong with texts of a record that are no captions."""
+        values = (_value(record, name) for name in self.names)
+        found = (fault_of(value.strip()) for value in values if isinstance(value, str))
+        return [fault for fault in found if fault]
 
     def choose(self, record: Record, rng: np.random.Generator) -> str:
         """One of the texts that are not empty, by their shares; "" where all are."""

@@ -18,10 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from vapi_jax.common.image_files import EXTENSIONS, find_images, kind_of_file
+from vapi_jax.common.image_files import (
+    EXTENSIONS,
+    OTHER_FILES,
+    find_files,
+    find_images,
+    kind_of_file,
+)
 from vapi_jax.data.config import DataError
 from vapi_jax.data.image_text.captions import TXT, Record
 from vapi_jax.data.images import UnreadableImage
+from vapi_jax.data.tab_rows import cells, rows
 
 MAX_TEXT = 1 << 20
 """Bytes of a text, of a record, and of a line."""
@@ -60,13 +67,16 @@ class Layout(abc.ABC):
 
     Attributes:
       files: that the index is of.
+      folders: others that a scan has looked for images in, and when each was changed last; None for one
+        that is not there.
       caption: the field where nothing else is asked for; "" where it has to be.
     """
 
     caption: ClassVar[str] = ""
 
     def __init__(self, root: Path, images: Path | None, left_out: Counter[str]):
-        self.root, self.left_out, self._images = root, left_out, images
+        self.root, self.left_out, self.images = root, left_out, images
+        self.folders: dict[str, int | None] = {}
         self.files: tuple[Path, ...] = self._find()
 
     @abc.abstractmethod
@@ -119,18 +129,32 @@ def parse_record(data: bytes) -> dict[str, Any]:
     return value
 
 
-def below(root: Path, suffix: str) -> tuple[Path, ...]:
-    """Files of an ending, in order, hidden ones left out; of a root that is a file, that file."""
+def below(root: Path, suffix: str, left_out: Counter[str]) -> tuple[Path, ...]:
+    """Files of an ending below a folder, as images are found there; of a root that is a file, that file."""
     if root.is_file():
-        return (root,) if root.suffix == suffix else ()
-    return tuple(p for p in sorted(root.rglob(f"*{suffix}")) if p.is_file() and p.name[0] != ".")
+        return (root,) if root.suffix.lower() == suffix else ()
+    found = find_files(root, {suffix})
+    # Other files are no loss: images lie beside their list, and statistics beside shards.
+    left_out.update({k: n for k, n in found.left_out.items() if not k.startswith(OTHER_FILES)})
+    there = tuple(filter(Path.is_file, map(Path, found.files)))
+    if lost := len(found.files) - len(there):
+        left_out[f"link(s) ending in {suffix} that lead to no file"] += lost
+    return there
+
+
+def changed_at(folder: str) -> int | None:
+    """When a folder got or lost an entry last; None where there is no such folder."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except (OSError, ValueError):
+        return None
 
 
 class TarShards(Layout):
     """Shards as img2dataset writes them: KEY.jpg, KEY.txt and KEY.json, in any order."""
 
     def _find(self) -> tuple[Path, ...]:
-        return below(self.root, ".tar")
+        return below(self.root, ".tar", self.left_out)
 
     def scan(self) -> Iterator[Entry]:
         for number, path in enumerate(self.files):
@@ -138,11 +162,21 @@ class TarShards(Layout):
             for name, span in self._members(number, path):
                 folder, _, last = name.rpartition("/")
                 stem, _, ending = last.partition(".")
-                parts.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{ending.lower()}"] = span
+                found = parts.setdefault(f"{folder}/{stem}".lstrip("/"), {})
+                if (ending := f".{ending.lower()}") in found:
+                    self.left_out["member(s) of a shard that one of the same name follows"] += 1
+                found[ending] = span
             for key, found in parts.items():
                 images = [ending for ending in found if ending in EXTENSIONS]
+                dotted = sum(os.path.splitext(e)[1] in EXTENSIONS for e in found) - len(images)
+                for kind, count in (
+                    ("image(s) after the first of their key", len(images) - 1),
+                    ("image(s) named as KEY.WORD.png, where a key ends at its first dot", dotted),
+                    ("key(s) without an image", int(not images and not dotted)),
+                ):
+                    if count > 0:
+                        self.left_out[kind] += count
                 if not images:
-                    self.left_out["key(s) without an image"] += 1
                     continue
                 name = f"{path.relative_to(self.root) if path != self.root else path.name}:{key}"
                 text, record = found.get(".txt", NOWHERE), found.get(".json", NOWHERE)
@@ -170,10 +204,17 @@ class TarShards(Layout):
                         raise tarfile.ReadError(
                             f"neither a header nor its end is at {archive.offset}"
                         )
+                    padding = iter(lambda: file.read(MAX_TEXT), b"")
+                    joined = any(block.count(0) < len(block) for block in padding)
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged, or no tar file: {error}. Fetch it again, or take it away"
             ) from error
+        if joined:
+            raise DataError(
+                f"{path} goes on after its end at byte {archive.offset}, as archives do that cat has joined: "
+                "keep them apart, or join them with tar --concatenate"
+            )
 
     def record(self, entry: Entry) -> Record:
         found = parse_record(self.read(entry.record)) if entry.record != NOWHERE else {}
@@ -201,6 +242,8 @@ class Lines(Layout):
                     continue
                 entry = dataclasses.replace(entry, name=image)
                 place = self._place(entry)
+                if (folder := os.path.dirname(place)) not in self.folders:
+                    self.folders[folder] = changed_at(folder)
                 if "\0" not in place and os.path.exists(place):
                     yield entry
                 else:
@@ -210,29 +253,37 @@ class Lines(Layout):
         try:
             with path.open("rb") as file:
                 at = 0
-                while line := file.readline(MAX_TEXT + 1):
-                    if len(line) > MAX_TEXT:
-                        raise DataError(
-                            f"{path}: a line at byte {at} is longer than {MAX_TEXT} bytes"
-                        )
-                    if line.strip():
-                        yield number, at, len(line)
-                    at += len(line)
+                for row in self._rows(_limited(file, path)):
+                    if row.strip():
+                        yield number, at, len(row)
+                    at += len(row)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[bytes]:
+        """What an image each is said in, of the lines of a file."""
+        return lines
 
     def image(self, entry: Entry) -> Path:
         return Path(self._place(entry))
 
     def _place(self, entry: Entry) -> str:
-        return os.path.join(self._images or self.files[entry.record[0]].parent, entry.name)
+        return os.path.join(self.images or self.files[entry.record[0]].parent, entry.name)
+
+
+def _limited(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    while line := file.readline(MAX_TEXT + 1):
+        if len(line) > MAX_TEXT:
+            at = file.tell() - len(line)
+            raise DataError(f"{path}: a line at byte {at} is longer than {MAX_TEXT} bytes")
+        yield line
 
 
 class JsonLines(Lines):
     """A JSON object on each line."""
 
     def _find(self) -> tuple[Path, ...]:
-        return below(self.root, ".jsonl")
+        return below(self.root, ".jsonl", self.left_out)
 
     def record(self, entry: Entry) -> Record:
         return parse_record(self.read(entry.record))
@@ -244,16 +295,19 @@ class TabLines(Lines):
     caption = "caption"
 
     def _find(self) -> tuple[Path, ...]:
-        files = below(self.root, ".tsv")
+        files = below(self.root, ".tsv", self.left_out)
         self._columns: dict[int, Sequence[str]] = {}
         for number, path in enumerate(files):
             try:
                 with path.open("rb") as file:
-                    first = parse_text(file.readline(MAX_TEXT)).rstrip("\r\n").split("\t")
+                    first = cells(parse_text(file.readline(MAX_TEXT)))
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from error
             self._columns[number] = first if set(first) & set(PATH_FIELDS) else ()
         return files
+
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[bytes]:
+        return rows(lines)
 
     def _lines(self, number: int, path: Path) -> Iterator[Span]:
         lines = super()._lines(number, path)
@@ -262,11 +316,11 @@ class TabLines(Lines):
         return lines
 
     def record(self, entry: Entry) -> Record:
-        cells = parse_text(self.read(entry.record)).rstrip("\r\n").split("\t")
+        found = cells(parse_text(self.read(entry.record)))
         names = self._columns[entry.record[0]] or ("path", "caption")
-        if len(cells) != len(names):
-            raise UnreadableImage(f"its line has {len(cells)} columns, not {len(names)}")
-        return dict(zip(names, cells, strict=True))
+        if len(found) != len(names):
+            raise UnreadableImage(f"its line has {len(found)} columns, not {len(names)}")
+        return dict(zip(names, found, strict=True))
 
 
 class SideBySide(Layout):
@@ -277,10 +331,7 @@ class SideBySide(Layout):
     def _find(self) -> tuple[Path, ...]:
         if not self.root.is_dir():
             return ()
-        try:
-            found = find_images(self.root)
-        except OSError as error:
-            raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+        found = find_images(self.root)
         endings = {".txt", ".json"}  # they are wanted here
         wanted = {kind_of_file(f"x{ending}") for ending in endings}
         self.left_out.update({k: n for k, n in found.left_out.items() if k not in wanted})

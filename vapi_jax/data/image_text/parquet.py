@@ -41,7 +41,7 @@ class Parquet(Layout):
         # Per instance, so that nothing of a layout outlives it.
         self._file = functools.lru_cache(_FILES)(self._open)
         self._stretch = functools.lru_cache(_KEPT)(self._read)
-        return below(self.root, ".parquet")
+        return below(self.root, ".parquet", self.left_out)
 
     def has_images(self) -> bool:
         """Whether this is more than img2dataset's lists of what it has downloaded."""

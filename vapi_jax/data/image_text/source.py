@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,7 @@ from vapi_jax.common.paths import PathText
 from vapi_jax.data.config import SPLITS, DataConfig, DataError
 from vapi_jax.data.image_text.captions import CaptionFields, Where, texts_in
 from vapi_jax.data.image_text.index import Index, open_index
-from vapi_jax.data.image_text.layouts import LAYOUTS, Layout
+from vapi_jax.data.image_text.layouts import LAYOUTS, Layout, SideBySide
 from vapi_jax.data.image_text.parquet import Parquet
 from vapi_jax.data.images import UnreadableImage, read_rgb
 from vapi_jax.data.sources import Source
@@ -47,6 +49,13 @@ class Options:
     where: str = ""
     min_side: Natural = 0
     images: PathText = ""
+
+
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+"""Words in names of files that tell a split."""
 
 
 class ImageTextSource(Source):
@@ -99,6 +108,9 @@ class ImageTextSource(Source):
 
     def name(self, index: int) -> str:
         return self._index.name(int(self._rows[index]))
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self._index.digest()} {len(self)}".encode()).hexdigest()
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         entry, side = self._index.entry(int(self._rows[index])), self.config.image_size
@@ -155,7 +167,7 @@ def _open(root: Path, asked: Options, min_side: int) -> tuple[Layout, Index, Cap
 def _layout(root: Path, asked: Options) -> Layout:
     def kind(name: str) -> Layout:
         made = Parquet if name == "parquet" else LAYOUTS[name]
-        return made(root, Path(asked.images) if asked.images else None, Counter())
+        return made(root, Path(asked.images).absolute() if asked.images else None, Counter())
 
     if asked.layout != "auto":
         layout = kind(asked.layout)
@@ -181,13 +193,18 @@ def _layout(root: Path, asked: Options) -> Layout:
 
 
 def _refuse_mixed(layout: Layout) -> None:
-    """Hugging Face tells splits by the names of files; drawn from all, test images would be trained on."""
-    named = {path.name.partition("-")[0] for path in layout.files}
-    found = sorted(named & {"train", "val", "validation", "test"})
-    if isinstance(layout, Parquet) and len(found) > 1:
+    """Names of files tell splits, as on Hugging Face; drawn from all, test images would be trained on."""
+    if isinstance(layout, SideBySide):  # there the names are those of images
+        return
+    found: dict[str, str] = {}
+    for path in layout.files:
+        words = re.split("[^a-z]+", path.name.lower())
+        if word := next(filter(_SPLIT_WORDS.get, words), ""):
+            found.setdefault(_SPLIT_WORDS[word], path.name)
+    if len(found) > 1:
         raise DataError(
-            f"data.path: {layout.root} holds files of several splits, {'-*, '.join(found)}-*: move them into "
-            "folders of their own and name those with data.train_split, data.val_split and data.test_split"
+            f"data.path: {layout.root} holds files of several splits, such as {', '.join(found.values())}: "
+            "name each split's own file or folder with data.train_split, data.val_split and data.test_split"
         )
 
 
