@@ -4,7 +4,8 @@
 
 Does any of them beat plain VA-π, and the base at its own entropy? Four trainings an arm on the shipped
 models. Spatial credit and energy score have rates of their own, the two together the lower of them, the
-others VA-π's; run mini_rates.py first and write its rates down. ":tiny" shows in minutes that every arm works.
+others VA-π's; run mini_rates.py first and write its rates down. ":tiny" shows in minutes that every arm
+works.
 """
 
 from vapi_jax.common.recipes import load_recipe
