@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "scenes_base",
             "method": "text_base",
             "seed": 1,
-            "steps": 12000,
+            "steps": 20000,
             "batch_size": 16,
             "log_every": 10,
             "text_base": {"label_dropout": 0.1, "encoder": str(WORDS)},
