@@ -5,9 +5,9 @@
 The reward is exact: GenEval's rules on what a detector of shapes finds in a sample, by the share of the
 caption's clauses that hold. Captions are those of training scenes, and the table scores samples of held-out
 ones (configs/t2i_demo.py), combinations that training never tells. Neither guidance nor filters: trained is
-what was drawn from. Over three training seeds, in 9 to 12 minutes each on one CPU core without the table, the
-reward of 256 held-out captions rose from 0.574 to 0.674, by 0.100 ± 0.059 (95 %, Student's t):
-`--config.eval.compare=False --config.seed=0`, 1 and 2. The rate is not tuned.
+what was drawn from. With an earlier generator, of other drawings, the reward of 256 held-out captions rose in
+three trainings from 0.574 to 0.674, by 0.100 ± 0.059 (95 %, Student's t); it has not been measured with this
+one. 9 to 12 minutes on one CPU core without the table (`--config.eval.compare=False`). The rate is not tuned.
 ":tiny" runs the same path in seconds, without a table.
 """
 
