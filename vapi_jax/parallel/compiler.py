@@ -5,9 +5,6 @@ though often seen: double-buffered loops, of which nothing is left to hide once 
 command buffers, whose default is kept.
 """
 
-import contextlib
-import ctypes
-import functools
 import os
 import re
 from collections.abc import Mapping
@@ -16,10 +13,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-
-# Of glibc's malloc.h: M_MMAP_MAX, nothing mapped apart; M_TRIM_THRESHOLD, nothing given back; M_TOP_PAD, so
-# much taken at once; M_ARENA_MAX, one heap for all threads.
-_MALLOC = ((-4, 0), (-1, -1), (-2, 2**28), (-8, 1))
 
 # The matrices of one layer of the largest generator (57 MB in bfloat16) travel as one collective.
 _LAYER = 128 * 2**20
@@ -80,22 +73,6 @@ def reserve_memory() -> None:
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Memory that is freed stays with the process, where arrays are the C library's to allocate: on a CPU.
-
-    A step's arrays are allocated anew in every step. Where the C library gives them back in between, the
-    kernel hands out zeroed pages again and again, which took a tenth of the demo's time and a quarter of
-    that of smaller models. Only glibc has such settings; what its environment variables say stays.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in _MALLOC:
-            mallopt(option, value)
 
 
 def enable_compilation_cache(directory: Path) -> Path | None:

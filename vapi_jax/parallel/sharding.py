@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.trees import flatten, unflatten
-from vapi_jax.parallel import compiler
 
 AXES = ("data", "fsdp")
 BATCH_AXES = AXES
@@ -46,13 +45,13 @@ class DevicesError(ExpectedError, RuntimeError):
 
 
 def all_devices() -> list[jax.Device]:
-    """`jax.devices()`; a process that computes on CPUs keeps its memory from here on.
+    """`jax.devices()`.
 
     Raises:
       DevicesError: JAX_PLATFORMS asks for what is not there.
     """
     try:
-        devices = jax.devices()
+        return jax.devices()
     except (
         AssertionError,
         RuntimeError,
@@ -64,9 +63,6 @@ def all_devices() -> list[jax.Device]:
             f"JAX_PLATFORMS={asked}: JAX finds no such devices here. Install it with the extra for them "
             f"(cuda12, cuda13, tpu), or set JAX_PLATFORMS=cpu. {error}".rstrip()
         ) from error
-    if devices[0].platform == "cpu":
-        compiler.keep_freed_memory()
-    return devices
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
