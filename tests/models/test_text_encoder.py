@@ -210,8 +210,7 @@ def test_a_damaged_tokenizer_is_refused_or_read(name, data, tmp_path_factory):
     (here / name).write_bytes(content[:end])
     try:
         found = T5Tokenizer(here, 412)(["two dogs"], 120)
-    except WeightsError as error:  # any other error fails
-        assert str(error)
-    else:
-        assert found.ids.shape == found.mask.shape == (1, 120)
-        assert 0 <= found.ids.min() <= found.ids.max() < 412
+    except WeightsError:  # any other error fails
+        return
+    assert found.ids.shape == found.mask.shape == (1, 120)
+    assert 0 <= found.ids.min() <= found.ids.max() < 412
