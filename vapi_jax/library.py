@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from vapi_jax.common.options import Dtype
-    from vapi_jax.generation.loading import Generator
+    from vapi_jax.generation.generator import Generator
     from vapi_jax.methods.config import TrainConfig
 
 
@@ -117,7 +117,7 @@ def sample(
     **settings: Any,
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Images of a generator, or of a checkpoint that `load` takes; see `Generator.sample`."""
-    from vapi_jax.generation.loading import Generator
+    from vapi_jax.generation.generator import Generator
 
     found = generator if isinstance(generator, Generator) else load(generator)
     return found.sample(conditions, **settings)

@@ -54,7 +54,8 @@ from vapi_jax.generation.files import (
     settle_recipe,
     write_recipe,
 )
-from vapi_jax.generation.loading import Generator, load_generator
+from vapi_jax.generation.generator import Generator
+from vapi_jax.generation.loading import load_generator
 from vapi_jax.generation.prompt_lists import prompts_at
 from vapi_jax.generation.prompts import (
     LAYOUTS,

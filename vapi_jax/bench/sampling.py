@@ -48,7 +48,7 @@ from vapi_jax.bench.setup import spread, timed
 from vapi_jax.common.options import Errors
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.common.tables import format_table
-from vapi_jax.generation.loading import Generator
+from vapi_jax.generation.generator import Generator
 from vapi_jax.generation.requests import make_requests
 from vapi_jax.generation.sampler import DEFAULTS, Sampler
 from vapi_jax.methods import make_method

@@ -25,7 +25,7 @@ from vapi_jax.common.files import write_atomically
 from vapi_jax.common.progress import announce
 from vapi_jax.generation.captions import flagged
 from vapi_jax.generation.files import SampleFiles
-from vapi_jax.generation.loading import Generator
+from vapi_jax.generation.generator import Generator
 from vapi_jax.generation.prompt_lists import MOST_PROMPTS, PromptError, Prompts, read_prompts
 from vapi_jax.generation.requests import Requests
 from vapi_jax.models.conditions import Caption, Prompt, Tree

@@ -16,7 +16,7 @@ from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.files import read_text
 from vapi_jax.generation.files import map_npz_array, npz_names
-from vapi_jax.generation.loading import Generator
+from vapi_jax.generation.generator import Generator
 from vapi_jax.models.conditions import Caption, Tree
 
 _RANDOM_LABELS = 0xFFFF_FFFF  # no sample has this number, so labels share no key with tokens

@@ -81,7 +81,7 @@ class GeneratorMethod(Method):
     @property
     def lora(self) -> LoRA | None:
         """Adapters that are trained over a frozen generator, frozen["backbone"]; None where it is trained."""
-        return getattr(getattr(self.policy, "config", None), "lora", None)
+        return self.policy.lora
 
     @property
     def trained_parts(self) -> str:

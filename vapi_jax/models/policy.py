@@ -25,6 +25,7 @@ from vapi_jax.models.conditions import Caption, Condition, Label, Prompt, Tree
 from vapi_jax.models.head import Head, project
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LLAMA_SIZES, LlamaConfig
+from vapi_jax.models.lora import LoRA
 from vapi_jax.models.transformer import BlockConfig, KVCache, attention_implementation, unstack
 from vapi_jax.weights.names import Rule
 
@@ -54,6 +55,11 @@ class Policy(abc.ABC):
     def context_length(self) -> int:
         """How many of the T tokens `logits` takes; T - 1, as the last one predicts nothing."""
         return self.num_tokens - 1
+
+    @property
+    def lora(self) -> LoRA | None:
+        """Adapters beside its matrices; None where there are none."""
+        return None
 
     @property
     @abc.abstractmethod
@@ -209,6 +215,11 @@ class _StackPolicy(Policy):
     @property
     def compute_dtype(self) -> str:
         return str(self.config.dtype)
+
+    @property
+    def lora(self) -> LoRA | None:
+        found: LoRA | None = self.config.lora
+        return found
 
     @property
     def name_rules(self) -> tuple[Rule, ...]:
@@ -469,10 +480,10 @@ def on_devices(
 
 def without_adapters(policy: Policy) -> Policy:
     """The policy of weights that adapters have been merged into; one that has none stays as it is."""
-    config: Any = getattr(policy, "config", None)
-    if getattr(config, "lora", None) is None:
+    if policy.lora is None:
         return policy
-    return dataclasses.replace(cast(Any, policy), config=dataclasses.replace(config, lora=None))
+    own = cast(Any, policy)
+    return dataclasses.replace(own, config=dataclasses.replace(own.config, lora=None))
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -209,7 +209,7 @@ def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...], LoRA | None, st
             f"{workdir}: policy.prefix_keys='plain' is none of LlamaGen's generators, whose code would read "
             "these weights otherwise; use weights/policy.safetensors with this project"
         )
-    return "gpt", made.name_rules, getattr(getattr(made, "config", None), "lora", None), begun
+    return "gpt", made.name_rules, made.lora, begun
 
 
 def _checkpointed(directory: Path, part: str, step: int) -> Weights:
