@@ -24,7 +24,6 @@ CASES = {
     "class, grouped heads": ("class", {**LLAMA, "n_kv_head": 2, "n_layer": 3}),
     "class, bfloat16": ("class", {**LLAMA, "dtype": "bfloat16"}),
     "text": ("text", {**LLAMA, **TEXT, "n_kv_head": 1}),
-    "text, plain keys": ("text", {**LLAMA, **TEXT, "prefix_keys": "plain"}),
     "janus": ("janus", {**JANUS, "n_kv_head": 2}),
     "janus, counted padding": ("janus", {**JANUS, "padding": "counted"}),
 }

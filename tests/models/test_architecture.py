@@ -47,17 +47,6 @@ def test_a_text_model_is_recognised():
     assert "120 text tokens of width 2048" in found.describe()
 
 
-def test_what_was_stored_before_there_were_plain_keys_has_none():
-    config = LlamaConfig(**LLAMA_SIZES["GPT-XL"], model_type="t2i", cls_token_num=120)
-    stored = infer_gpt(reference_shapes(config), image_size=256, t2i=True).to_json()
-    del stored["prefix_keys"]
-    assert disagreements(stored, config) == []
-    plain = dataclasses.replace(config, prefix_keys="plain")
-    assert disagreements(stored, plain) == [
-        "prefix_keys: it has zero, the configuration asks for plain"
-    ]
-
-
 def test_the_second_stage_of_a_text_model_is_refused_at_the_size_of_the_first():
     """Its crops are why samples look like zooms; nothing but the name of the file tells it."""
     config = LlamaConfig(**LLAMA_SIZES["GPT-XL"], model_type="t2i", cls_token_num=120)

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.compare import assert_close
 from tests.helpers.jaxprs import every_equation
 from tests.helpers.policies import draw_weights
-from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig, rope_table
+from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig
 from vapi_jax.models.policy import make_policy, on_devices
 from vapi_jax.models.transformer import (
     attend,
@@ -19,7 +19,6 @@ from vapi_jax.models.transformer import (
     causal_mask,
     head_matmul,
     pad_to_even,
-    rotate,
 )
 
 TINY = {
@@ -128,21 +127,6 @@ def test_class_conditioning_builds_no_mask(monkeypatch):
         for mask, is_causal in calls:
             assert (mask is None) == is_causal == (policy is not text)
             assert mask is None or mask.shape == (4, 1, 12, 12)
-
-
-@pytest.mark.parametrize(("keys", "read"), [("zero", False), ("plain", True)])
-def test_captions_are_averaged_or_read(keys, read):
-    """Image tokens give LlamaGen's caption positions one score, whatever stands there."""
-    config = LlamaConfig(
-        **{**TINY, "n_kv_head": None}, prefix_keys=keys, cls_token_num=3, model_type="t2i"
-    )
-    rng = np.random.default_rng(0)
-    shape = (1, 3 + 9 - 1, config.n_head, config.dim // config.n_head)
-    q, k = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-    turned = [rotate(x, rope_table(config)[: shape[1]], interleaved=True) for x in (q, k)]
-    scores = np.einsum("bqhd,bkhd->bhqk", *turned)[:, :, 3:, :3]
-    assert (scores != 0).all() == read
-    np.testing.assert_array_equal(turned[1][:, :3], k[:, :3] if read else 0 * k[:, :3])
 
 
 def test_head_accumulates_in_float32_and_multiplies_in_bfloat16():

@@ -104,8 +104,8 @@ def architectural(config: ModelConfig) -> dict[str, Any]:
 
 def disagreements(stored: Mapping[str, Any], config: ModelConfig) -> list[str]:
     """How what a converted directory says of its weights differs from what is asked for."""
-    # What was stored before there were such models does not name them.
-    asked, have = architectural(config), {"encoder_patches": False, "prefix_keys": "zero", **stored}
+    # What was stored before there was such an encoder does not name it.
+    asked, have = architectural(config), {"encoder_patches": False, **stored}
     if isinstance(config, LlamaConfig):
         have["hidden_dim"] = from_json(stored, LlamaConfig).hidden_dim
         asked["hidden_dim"] = config.hidden_dim

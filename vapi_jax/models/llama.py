@@ -71,9 +71,6 @@ class LlamaConfig:
     model_type: Literal["c2i", "t2i"] = "c2i"
     vocab_size: Vocabulary = 16384
     cls_token_num: Count = 1
-    prefix_keys: Literal["zero", "plain"] = (
-        "zero"  # LlamaGen's vanish: captions are averaged, not read
-    )
     block_size: Count = 256
     dtype: Dtype = "float32"
     remat: Remat = "none"
@@ -242,8 +239,7 @@ def rope_table(config: LlamaConfig) -> Float[Array, "S hd_half 2"]:
     """The rotations of all P + T positions."""
     grid = math.isqrt(config.block_size)
     head_dim = config.dim // config.n_head
-    cos = 1.0 if config.prefix_keys == "plain" else 0.0
-    return rope_table_2d(grid, head_dim, config.rope_base, config.cls_token_num, cos)
+    return rope_table_2d(grid, head_dim, config.rope_base, config.cls_token_num)
 
 
 def prefill(

@@ -56,12 +56,12 @@ class BlockConfig:
 
 
 def rope_table_2d(
-    grid: int, head_dim: int, base: float, prefix: int, prefix_cos: float = 0.0
+    grid: int, head_dim: int, base: float, prefix: int
 ) -> Float[Array, "S hd_half 2"]:
     """(cos, sin) per position: first half of the pairs turns with the row, second with the column.
 
     The `prefix` conditioning positions get zeros for BOTH cos and sin, so their queries and keys
-    vanish and image tokens give them a score of exactly 0. With a `prefix_cos` of 1 they stay as they are.
+    vanish and image tokens give them a score of exactly 0.
     """
     half = head_dim // 2
     freqs = 1.0 / base ** (jnp.arange(0, half, 2, dtype=jnp.float32) / half)
@@ -70,8 +70,7 @@ def rope_table_2d(
     columns = jnp.tile(angles, (grid, 1))
     angles = jnp.concatenate([rows, columns], axis=-1)
     table = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    unturned = jnp.array([prefix_cos, 0.0], jnp.float32)
-    return jnp.concatenate([jnp.broadcast_to(unturned, (prefix, half, 2)), table])
+    return jnp.concatenate([jnp.zeros((prefix, half, 2), jnp.float32), table])
 
 
 def rotate(

@@ -204,11 +204,6 @@ def _trained_part(workdir: Path) -> tuple[str, tuple[Rule, ...], LoRA | None, st
     ):  # a file's name is never imported
         return "vq", name_rules("vq")[0], None, ""
     made = make_policy(**policy)
-    if getattr(getattr(made, "config", None), "prefix_keys", "zero") != "zero":
-        raise WeightsError(
-            f"{workdir}: policy.prefix_keys='plain' is none of LlamaGen's generators, whose code would read "
-            "these weights otherwise; use weights/policy.safetensors with this project"
-        )
     return "gpt", made.name_rules, made.lora, begun
 
 
