@@ -11,7 +11,7 @@ Hugging Face; the extra "text" is needed. docs/text.md goes from captions to Gen
 
 ":precomputed" reads images, tokens and features that `python -m vapi_jax.encode dataset` has written to
 data.path, and takes the same steps without an encoder.
-":tiny" runs the same path in seconds on a CPU: captioned crops of photographs, a generator from scratch,
+":tiny" runs the same path in a minute on a CPU: captioned crops of photographs, a generator from scratch,
 and a random T5 with a tokenizer of its own, all made here.
 """
 

@@ -13,7 +13,7 @@ or newer; makes an environment in .venv, which the next call uses again.
 
 OPTION is passed on to vapi_jax.main; paths in it are relative to the repository. For example:
   --config=configs/c2i_demo.py:full    the controls as well, which takes longer
-  --config=configs/c2i_demo.py:tiny    the same path in seconds, to see that it works
+  --config=configs/c2i_demo.py:tiny    the same path in a minute, to see that it works
   --config=configs/t2i_demo.py         drawn scenes from captions, and GenEval's six scores of them
   --config.vapi.ce_weight=0.2          override one option of the recipe
 

@@ -12,7 +12,7 @@ phases and top kernels, a few settings, the XL step, the plain step at a batch t
 guidance 1 and 1.75. Writes OUT/proof.json and OUT/proof.md, the latter ready for docs/performance.md
 (default OUT: runs/gpu_proof/<time>), and the log of every part.
 
---dry-run runs the same parts in tiny sizes on the CPU.
+--dry-run runs the same parts but the XL step in tiny sizes on the CPU.
 
 Environment: PYTHON=... is an interpreter that has the package's dependencies and JAX for the GPU; by
 default that of .venv. SECONDS_LEFT=... is the time for all parts (540): one that cannot begin any more is

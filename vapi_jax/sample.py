@@ -121,8 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--ckpt",
         type=local_text,
         required=True,
-        help="'demo' (shipped; a folder of that name is ./demo), or the directory of a run or of converted "
-        "weights",
+        help="'demo' or 'scenes' (shipped; a folder of that name is ./demo), or the directory of a run or "
+        "of converted weights",
     )
     add("--out", required=True, type=local_folder, metavar="DIR", help="where the images go")
     add("--num", type=_at_least(1), default=50_000, help="how many (default %(default)s)")

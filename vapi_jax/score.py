@@ -116,9 +116,12 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
         "--samples", type=local_path, metavar="DIR",
         help="the folder of the images, with the recipe of their making (default: that of --detections)",
     )  # fmt: skip
-    add(
-        "--allow_incomplete", action="store_true", help="fewer than 553 prompts or 4 images of each"
+    whole = (
+        "than 4 of each of 553 prompts"
+        if command.prog.endswith("geneval")
+        else "than were asked for"
     )
+    add("--allow_incomplete", action="store_true", help=f"images may be fewer {whole}")
     for field in dataclasses.fields(Rules):
         kind = int if field.name == "max_objects" else float
         add(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")

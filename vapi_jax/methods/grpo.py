@@ -22,7 +22,7 @@ def group_advantages(
     """(R - mean) / (std + eps) inside each group (Eq. 4), with the unbiased std, clipped to ±clip.
 
     A group of equal rewards gets exactly zero. With G samples no advantage exceeds
-    (G - 1)/sqrt(G), which is 2.47 at G = 8: the paper's clip at 5 acts from G = 28 on.
+    (G - 1)/sqrt(G), which is 2.47 at G = 8: the paper's clip at 5 acts from G = 27 on.
     """
     centred, offsets = _centred(rewards)
     std = jnp.std(offsets, axis=1, ddof=1, keepdims=True)

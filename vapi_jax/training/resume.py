@@ -37,7 +37,7 @@ FREE = (
     # What is written and measured beside the training.
     "checkpoint.", "log_every", "eval.every", "eval.compare", "eval.controls", "eval.unseen",
     "eval.samples", "eval.seeds", "eval.temperatures", "eval.grid_per_class", "eval.grid_classes",
-    "eval.sampled_every", "eval.sampled",
+    "eval.sampled_every", "eval.sampled", "eval.cfg_scales", "eval.allow_singular",
     # What is put up with.
     "on_nonfinite", "max_skipped", "data.max_unreadable",
 )  # fmt: skip
