@@ -9,9 +9,9 @@ guidance exists. Not run with this code.
 
 Rewards here are the two of its eight that this project has, with their weights: CLIP B/32 with "a photo of"
 and the class's words, and HPSv2.1, from weights/clip-vit-base-patch32 and weights/HPS_v2.1_compressed.pt;
-MANIQA and Qwen-VL are left out. --config.preset=reference trains the conditional branch alone, as the
-released code does; the plain recipe trains what was drawn from. The 4 conditions of a batch want 1, 2 or 4
-devices.
+MANIQA, Qwen-VL's three and the two that put the same cosines into four steps are left out.
+--config.preset=reference trains the conditional branch alone, as the released code does; the plain recipe
+trains what was drawn from. The 4 conditions of a batch want 1, 2 or 4 devices.
 ":tiny" runs the same path with the demo's models and another reward in seconds on a CPU.
 """
 

@@ -115,7 +115,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--metrics",
         metavar="LIST",
         help="of fid,sfid,is,precision,recall,kid (all by default); with --paired also psnr,ssim,"
-        "lpips_vgg,lpips_alex (default: fid,psnr,ssim,lpips_vgg)",
+        "ssim_llamagen,lpips_vgg,lpips_alex (default: fid,psnr,ssim,lpips_vgg)",
     )
     add(
         "--paired",

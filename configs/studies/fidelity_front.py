@@ -20,7 +20,7 @@ def get_study(variant: str = "") -> Study:
     draws = {"T = 1": Draw()}
     draws |= {f"T = {t:g}": Draw(temperature=t) for t in TEMPERATURES[-1 if tiny else 0 :]}
     draws |= {} if tiny else {f"guidance {s:g}": Draw(cfg_scale=s) for s in SCALES}
-    given = tiny_study() if tiny else {"samples": 5000, "seeds": 2, "sampling_seeds": 1}
+    given = tiny_study() if tiny else {"samples": 5000, "seeds": 4, "sampling_seeds": 1}
     return Study(
         "fidelity front, LlamaGen-XXL",
         "Does VA-π move the front of fidelity and diversity, or along it?",

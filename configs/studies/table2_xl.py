@@ -4,8 +4,10 @@
 
 Needs what the recipes need, the ADM reference batch and FID's weights in weights/ (vapi_jax/study/paper.py
 says under which names). `--check` estimates its hours, `--set data.path=DIR` says where ImageNet is
-prepared; AR-GRPO's four conditions a step want 1, 2 or 4 devices. ":tiny" runs all arms on the shipped
-models in minutes. Not run yet.
+prepared; AR-GRPO's four conditions a step want 1, 2 or 4 devices. Published figures stand beside what they
+are of: STE's beside as many steps as its published time holds, AR-GRPO's and CCA's beside the released
+scripts' presets; of AR-GRPO's eight rewards two are there. ":tiny" runs all arms on the shipped models in
+minutes. Not run yet.
 """
 
 from vapi_jax.study.paper import class_arms, class_draws, class_files, fidelity, is_tiny, tiny_study

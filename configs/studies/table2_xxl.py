@@ -4,8 +4,10 @@
 
 Needs what the recipes need, the ADM reference batch and FID's weights in weights/ (vapi_jax/study/paper.py
 says under which names). `--check` estimates its hours, `--set data.path=DIR` says where ImageNet is
-prepared; AR-GRPO's four conditions a step want 1, 2 or 4 devices. ":tiny" runs all arms on the shipped
-models in minutes. Not run yet.
+prepared; AR-GRPO's four conditions a step want 1, 2 or 4 devices. Published figures stand beside what they
+are of: STE's beside as many steps as its published time holds, AR-GRPO's and CCA's beside the released
+scripts' presets; of AR-GRPO's eight rewards two are there. ":tiny" runs all arms on the shipped models in
+minutes. Not run yet.
 """
 
 from vapi_jax.study.paper import class_arms, class_draws, class_files, fidelity, is_tiny, tiny_study
@@ -13,7 +15,7 @@ from vapi_jax.study.spec import Study
 
 PUBLISHED = {
     "VA-π": fidelity((7.65, 116.70, 0.71, 0.64), (2.28, 273.53, 0.83, 0.56)),
-    "STE": fidelity((11.46, 102.21, 0.68, 0.61), (4.17, 267.34, 0.83, 0.51)),
+    "STE, longer": fidelity((11.46, 102.21, 0.68, 0.61), (4.17, 267.34, 0.83, 0.51)),
     "tokenizer": fidelity((14.26, 86.70, 0.63, 0.68), (2.72, 246.97, 0.80, 0.59)),
     "tokenizer, longer": fidelity((22.99, 72.49, 0.56, 0.68), (4.31, 221.57, 0.75, 0.58)),
     "CCA": fidelity((3.12,)),

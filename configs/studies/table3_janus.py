@@ -16,7 +16,7 @@ def get_study(variant: str = "") -> Study:
     """The study; variant "tiny", on drawn scenes with their scores."""
     tiny = is_tiny(variant)
     given = (
-        tiny_study(classes=False) if tiny else {"samples": 5000, "seeds": 3, "sampling_seeds": 1}
+        tiny_study(classes=False) if tiny else {"samples": 5000, "seeds": 4, "sampling_seeds": 4}
     )
     return Study(
         "Table 3, Janus-Pro-1B",

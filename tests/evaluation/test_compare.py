@@ -103,12 +103,13 @@ def test_guidance_of_the_settings_holds_unless_another_is_asked_for(judge_and_ba
 
 def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     judge, base = judge_and_base
-    entropy_at = judge.judge.entropies(base, 60, [0])
+    weights = judge.judge.weights(base)
+    entropy_at = judge.judge.entropies(weights, 60, [0])
     entropies = [entropy_at(t) for t in (1.0, 0.9, 0.7)]
     assert entropies[0] > entropies[1] > entropies[2]
     drawn = [judge.judge.samples(base, 60, seed, 0.9).entropy for seed in (0, 1)]
     assert drawn[0] == pytest.approx(entropies[1], rel=1e-5)
-    both = judge.judge.entropies(base, 60, [0, 1])
+    both = judge.judge.entropies(weights, 60, [0, 1])
     assert both(0.9) == pytest.approx(np.mean(drawn), rel=1e-5)
     assert match_entropy(entropy_at, entropies[1]) == pytest.approx(0.9, abs=1e-3)
     matched = match_entropy(entropy_at, sum(entropies[:2]) / 2)

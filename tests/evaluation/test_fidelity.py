@@ -36,6 +36,19 @@ def test_literal_values():
     assert psnr(black, black + np.uint8(1)) == pytest.approx([48.1308036086791], rel=1e-14)
     # Flat images: only the luminance term is below 1, C1 / (255^2 + C1) = 1 / 10001.
     assert ssim(black, white) == pytest.approx([1 / 10001], rel=1e-12)
+    assert ssim(black, white, 510) == pytest.approx([4 / 10004], rel=1e-12)
+
+
+def test_twice_the_range_is_llamagens_figure():
+    """Its script has pixels in [0, 1] and says data_range=2."""
+    a, b = pairs(64, 64)
+    floats = (x.astype(np.float32) / 255 for x in (a, b))
+    want = [
+        structural_similarity(x, y, data_range=2.0, channel_axis=-1)
+        for x, y in zip(*floats, strict=True)
+    ]
+    assert_close(ssim(a, b, 510), want, 1e-5)
+    assert (ssim(a, b, 510) > ssim(a, b)).all()
 
 
 def test_equal_images_are_perfect():

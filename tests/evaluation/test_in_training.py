@@ -113,7 +113,7 @@ def test_a_count_that_the_batch_does_not_divide_loses_no_sample(parts, monkeypat
     """The rest of the last batch is filled up, and what fills it is not judged."""
     task, frozen, params, sampled = parts
     whole, _ = sampled(params)
-    monkeypatch.setattr(judging, "even_batch", lambda count, devices: 12)
+    monkeypatch.setattr(judging, "even_batch", lambda *_: 12)
     cut, _ = Sampled(task, frozen)(params)
     for name, value in whole.items():
         assert cut[name] == pytest.approx(value, rel=1e-4)

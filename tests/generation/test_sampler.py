@@ -12,7 +12,14 @@ from tests.helpers.policies import BATCH, CASES, draw_weights, make_condition
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
 from vapi_jax.common.images import to_uint8
-from vapi_jax.generation.sampler import BrokenSamplesError, Sampler, decode, in_batches
+from vapi_jax.generation import sampler
+from vapi_jax.generation.sampler import (
+    BrokenSamplesError,
+    Sampler,
+    decode,
+    in_batches,
+    most_at_once,
+)
 from vapi_jax.models import sampling
 from vapi_jax.models.policy import make_policy
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole, tree_shardings
@@ -157,6 +164,17 @@ def test_values_that_are_no_number_name_their_samples(split):
     sampler = sampler_of(method, {"tokenizer": broken}, 8)
     with pytest.raises(BrokenSamplesError, match="samples 0 to 4 "):
         list(sampler(params, conditions, in_batches(5, 8), 0))
+
+
+def test_as_many_are_drawn_at_once_as_their_keys_and_values_leave_room_for(monkeypatch):
+    """XXL at 384 px: 48 layers, 575 tokens and a label, keys and values of 1536 in bfloat16."""
+    xxl = make_policy("class", size="GPT-XXL", block_size=576, dtype="bfloat16")
+    row = 48 * 2 * 576 * 1536 * 2 + 576 + 4  # and which positions are filled, and how many
+    monkeypatch.setattr(sampler, "CACHE_BYTES", 100 * row)
+    assert most_at_once(xxl, guided=False) == 100
+    assert most_at_once(xxl, guided=True) == 50
+    monkeypatch.setattr(sampler, "CACHE_BYTES", row // 2)
+    assert most_at_once(xxl, guided=False) == 1
 
 
 def test_a_sampler_needs_devices(split):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from vapi_jax.study import estimate
 from vapi_jax.study.__main__ import main
 from vapi_jax.study.acceptance import RESULTS, Acceptance, Check
 from vapi_jax.study.paper import INCEPTION, REFERENCE
-from vapi_jax.study.spec import BASE, Study, read_study, recipe_of
+from vapi_jax.study.spec import BASE, Study, StudyError, read_study, recipe_of
 
 STUDIES = sorted({path.stem for path in (CONFIGS / "studies").glob("*.py")} - {"acceptance"})
 
@@ -92,7 +93,7 @@ def test_check_tells_the_cost_and_all_that_is_in_the_way(tmp_path, capsys):
 
 
 def test_acceptance_names_published_figures_cheapest_first(capsys):
-    assert main(["--study=acceptance", "--workdir=unused", "--check"]) == 0
+    assert main(["--study=acceptance", "--workdir=unused", "--check"]) == 1  # no weights here
     told = capsys.readouterr().out
     places = [
         told.index(word) for word in ("psnr 20.5", "below ln V", "fid 2.04", "fid 13.8", "fid 2.2 ")
@@ -125,6 +126,25 @@ def test_acceptance_stops_at_the_first_miss_and_measures_nothing_twice(tmp_path,
     assert calls[3:] == [("two", "here"), ("two", "here")]
     assert dataclasses.replace(given, changes={"data.path": "there"}).run(tmp_path)
     assert calls[5:] == [(name, "there") for name in ("one", "two", "three")]
+
+
+def test_acceptance_says_which_files_it_will_miss_and_goes_as_far_as_it_can(tmp_path, capsys):
+    here, gone = tmp_path / "here", str(tmp_path / "gone")
+    here.touch()
+    wants = {"fid": (2.0, 2.5)}
+    one, two, three = (
+        Check(name, lambda *_: {"fid": 2.2}, wants, "", needs)
+        for name, needs in (("one", (str(here),)), ("two", ()), ("three", (gone, "demo")))
+    )
+    given = Acceptance("a", (one, two, three, dataclasses.replace(three, name="four")))
+    with pytest.raises(StudyError, match="gone, from “three” on") as error:
+        given.run(tmp_path / "out")
+    assert str(here) not in str(error.value) and "demo" not in str(error.value)
+    told = capsys.readouterr()
+    assert (told.out + told.err).index("gone") < (told.out + told.err).index("one")
+    assert set(json.loads((tmp_path / "out" / RESULTS).read_text())) == {"one", "two"}
+    Path(gone).touch()
+    assert given.run(tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -177,9 +177,18 @@ def test_more_of_a_score_is_better():
     to_base = next(c for c in found if (c.arm, c.against) == ("narrow", "base"))
     assert says(to_base, "scenes/overall") == "better"
     assert "bought with recall" in verdicts([to_base], "scenes/overall", 4)[0]
-    # What some arms lack is no metric of the verdict, but stays in their rows.
-    del arms["good"][0]["draws"]["plain"]["sets"][0]["scenes/overall"]
-    assert headline(study, comparisons(study, Results(base, arms, []))) == METRIC
+    # What one training lacks is of the others; what an arm lacks altogether is no metric of the verdict.
+    for number, training in enumerate(arms["good"]):
+        del training["draws"]["plain"]["sets"][0]["scenes/overall"]
+        found = comparisons(study, Results(base, arms, []))
+        if number < 2:
+            assert headline(study, found) == "scenes/overall"
+            sentences = verdicts(found, "scenes/overall", 4)
+            pairs = f"({3 - number} of 4 pairs)"
+            assert [pairs in sentence for sentence in sentences] == ["good" in x for x in sentences]
+            rows = {row.name: row for row in rows_of(study, Results(base, arms, []))}
+            assert rows["good"].means["scenes/overall"] == pytest.approx(0.605)
+    assert headline(study, found) == METRIC
 
 
 def test_a_gain_bought_with_diversity_is_called_so():
@@ -190,6 +199,33 @@ def test_a_gain_bought_with_diversity_is_called_so():
     assert "bought with recall and diversity" in sentences["narrow", "base"]
     assert "bought" not in sentences["good", "base"]
     assert "would have been seen" in sentences["narrow", "base at equal entropy"]
+
+
+def test_so_is_one_bought_with_the_recall_that_is_published():
+    arms = copy.deepcopy(ARMS)
+    for number, training in enumerate(arms["good"]):
+        for sample in training["draws"]["plain"]["sets"]:
+            sample["adm/recall"] = 0.6 + number / 1000
+    base = copy.deepcopy(BASE)
+    for sample in (sample for one in base for sample in one["draws"]["plain"]):
+        sample["adm/recall"] = 0.7
+    found = comparisons(STUDY, Results(base, arms, []))
+    (said,) = verdicts([c for c in found if (c.arm, c.against) == ("good", "base")], METRIC, 4)
+    assert "bought with adm/recall, which fell" in said
+
+
+def test_the_page_counts_images_that_wait_for_a_detector():
+    arms, base = copy.deepcopy(ARMS), copy.deepcopy(BASE)
+    study = dataclasses.replace(STUDY, files=Files("geneval", "x", prompts="m.jsonl"))
+    # 4 trainings of 2 arms, the arm's and the matched base's, and the base in 2 draws, 2 sets each.
+    waits = "{} of 48 sets of images wait for a detector."
+    text = page.markdown(study, Results(base, arms, []), comparisons(study, RESULTS), "c")
+    assert waits.format(48) in text
+    arms["good"][0]["draws"]["plain"]["sets"][0]["geneval/overall"] = 0.3
+    text = page.markdown(study, Results(base, arms, []), comparisons(study, RESULTS), "c")
+    assert waits.format(47) in text
+    text = page.markdown(STUDY, Results(base, arms, []), comparisons(STUDY, RESULTS), "c")
+    assert "detector" not in text
 
 
 def test_one_training_tells_nothing_about_the_next():
@@ -265,6 +301,15 @@ def test_a_change_of_all_recipes_that_would_not_reach_all_is_refused():
     for name in ("optimizer.learning_rate", "seed", "eval.samples"):
         with pytest.raises(StudyError, match=name):
             with_changes(study, {name: 7})
+
+
+def test_the_base_in_files_is_the_one_that_is_trained_from():
+    files = Files("geneval", "weights/x", prompts="m.jsonl", text_encoder="t5")
+    study = dataclasses.replace(STUDY, files=files)
+    found = with_changes(study, {"init.gpt": "mine", "policy.dtype": "float32"}).files
+    assert (found.checkpoint, found.dtype, found.text_encoder) == ("mine", "float32", "t5")
+    found = with_changes(study, {"condition.options.encoder": "my_t5"}).files
+    assert (found.checkpoint, found.text_encoder) == ("weights/x", "my_t5")
 
 
 def test_an_average_wants_a_method_that_keeps_one():

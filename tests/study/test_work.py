@@ -131,6 +131,13 @@ def test_results_of_another_protocol_or_arm_are_not_mixed_in(done):
         recipe.write_text(before.replace("'batch_size': 16", "'batch_size': 32"))
         with pytest.raises(StudyError, match="batch_size: 16 -> 32"):
             work(read_study(str(folder / "study.py")), out)
+        with pytest.raises(StudyError, match="batch_size: 16 -> 32"):  # nor shown
+            read_results(read_study(str(folder / "study.py")), out / "results")
+        # A run would go on for more steps; a result of fewer is of another arm.
+        recipe.write_text(before.replace("'steps': 2", "'steps': 5"))
+        assert recipe.read_text() != before
+        with pytest.raises(StudyError, match="steps: 2 -> 5"):
+            work(read_study(str(folder / "study.py")), out)
     finally:
         recipe.write_text(before)
 

@@ -229,7 +229,8 @@ def compare(
         rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries)]
         # What was drawn for these rows need not be drawn again.
         drawn = {row["temperature"]: row["entropy"] for row in rows}
-        others = judge.judge.entropies(base, config.eval.samples, range(seeds))
+        weights = judge.judge.weights(base)
+        others = judge.judge.entropies(weights, config.eval.samples, range(seeds))
         matched = match_entropy(
             lambda t: drawn[t] if t in drawn else others(t), vapi_row["entropy"]
         )

@@ -22,10 +22,13 @@ from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 PAIR_METRICS = {
     "psnr": "PSNR in dB",
     "ssim": "SSIM",
+    "ssim_llamagen": "SSIM with twice the data range, as LlamaGen publishes it",
     "lpips_vgg": "LPIPS (VGG)",
     "lpips_alex": "LPIPS (AlexNet)",
 }
 """Their names in print; each is a mean over pairs."""
+
+_SSIM = {"ssim": 255, "ssim_llamagen": 510}  # -> data range
 
 
 class PairsError(ExpectedError, ValueError):
@@ -68,7 +71,7 @@ def pair_metrics(
       ImagesError: an unreadable image.
       PairsError: images too small for a metric.
     """
-    if "ssim" in wanted and min(samples.height, samples.width) < WINDOW:
+    if _SSIM.keys() & set(wanted) and min(samples.height, samples.width) < WINDOW:
         raise PairsError(
             f"ssim: images of {samples.width}x{samples.height} pixels are smaller than its window of"
             f" {WINDOW}x{WINDOW}"
@@ -96,8 +99,10 @@ def pair_metrics(
                 for x in pair
             )
             for name in wanted:
-                found = ssim(*pair) if name == "ssim" else compute[name](a, b)[:count]
-                values[name].append(found)
+                if name in _SSIM:
+                    values[name].append(ssim(*pair, data_range=_SSIM[name]))
+                else:
+                    values[name].append(compute[name](a, b)[:count])
             progress.update(done, count)
     whole = {name: np.concatenate(parts) for name, parts in values.items()}
     return whole, (digests[0].hexdigest(), digests[1].hexdigest())

@@ -22,7 +22,7 @@ from vapi_jax.common.images import to_uint8
 from vapi_jax.data import fixed_samples, labels_of
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.evaluation.features import FeatureStream, stream_of
-from vapi_jax.generation.sampler import Sampler, in_batches
+from vapi_jax.generation.sampler import Sampler, in_batches, most_at_once
 from vapi_jax.methods import Method
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models.conditions import Tree
@@ -62,6 +62,14 @@ def even_batch(count: int, devices: int, most: int = 256) -> int:
     """About `most` samples at once, a multiple of the devices that divides `count` with little rest."""
     rounds = -(-count // most)
     return -(-count // (rounds * devices)) * devices
+
+
+def judging_batch(method: Method, count: int, guided: bool = False) -> int:
+    """How many of `count` samples are drawn and judged at once; `guided` if some are drawn with guidance."""
+    found = method.sampled()
+    assert found is not None, "a method that trains no generator has no samples"
+    devices = method.mesh.size
+    return even_batch(count, devices, min(256, devices * most_at_once(found.policy, guided)))
 
 
 def real_crops(
@@ -214,12 +222,15 @@ class SampleJudge:
         features = self.features(images())
         return Judged(features, entropy / count, np.concatenate(kept)[:shown])
 
-    def entropies(self, params: Any, count: int, seeds: Iterable[int]) -> Callable[[float], float]:
+    def weights(self, params: Any) -> Any:
+        """The copy of a method's parameters that is drawn from."""
+        return self.sampler.weights(self._params(params))
+
+    def entropies(self, weights: Any, count: int, seeds: Iterable[int]) -> Callable[[float], float]:
         """Temperature -> `Judged.entropy` of the samples of these seeds, which are not decoded.
 
-        Each temperature is drawn once. Every process of a run has to call it.
+        Each temperature is drawn once, from `weights`, which it keeps. Every process of a run has to call it.
         """
-        weights = self.sampler.weights(self._params(params))
         conditions = by_label(self.method, np.resize(self._asked, count))
         keys = [self.sampler.key(seed) for seed in seeds]
         batches = in_batches(count, self.batch)
@@ -260,9 +271,15 @@ def judge_of(method: Method, frozen: Mapping[str, Any]) -> SampleJudge:
     Compiling them again for another batch or fewer features takes longer than the rest of a small run's
     judgements. Where training judges less than half a batch, it has programs of its own.
     """
-    judged, devices = method.config.eval, method.mesh.size
+    judged = method.config.eval
     if judged.compare:
-        batch = even_batch(judged.samples, devices)
+        batch = table_batch(method)
         if not judged.sampled_every or 2 * judged.sampled >= batch:
             return SampleJudge(method, frozen, batch, judged_features(method.config))
-    return SampleJudge(method, frozen, even_batch(judged.sampled, devices), (SEEN,))
+    return SampleJudge(method, frozen, judging_batch(method, judged.sampled), (SEEN,))
+
+
+def table_batch(method: Method) -> int:
+    """Of the table at the end of a run."""
+    judged = method.config.eval
+    return judging_batch(method, judged.samples, any(scale != 1.0 for scale in judged.cfg_scales))

@@ -84,6 +84,22 @@ def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Arr
     return pixels.decode(frozen, tokens)
 
 
+CACHE_BYTES = 12 * 2**30
+"""Of keys and values that a device holds while it draws; as buffers grow, for a moment nearly twice."""
+
+
+def most_at_once(policy: Policy, guided: bool) -> int:
+    """How many samples' keys and values fit `CACHE_BYTES`; a guided sample has two rows of them."""
+
+    def cache(params: Params) -> Any:
+        cached = policy.prefill(policy.unstacked(params), policy.example_condition(1))[1]
+        return policy.with_room(cached, policy.context_length)
+
+    rows = jax.eval_shape(cache, jax.eval_shape(policy.init, jax.random.key(0)))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
+    return max(1, CACHE_BYTES // max(1, size * (1 + guided)))
+
+
 def in_batches(count: int, batch: int) -> list[range]:
     """Samples 0 .. count - 1, a batch at a time."""
     return [range(start, min(start + batch, count)) for start in range(0, count, batch)]

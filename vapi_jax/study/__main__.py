@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int | None:
     from vapi_jax.parallel import compiler
     from vapi_jax.study import estimate
     from vapi_jax.study.acceptance import Acceptance
-    from vapi_jax.study.spec import read_file, study_of, with_changes
+    from vapi_jax.study.spec import StudyError, read_file, study_of, with_changes
     from vapi_jax.study.work import require_all
 
     found, changes = read_file(args.study), dict(args.set)
@@ -89,6 +89,8 @@ def _run(args: argparse.Namespace) -> int | None:
     if isinstance(found, Acceptance):
         if args.check:
             print(found.told())
+            if missing := found.missing():
+                raise StudyError(missing)
             return None
         return 0 if dataclasses.replace(found, changes=changes).run(args.workdir) else 1
     study = study_of(args.study, found)

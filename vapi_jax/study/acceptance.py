@@ -25,9 +25,10 @@ from vapi_jax.evaluation.measure import Settings, measure
 from vapi_jax.evaluation.samples import SampleJudge, even_batch, on_judging_devices
 from vapi_jax.study.files import draw_files
 from vapi_jax.study.judge import settled_method, start_of
-from vapi_jax.study.spec import Draw, Files
+from vapi_jax.study.spec import Draw, Files, StudyError
 from vapi_jax.training import train
 from vapi_jax.training.preflight import require
+from vapi_jax.weights.store import SHIPPED
 
 Figures = dict[str, float]
 Measure = Callable[[Mapping[str, Any], Path], Figures]
@@ -45,12 +46,14 @@ class Check:
       measure: looks at it.
       wants: metric -> least and most that are right.
       miss: what it usually means when one of them is missed.
+      needs: files that it reads, beside those of a recipe.
     """
 
     name: str
     measure: Measure
     wants: Mapping[str, tuple[float, float]]
     miss: str
+    needs: tuple[str, ...] = ()
 
     def missed(self, found: Figures) -> list[str]:
         """Metrics that are outside."""
@@ -79,18 +82,36 @@ class Acceptance:
             lines += [f"- {check.name}: {limits}", f"    A miss: {check.miss}"]
         return "\n".join(lines)
 
+    def missing(self) -> str:
+        """What the checks read and is not there, with the first check that does; "" for nothing."""
+        gone = {
+            file: check.name
+            for check in reversed(self.checks)
+            for file in check.needs
+            if file not in SHIPPED and not Path(file).exists()
+        }
+        lines = [f"- {file}, from “{name}” on" for file, name in sorted(gone.items())]
+        return "\n".join([f"{self.name} wants files that are not there:", *lines]) if lines else ""
+
     def run(self, workdir: Path) -> bool:
         """Does what is not done yet, up to the first miss; whether all was right.
 
         What was right is kept in WORKDIR/acceptance.json and not measured again under the same changes; what
         was not may have been repaired since.
+
+        Raises:
+          StudyError: a file is not there that the next check reads; said at the beginning, too.
         """
+        if missing := self.missing():
+            announce(missing)
         make_folder(workdir)
         path, changes = workdir / RESULTS, json.loads(json.dumps(dict(self.changes), default=str))
         known: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
         for check in self.checks:
             one = known.get(check.name)
             if one is None or one["changes"] != changes or check.missed(one["figures"]):
+                if missing := dataclasses.replace(self, checks=(check,)).missing():
+                    raise StudyError(missing)
                 announce(f"{self.name}: {check.name}")
                 figures = check.measure(self.changes, workdir / "images")
                 known[check.name] = {"changes": changes, "figures": figures}

@@ -23,7 +23,7 @@ from vapi_jax.evaluation.samples import (
     Judged,
     SampleJudge,
     asked_of,
-    even_batch,
+    judging_batch,
     on_judging_devices,
 )
 from vapi_jax.evaluation.scene_scores import SceneJudge, scene_judge
@@ -106,7 +106,7 @@ class StudyJudge:
         """Of the base in one of the study's draws, for all arms of a seed."""
         if (name, seed) not in self._by_temperature:
             plain = self._judge.with_settings(**self._study.draws[name].settings)
-            found = plain.entropies(self._params, self._study.samples, self._turns(seed))
+            found = plain.entropies(self._weights, self._study.samples, self._turns(seed))
             self._by_temperature[name, seed] = found
         return self._by_temperature[name, seed]
 
@@ -171,9 +171,16 @@ class StudyJudge:
         return start_of(self._method)
 
     @cached_property
+    def _weights(self) -> Any:
+        """The base's, as they are drawn from: one copy for all draws and seeds."""
+        return self._judge.weights(self._params)
+
+    @cached_property
     def _judge(self) -> SampleJudge:
         method, frozen = on_judging_devices(self._method, train.load_frozen(self._method))
-        batch = even_batch(self._study.samples, method.mesh.size)
+        draws = *self._study.draws.values(), *(arm.draw for arm in self._study.untrained)
+        guided = any(draw is not None and draw.cfg_scale != 1.0 for draw in draws)
+        batch = judging_batch(method, self._study.samples, guided)
         return SampleJudge(method, frozen, batch, self._study.features)
 
     @cached_property

@@ -55,9 +55,21 @@ def markdown(study: Study, results: Results, found: Sequence[Comparison], comman
 def _sentences(
     study: Study, results: Results, found: Sequence[Comparison], metric: str
 ) -> list[str]:
-    """Verdicts, and what broke down."""
+    """Verdicts, what waits for a detector, and what broke down."""
     broken = [f"Broke down: {sentence}" for sentence in results.failed]
-    return [*verdicts(found, metric, study.seeds), *broken]
+    return [*verdicts(found, metric, study.seeds), *_waiting(study, results), *broken]
+
+
+def _waiting(study: Study, results: Results) -> list[str]:
+    """Of images for prompts: how many sets have no scores yet."""
+    if study.files is None or not study.files.prompts:
+        return []
+    drawn = [sets for one in results.base for sets in one["draws"].values()]
+    for one in (one for trainings in results.arms.values() for one in trainings):
+        drawn += [draw[which] for draw in one["draws"].values() for which in ("sets", "matched")]
+    sets = [one for found in drawn for one in found]
+    gone = sum("geneval/overall" not in one for one in sets)
+    return [f"{gone} of {len(sets)} sets of images wait for a detector."] if gone else []
 
 
 def _label(study: Study, row: Row) -> str:

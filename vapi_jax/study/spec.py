@@ -258,6 +258,14 @@ def read_study(given: str) -> Study:
     return study_of(given, read_file(given))
 
 
+_OF_FILES = {
+    "init.gpt": "checkpoint",
+    "policy.dtype": "dtype",
+    "condition.options.encoder": "text_encoder",
+}
+"""Options of recipes -> fields of `Files` that say the same."""
+
+
 def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     """The study with changes of every arm's recipe.
 
@@ -271,7 +279,11 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
         raise StudyError(
             f"study {study.name}: {', '.join(taken)} is set there, and not for all arms"
         )
-    return dataclasses.replace(study, changes={**study.changes, **changes})
+    files = study.files
+    if files is not None:  # The base in files is the one that is trained from.
+        same = {field: changes[name] for name, field in _OF_FILES.items() if name in changes}
+        files = dataclasses.replace(files, **same)
+    return dataclasses.replace(study, changes={**study.changes, **changes}, files=files)
 
 
 def recipe_of(study: Study, arm: Arm | None = None, seed: int = 0) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from vapi_jax.study.spec import BASE, Results, Study
 from vapi_jax.study.statistics import LEVEL, Difference, detectable, holm, paired
 
-_SPREAD = ("recall", "diversity")
+_SPREAD = ("recall", "adm/recall", "diversity")
 _UNMATCHED = 0.03  # nats a token, beyond which entropies are not called equal without a word
 
 
@@ -83,14 +83,15 @@ def _of_arm(results: Results, arm: str, draw: str, which: str) -> BySeed:
 
 
 def _paired(own: BySeed, other: BySeed) -> dict[str, Difference]:
-    """Of the seeds and metrics that both have; nothing where they share none."""
-    seeds = sorted(own.keys() & other.keys())
-    if not seeds:
-        return {}
-    names = [
-        name for name in own[seeds[0]] if all(name in x[s] for x in (own, other) for s in seeds)
-    ]
-    return {n: paired([own[s][n] for s in seeds], [other[s][n] for s in seeds]) for n in names}
+    """Each metric's of the seeds that have it in both; nothing where they share none."""
+    seeds: dict[str, list[int]] = {}
+    for seed in sorted(own.keys() & other.keys()):
+        for name in (name for name in own[seed] if name in other[seed]):
+            seeds.setdefault(name, []).append(seed)
+    return {
+        name: paired([own[seed][name] for seed in those], [other[seed][name] for seed in those])
+        for name, those in seeds.items()
+    }
 
 
 def comparisons(study: Study, results: Results) -> list[Comparison]:
@@ -154,11 +155,13 @@ def headline(study: Study, found: Sequence[Comparison]) -> str:
 def _row(
     draw: str, name: str, temperature: float | None, units: Sequence[Mapping[str, float]], n: int
 ) -> Row:
-    means = _average(units)
-    sds = {
-        metric: float(np.std([one[metric] for one in units], ddof=1)) if len(units) > 1 else None
-        for metric in means
-    }
+    """Of each metric, over the units that have it."""
+    means: dict[str, float] = {}
+    sds: dict[str, float | None] = {}
+    for metric in dict.fromkeys(metric for unit in units for metric in unit):
+        values = [unit[metric] for unit in units if metric in unit]
+        means[metric] = float(np.mean(values))
+        sds[metric] = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Row(draw, name, temperature, means, sds, n)
 
 

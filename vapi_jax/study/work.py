@@ -152,10 +152,7 @@ def _finished(study: Study, workdir: Path, arm: Arm, seed: int) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_bytes())
-    different = _other_facts(found, arm)
-    if "config" in found:  # as older ones have not
-        different += config_changes(found["config"], resolve(recipe_of(study, arm, seed)))
-    if different:
+    if different := _other_facts(found, study, arm, seed):
         raise StudyError(
             f"{path} is of another arm {arm.name!r} ({', '.join(different)}): rename the arm, or remove "
             "the file and the arm's folder"
@@ -163,10 +160,16 @@ def _finished(study: Study, workdir: Path, arm: Arm, seed: int) -> bool:
     return True
 
 
-def _other_facts(found: Mapping[str, Any], arm: Arm) -> list[str]:
-    """In which a result is not of its arm."""
+def _other_facts(found: Mapping[str, Any], study: Study, arm: Arm, seed: int) -> list[str]:
+    """In which a result is not of its arm: name, recipe and changes, and what these came to."""
     facts = {"arm": arm.name, **_facts(arm)}
-    return [f"{name}: {found[name]}" for name, fact in facts.items() if found[name] != fact]
+    different = [f"{name}: {found[name]}" for name, fact in facts.items() if found[name] != fact]
+    if different or "config" not in found:  # as older ones have not
+        return different
+    config, then = resolve(recipe_of(study, arm, seed)), found["config"]
+    steps = [] if arm.name == BASE else [f"steps: {then['steps']} -> {config.steps}"]
+    # A run may go on for more steps; a result of fewer is another one.
+    return config_changes(then, config) or (steps if then["steps"] < config.steps else [])
 
 
 def _facts(arm: Arm) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def read_results(study: Study, folder: Path) -> Results:
         if not path.exists():
             return None
         found = read_json(path, StudyError)
-        if different := _other_facts(found, arm):
+        if different := _other_facts(found, study, arm, seed):
             raise StudyError(f"{path} is of another arm ({', '.join(different)})")
         return found
 

@@ -36,10 +36,11 @@ from vapi_jax.evaluation.samples import (
     SampleJudge,
     asked_of,
     by_label,
-    even_batch,
     judged_features,
+    judging_batch,
     on_judging_devices,
     sampler_of,
+    table_batch,
 )
 from vapi_jax.generation.sampler import Sampler, in_batches
 from vapi_jax.methods import Method, make_method
@@ -183,10 +184,7 @@ def _seconds(done: Run) -> dict[str, float]:
 def _judge(method: Method, done: Run) -> Judge:
     """Of the table; with the programs that judged samples in training, where they were the same."""
     method, frozen = on_judging_devices(method, done.frozen)
-    batch, names = (
-        even_batch(method.config.eval.samples, method.mesh.size),
-        judged_features(method.config),
-    )
+    batch, names = table_batch(method), judged_features(method.config)
     judge = done.judge
     if judge is None or (judge.batch, judge.names) != (batch, names):
         judge = SampleJudge(method, frozen, batch, names)
@@ -215,7 +213,7 @@ def _pictures(
     if judge is None:
         # Thousands are drawn in large batches; a picture alone needs no more than it shows.
         judged = on_judging_devices(method, done.frozen)
-        sampler = sampler_of(*judged, even_batch(len(labels), judged[0].mesh.size))
+        sampler = sampler_of(*judged, judging_batch(judged[0], len(labels)))
         return {"samples": _samples(*judged, sampler, labels, done.params), **images}
     draw = partial(_samples, judge.judge.method, judge.judge.frozen, judge.judge.sampler, labels)
     samples = draw(done.params)
