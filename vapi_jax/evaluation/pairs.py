@@ -100,7 +100,7 @@ def pair_metrics(
             )
             for name in wanted:
                 if name in _SSIM:
-                    values[name].append(ssim(*pair, data_range=_SSIM[name]))
+                    values[name].append(ssim(pair[0], pair[1], _SSIM[name]))
                 else:
                     values[name].append(compute[name](a, b)[:count])
             progress.update(done, count)
