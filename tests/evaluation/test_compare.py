@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.helpers.paths import GOLDEN
 from tests.helpers.tiny import with_random_head
-from vapi_jax.common.images import to_uint8
+from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.evaluation.compare import (
     BASE,
@@ -31,11 +32,13 @@ from vapi_jax.evaluation.samples import (
     on_judging_devices,
     real_crops,
 )
+from vapi_jax.generation.loading import load_generator
 from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.report.page import write_report
 from vapi_jax.report.verdict import show_score
+from vapi_jax.training.run import run
 from vapi_jax.training.train import init_state, load_frozen, make_optimizer
 
 pytestmark = pytest.mark.slow
@@ -184,7 +187,7 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
     monkeypatch.setattr(samples, "samples", lambda *_: Judged(features(next(drawn)), 1.0, None))
     monkeypatch.setattr(samples, "entropies", lambda *_: lambda temperature: temperature + 0.1)
     monkeypatch.setattr(samples, "real", lambda count, number: f"real {number}")
-    monkeypatch.setattr(samples, "reconstructed", lambda count, number: f"again {number}")
+    monkeypatch.setattr(samples, "reconstructed", lambda count, number, **_: f"again {number}")
     rows, found = compare(judge, base, base, {})
     kinds = [row["kind"] for row in rows]
     assert kinds == ["base", "temperature", "matched", "vapi", "floor", "real"]
@@ -195,6 +198,26 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
         for name in (SEEN, UNSEEN):
             np.testing.assert_array_equal(found[name][label], fake[first][name])
     np.testing.assert_array_equal(found[UNSEEN][REAL], -np.eye(8, 4))
+
+
+def test_a_trained_decoder_is_compared_on_the_tokens_of_its_generator(tmp_path):
+    recipe = load_recipe("configs/c2i_demo.py", "demo_tokenizer_post").get_config("tiny")
+    recipe.eval.update({"compare": True, "samples": 16, "seeds": 1, "temperatures": (0.9,)})
+    recipe.eval.update({"grid_classes": 2})
+    recipe.optimizer.learning_rate = 1e-2
+    summary = run(resolve(recipe), tmp_path)
+    rows = {row["kind"]: row for row in summary["table"]}
+    base, tuned, matched = (rows[kind] for kind in ("base", "vapi", "matched"))
+    assert base["entropy"] == tuned["entropy"] and matched["temperature"] == 1.0
+    assert matched["frechet"] == base["frechet"] != tuned["frechet"]
+    assert base["reward"] == summary["reward"]["first"] != rows["temperature"]["reward"]
+    assert tuned["reward"] == summary["reward"]["last"]
+    # What was shown and judged is what the run has written.
+    labels = [0, 0, 1, 1]
+    for name, before in (("before", "demo"), ("after", str(tmp_path))):
+        images = load_generator(before, make_mesh(1, 1, jax.devices()[:1])).sample(labels, seed=7)
+        with Image.open(tmp_path / f"samples_{name}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image_grid(images, columns=8))
 
 
 def test_rows_of_scenes_are_scored_and_a_report_shows_it(tmp_path):

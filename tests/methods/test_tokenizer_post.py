@@ -24,7 +24,7 @@ def test_a_share_of_the_tokens_is_true_and_the_others_are_drawn_after_them():
     method = method_of(rollout="mixed", true_share=0.5)
     frozen = {"policy": method.load_frozen()["policy"]}
     batch = {"condition": jnp.zeros(8, jnp.int32), "index": jnp.arange(8)}
-    drawn = jax.jit(method.drawn)(TOKENS, frozen, batch, jax.random.key(1))
+    drawn = jax.jit(method.drawn)(TOKENS, frozen, batch, jax.random.key(1), 1.0)
     assert 0.45 < float((drawn == TOKENS).mean()) < 0.65  # a half, and what is right by chance
     assert int(drawn.min()) >= 0 and int(drawn.max()) < 16
 

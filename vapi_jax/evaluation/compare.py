@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -139,9 +139,12 @@ class Judge:
         others = {kind: self._verdicts[kind] for kind in ("base", "matched")}
         return {kind: self._scenes.change(tuned, found) for kind, found in others.items()}
 
-    def real_row(self, name: str, kind: str, through_tokenizer: bool) -> dict[str, Any]:
-        """Real crops, or their reconstructions, in place of samples: what a row can reach."""
-        images = self.judge.reconstructed if through_tokenizer else self.judge.real
+    def real_row(self, name: str, kind: str, through: Any = None) -> dict[str, Any]:
+        """Real crops in place of samples, or their reconstructions by the tokenizer that belongs to
+        parameters of the method, `through`: what a row can reach."""
+        images = self.judge.real
+        if through is not None:
+            images = partial(self.judge.reconstructed, params=through)
         found = [
             self.distances(self.judge.features(images(self._samples, seed + 1)))
             for seed in range(self.method.config.eval.seeds)
@@ -151,7 +154,7 @@ class Judge:
         verdicts: list[Image] = []
         if self._scenes:
             for numbers, drawn in self._scenes.drawn(self.judge.batch):
-                seen = self.judge.reconstruct(drawn) if through_tokenizer else drawn
+                seen = drawn if through is None else self.judge.reconstruct(drawn, through)
                 verdicts += self._scenes.judge(numbers, to_uint8(seen), 0)
         return {**row, **_estimates(found), **self._scored(kind, verdicts)}
 
@@ -238,8 +241,8 @@ def compare(
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
         rows += [*(judge.row(entry, tick)[0] for entry in entries), vapi_row]
         rows += [judge.row(Entry(n, "control", p), tick)[0] for n, p in controls.items()]
-    rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", True))
-    rows.append(judge.real_row("real crops against other real crops", "real", False))
+    rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", tuned))
+    rows.append(judge.real_row("real crops against other real crops", "real"))
     sets = {REAL: judge.reference, BASE: base_features, TUNED: vapi_features}
     features = {
         name: {label: found[name] for label, found in sets.items()}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -104,6 +104,14 @@ def by_label(method: Method, labels: np.ndarray) -> Callable[[Int[np.ndarray, " 
     return lambda ids: method.prepare({"condition": raw[ids]})["condition"]
 
 
+def decoder_of(method: Method, params: Any) -> dict[str, Any] | None:
+    """{"tokenizer": its parameters} of a method that trains it, on its devices; None for the frozen one."""
+    found = method.sampled()
+    if found is None or found.tokenizer is None:
+        return None
+    return {"tokenizer": jax.device_put(found.tokenizer(params), replicated(method.mesh))}
+
+
 def sampler_of(
     method: Method, frozen: Mapping[str, Any], batch: int, settings: Mapping[str, Any] | None = None
 ) -> Sampler:
@@ -148,7 +156,7 @@ class SampleJudge:
         self.sampler = sampler_of(method, frozen, batch)
         self._stream: FeatureStream = stream_of(features, method.mesh, batch)
         self._there_and_back = jax.jit(
-            partial(method.reconstruct, None), compiler_options=compiler.options(method.mesh)
+            method.reconstruct, compiler_options=compiler.options(method.mesh)
         )
 
     @cached_property
@@ -170,6 +178,9 @@ class SampleJudge:
             "tokenizer": jax.device_put(tokenizer, replicated(self.method.mesh)),
         }
         return other.with_settings()
+
+    def _decoder(self, params: Any) -> dict[str, Any] | None:
+        return None if params is None else decoder_of(self.method, params)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -207,7 +218,15 @@ class SampleJudge:
         conditions, kept, entropy = by_label(self.method, np.resize(self._asked, count)), [], 0.0
         batches = in_batches(count, self.batch)
         more = {} if guidance is None else {"cfg_scale": guidance}
-        drawn = self.sampler(self._params(params), conditions, batches, seed, temperature, **more)
+        drawn = self.sampler(
+            self._params(params),
+            conditions,
+            batches,
+            seed,
+            temperature,
+            self._decoder(params),
+            **more,
+        )
 
         def images() -> Iterator[np.ndarray]:
             nonlocal entropy
@@ -249,18 +268,29 @@ class SampleJudge:
         """Real crops, set `number`; set 0 is the reference."""
         return map(to_uint8, real_crops(self.method.config, count, self.batch, number))
 
-    def reconstructed(self, count: int, number: int) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
+    def reconstructed(
+        self, count: int, number: int, params: Any = None
+    ) -> Iterator[UInt8[np.ndarray, "B H W 3"]]:
         """D(Q(E(I))) of the same crops."""
         crops = real_crops(self.method.config, count, self.batch, number)
-        return map(to_uint8, map(self.reconstruct, crops))
+        return (to_uint8(self.reconstruct(part, params)) for part in crops)
 
-    def reconstruct(self, images: Float[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N H W 3"]:
-        """D(Q(E(I))) of images in [-1, 1]; not clamped."""
-        parts = []
+    def reconstruct(
+        self, images: Float[np.ndarray, "N H W 3"], params: Any = None
+    ) -> Float[np.ndarray, "N H W 3"]:
+        """D(Q(E(I))) of images in [-1, 1]; not clamped.
+
+        Args:
+          images: any number of them.
+          params: the method's; only one that trains the tokenizer looks at them.
+        """
+        parts, decoder = [], self._decoder(params)
         for start in range(0, len(images), self.batch):
             part = images[start : start + self.batch]
             padded = np.pad(part, ((0, self.batch - len(part)), (0, 0), (0, 0), (0, 0)))
-            decoded = self._there_and_back(self.frozen, shard_whole(padded, self.method.mesh))
+            decoded = self._there_and_back(
+                decoder, self.frozen, shard_whole(padded, self.method.mesh)
+            )
             parts.append(host_array(decoded)[: len(part)])
         return np.concatenate(parts)
 

@@ -113,7 +113,7 @@ class Sampler:
     Args:
       policy: what is drawn from.
       pixels: from its tokens to images, on the devices that draw.
-      frozen: {"tokenizer": its parameters}, on those devices.
+      frozen: {"tokenizer": its parameters}, on those devices; empty where every call brings them.
       batch: samples at once; rounded up to the devices, which changes no sample.
       settings: of `sampling.generate`; by default neither filters nor guidance, at temperature 1.
       side: of the images in pixels, resized where they are decoded at another; 0 for as decoded.
@@ -132,7 +132,7 @@ class Sampler:
     ):
         assert pixels.mesh is not None, "a sampler draws on devices of its own"
         self._policy, self._pixels, self._mesh = policy, pixels, pixels.mesh
-        self._tokenizer = {"tokenizer": frozen["tokenizer"]}
+        self._tokenizer = {name: frozen[name] for name in frozen if name == "tokenizer"}
         self._settings, self._side, self._numbers = dict(settings or {}), side, numbers
         # Kept, or they would be compiled at every call.
         self._narrowed, self._unstacked = jax.jit(policy.narrowed), jax.jit(policy.unstacked)
@@ -171,9 +171,11 @@ class Sampler:
             **{**self._settings, **settings},
         )
 
-    def images(self, tokens: Int[Array, "B T"]) -> Float[Array, "B H W 3"]:
-        """Their images, unclamped, still on the devices."""
-        images = decode(self._pixels, self._tokenizer, tokens)
+    def images(
+        self, tokens: Int[Array, "B T"], frozen: Mapping[str, Any] | None = None
+    ) -> Float[Array, "B H W 3"]:
+        """Their images, unclamped, still on the devices; by another tokenizer where `frozen` brings one."""
+        images = decode(self._pixels, self._tokenizer if frozen is None else frozen, tokens)
         if self._side in (0, images.shape[1]):
             return images
         # A program of its own, so that no rounding differs from the published protocol's function.
@@ -200,6 +202,7 @@ class Sampler:
         batches: Iterable[range],
         seed: int,
         temperature: float | None = None,
+        frozen: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Iterator[Drawn]:
         """Samples, batch by batch; the next one is drawn while the caller works on this one.
@@ -210,6 +213,7 @@ class Sampler:
           batches: numbers of samples, at most `rows` each.
           seed: of the samples.
           temperature: see `at`; None is the settings', without entropies.
+          frozen: {"tokenizer": its parameters} in the place of the sampler's.
           more: settings than, or other than, those of all batches.
 
         Raises:
@@ -221,7 +225,7 @@ class Sampler:
         for samples in batches:
             found = self.tokens(weights, conditions, samples, rng, **settings)
             tokens, entropies = found if temperature is not None else (found, None)
-            running = samples, self.images(tokens), entropies
+            running = samples, self.images(tokens, frozen), entropies
             if ahead is not None:
                 yield self._fetch(*ahead)
             ahead = running

@@ -106,12 +106,15 @@ class SampledPolicy:
     Attributes:
       policy: the generator.
       params: (the method's parameters, frozen) -> the generator's, on the method's devices.
-      pixels: from its tokens to images, with frozen["tokenizer"].
+      pixels: from its tokens to images.
+      tokenizer: the method's parameters -> those of the tokenizer, where it trains that; None for
+        frozen["tokenizer"].
     """
 
     policy: Policy
     params: Callable[[Params, Mapping[str, Any]], Params]
     pixels: PixelSpace
+    tokenizer: Callable[[Params], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Method(abc.ABC):
     rolls_out: ClassVar[bool] = False
     """Whether `rollout` and `review` run before the updates of a step."""
     compares: ClassVar[bool] = False
-    """Whether it post-trains a generator, so that before and after can be compared (`eval.compare`)."""
+    """Whether samples before and after can be compared (`eval.compare`): it post-trains what draws them."""
     partition_rules: ClassVar[Rules] = ()
     """Layouts of parameters whose names the table of `vapi_jax.parallel.sharding` does not have."""
 
@@ -386,7 +389,7 @@ class Method(abc.ABC):
         return 1.0
 
     def sampled(self) -> SampledPolicy | None:
-        """How to draw samples of what is trained; None for a method that trains no generator."""
+        """How to draw samples of what is trained; None for a method that has none."""
         return None
 
     def reconstruct(

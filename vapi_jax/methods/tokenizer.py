@@ -96,7 +96,7 @@ class TokenizerTraining(Method):
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super().check(config, errors)
         options, side = config.options, config.data.image_size
-        if config.eval.sampled_every:
+        if config.eval.sampled_every and not cls.compares:
             errors.append("eval.sampled_every: a tokenizer draws no samples; set it to 0")
         least = least_side(options.perceptual_net)
         if side < least:

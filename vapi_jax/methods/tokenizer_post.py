@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax.common.options import Errors, Natural, NotNegative, Positive, Share
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, generator_source, logits_bytes
-from vapi_jax.methods.method import Curve, Flops, Network, Scalars
+from vapi_jax.methods.method import Curve, Flops, Network, SampledPolicy, Scalars
 from vapi_jax.methods.tokenizer import ReconstructionOptions, TokenizerTraining
 from vapi_jax.methods.tokenizer_loss import LossWeights
 from vapi_jax.models.categorical import num_choices, uniforms_24
@@ -82,10 +82,15 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         ("grad_norm", "Gradient norm", "L2 norm, unclipped"),
     )
     independent_images: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
 
     @property
     def options(self) -> Any:
         return self.config.options
+
+    @property
+    def temperature(self) -> float:
+        return float(self.options.temperature)
 
     @classmethod
     def flops(cls, config: TrainConfig, one: Flops) -> float:
@@ -141,6 +146,7 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         frozen: Mapping[str, Any],
         batch: Mapping[str, Any],
         rng: PRNGKeyArray,
+        temperature: float | Float[Array, ""],
     ) -> Int[Array, "B T"]:
         """x of the module's equations."""
         options, policy, params = self.options, self.policy, frozen["policy"]
@@ -150,21 +156,22 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
                 lambda key: jax.random.bernoulli(key, options.true_share, tokens.shape[1:])
             )(keys)
             return generate(
-                policy, params, batch["condition"], rng, temperature=options.temperature,
+                policy, params, batch["condition"], rng, temperature=temperature,
                 cfg_scale=options.cfg_scale, sample_ids=batch["index"],
                 given=jnp.where(kept, tokens, -1),
             )  # fmt: skip
         hidden = policy.hidden(params, batch["condition"], tokens[:, : policy.context_length])
         shape = tokens.shape[1], 1, num_choices(policy.vocab_size)
         uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys)
-        return draw(hidden, policy.head(params), uniforms, options.temperature)[0][:, 0]
+        return draw(hidden, policy.head(params), uniforms, temperature)[0][:, 0]
 
     def training_pass(
         self, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any], rng: PRNGKeyArray
     ) -> Callable[[Any, Array], VQOutput]:
         still = jax.lax.stop_gradient(params["tokenizer"])
         tokens = self.true_tokens({"tokenizer": still}, batch)
-        samples = jax.lax.stop_gradient(self.drawn(tokens, frozen, batch, rng))
+        drawn = self.drawn(tokens, frozen, batch, rng, self.temperature)
+        samples = jax.lax.stop_gradient(drawn)
         deterministic = self.config.tokenizer.dropout_p == 0.0
         rngs = {} if deterministic else {"dropout": jax.random.fold_in(rng, batch["index"][0])}
 
@@ -188,11 +195,10 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         temperature: Float[Array, ""],
     ) -> Scalars:
         """Of tokens drawn with the same key at every call, and the error of the true ones."""
-        del temperature
         seen = {"tokenizer": params["tokenizer"]}
         batch = {**batch, "index": jnp.arange(batch["image"].shape[0])}
         tokens = self.true_tokens(seen, batch)
-        images = self.pixels.decode(seen, self.drawn(tokens, frozen, batch, rng))
+        images = self.pixels.decode(seen, self.drawn(tokens, frozen, batch, rng, temperature))
         mse = reward.mse(images, batch["image"])
         net = self.options.perceptual_net
         distance = lpips(frozen["perceptual"], batch["image"], images, net)
@@ -207,8 +213,14 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
     def narrowed(self, params: Any) -> Any:
         return params
 
-    def sampled(self) -> None:
-        """It trains no generator; a finished run samples the frozen one through its decoder."""
+    def sampled(self) -> SampledPolicy:
+        """The frozen generator, whose tokens the trained decoder turns into images."""
+        return SampledPolicy(
+            self.policy.for_sampling(),
+            lambda params, frozen: frozen["policy"],
+            self.pixels,
+            lambda params: params["tokenizer"],
+        )
 
     def memory(self, rows: int) -> Sequence[tuple[str, int, str]]:
         policy = self.policy

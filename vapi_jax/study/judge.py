@@ -268,10 +268,10 @@ def generator_of(done: Run, average: bool = False) -> tuple[Any, Any]:
     """A finished run's generator, or the average of it, and the tokenizer that goes with it; None for the
     one it began with."""
     sampled = done.method.sampled()
-    if sampled is not None:
-        return sampled.params(done.extra[EMA] if average else done.params, done.frozen), None
-    # It trained the decoder for a generator that stayed as it was.
-    return done.frozen["policy"], done.params["tokenizer"]
+    assert sampled is not None, "an arm has samples"
+    params = done.extra[EMA] if average else done.params
+    tokenizer = None if sampled.tokenizer is None else sampled.tokenizer(params)
+    return sampled.params(params, done.frozen), tokenizer
 
 
 def _lpips_of(params: Any, a: UInt8[Array, "N H W 3"], b: UInt8[Array, "N H W 3"]) -> Array:

@@ -36,6 +36,7 @@ from vapi_jax.evaluation.samples import (
     SampleJudge,
     asked_of,
     by_label,
+    decoder_of,
     judged_features,
     judging_batch,
     on_judging_devices,
@@ -200,7 +201,11 @@ def _pictures(
         count = min(SHOWN, config.eval.images)
         real = fixed_batch(config.data, config.eval.split, count, config.seed)["image"]
         images["real"] = to_uint8(real)
-        again = judge.judge.reconstruct(real) if judge else _reconstruct(method, done, real)
+        again = (
+            judge.judge.reconstruct(real, done.params)
+            if judge
+            else _reconstruct(method, done, real)
+        )
         if again is not None:
             images["reconstructions"] = to_uint8(again)
     if method.sampled() is None:
@@ -230,8 +235,8 @@ def _samples(
     found = method.sampled()
     assert found is not None, "asked before"
     batches = in_batches(len(labels), sampler.rows)
-    params = found.params(params, frozen)
-    drawn = sampler(params, by_label(method, labels), batches, 7, temperature=1.0)
+    decoder, params = decoder_of(method, params), found.params(params, frozen)
+    drawn = sampler(params, by_label(method, labels), batches, 7, 1.0, decoder)
     return np.concatenate([part.images for part in drawn])
 
 
