@@ -66,7 +66,7 @@ from vapi_jax.generation.prompts import (
 )
 from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.generation.requests import Requests, make_requests
-from vapi_jax.generation.sampler import Sampler
+from vapi_jax.generation.sampler import Sampler, most_at_once
 from vapi_jax.library import callable_door
 from vapi_jax.parallel import compiler, distributed
 from vapi_jax.parallel.sharding import all_devices, make_mesh
@@ -126,7 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--out", required=True, type=local_folder, metavar="DIR", help="where the images go")
     add("--num", type=_at_least(1), default=50_000, help="how many (default %(default)s)")
-    add("--batch", type=_at_least(1), default=64, help="drawn at once (default %(default)s)")
+    add(
+        "--batch", type=_at_least(1),
+        help="drawn at once (default: 64 on every device, or as many as it has room for)",
+    )  # fmt: skip
     add("--seed", type=_at_least(0, 1 << 32), default=0, help="default %(default)s")
     add(
         "--labels", type=local_text, metavar="RULE",
@@ -380,6 +383,10 @@ def run(args: argparse.Namespace) -> None:
             generator.policy.unconditional(generator.policy.example_condition(1))
         except ValueError as error:
             raise SampleError(f"--cfg {args.cfg:g}: {error}") from error
+    if args.batch is None:
+        devices = generator.mesh.devices
+        most = most_at_once(generator.policy, args.cfg != 1.0, devices.flat[0])
+        args.batch = devices.size * min(64, most)
     side = args.resize or generator.image_size
     count = len(conditions.rows)
     files = SampleFiles(args.out, count, args.batch, side, args.format)

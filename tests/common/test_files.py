@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import stat
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from vapi_jax.common.files import (
     new_folder,
     read_json,
     read_text,
+    require_space,
     write_all,
     write_atomically,
 )
@@ -156,3 +159,17 @@ def test_a_full_disk_is_said_with_the_name_of_the_file():
         "this right and run the same command again"
     )
     assert disk_trouble(FileNotFoundError(2, "No such file")) is None
+
+
+def test_what_cannot_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(place):
+        asked.append(place)
+        return types.SimpleNamespace(free=5_000_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    require_space(tmp_path / "not" / "there", 5_000_000_000, "features")
+    with pytest.raises(OutputError, match=r"features take about 6\.0 GB, and 5\.0 GB are free"):
+        require_space(tmp_path / "not" / "there", 6_000_000_000, "features")
+    assert asked == [tmp_path, tmp_path]

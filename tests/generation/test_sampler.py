@@ -171,10 +171,15 @@ def test_as_many_are_drawn_at_once_as_their_keys_and_values_leave_room_for(monke
     xxl = make_policy("class", size="GPT-XXL", block_size=576, dtype="bfloat16")
     row = 48 * 2 * 576 * 1536 * 2 + 576 + 4  # and which positions are filled, and how many
     monkeypatch.setattr(sampler, "CACHE_BYTES", 100 * row)
-    assert most_at_once(xxl, guided=False) == 100
-    assert most_at_once(xxl, guided=True) == 50
+    device = jax.devices()[0]
+    assert most_at_once(xxl, False, device) == 100
+    assert most_at_once(xxl, True, device) == 50
     monkeypatch.setattr(sampler, "CACHE_BYTES", row // 2)
-    assert most_at_once(xxl, guided=False) == 1
+    assert most_at_once(xxl, False, device) == 1
+    # Of a device whose memory is known a quarter.
+    monkeypatch.setattr(sampler, "memory_of", lambda _: 4 * 10 * row)
+    monkeypatch.setattr(sampler, "CACHE_BYTES", 100 * row)
+    assert most_at_once(xxl, False, device) == 10
 
 
 def test_a_sampler_needs_devices(split):

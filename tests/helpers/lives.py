@@ -324,11 +324,12 @@ def before_a_save(life, number):
 def controls_alone(life, number):
     """Trains the run and its controls and ends well, before anything is drawn or compared."""
 
-    def evaluate(task, done, workdir, summary, fitting):
-        run._controls(task, workdir, fitting)
+    def compare(judge, base, tuned, controls, known):
+        for train in controls.values():
+            train()
         os._exit(0)
 
-    run._evaluate = evaluate
+    run._pictures, run.compare = (lambda *_: {}), compare
     before_a_save(life, number)
 
 

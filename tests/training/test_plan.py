@@ -18,7 +18,7 @@ from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.lpips import load_lpips_params, lpips_shapes
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh
 from vapi_jax.rewards.reconstruction import MSE
-from vapi_jax.training import memory, plan, train
+from vapi_jax.training import memory, plan, preflight, train
 from vapi_jax.training.memory import bytes_per_device, estimate, tree_bytes
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
 from vapi_jax.training.preflight import DataFound, WeightsFound
@@ -36,6 +36,20 @@ def planned(raw, capsys):
     status = check(raw, as_json=True)
     out, err = capsys.readouterr()
     return status, json.loads(out), err.splitlines()
+
+
+def test_a_step_that_has_no_room_is_refused_and_one_that_may_have_none_is_noted(
+    monkeypatch, capsys
+):
+    raw = load("c2i_demo", "tiny")
+    wanted = sum(part["bytes"] for part in planned(raw, capsys)[1]["memory"])
+    for room, refused, noted in ((wanted // 3, True, False), (wanted - 1, False, True)):
+        monkeypatch.setattr(preflight, "memory_of", lambda _, room=room: room)
+        status, found, errors = planned(raw, capsys)
+        assert (status, any("microbatch_size" in line for line in errors)) == (refused, refused)
+        assert any("GB" in note for note in found["data"]["notes"]) == noted
+    monkeypatch.setattr(preflight, "memory_of", lambda _: wanted)
+    assert planned(raw, capsys)[0] == 0
 
 
 # The recipes -------------------------------------------------------------------------------------
@@ -121,7 +135,8 @@ def test_the_plan_reads_well(capsys):
         "run         100 steps: 1,600 images (0.13 epochs), 12,800 samples decoded and rewarded",
         'evaluation  64 images of "test", 6 times; 256 samples, 5 times; at the end a table of base, '
         "sharpened base and result and controls (each trained anew), 3 x 2048 samples a row",
-        "checkpoints 2 of 22.5 MiB each, 2 stay (45.1 MiB)",
+        "checkpoints 2 of 22.5 MiB each, 2 stay (45.1 MiB), and as many of each of 2 controls (135.3 MiB "
+        "in all)",
         "            runs/demo/weights: policy.safetensors (7.5 MiB)",
         "policy, trained, from shipped demo (digest verified)               1,970,304",
     ):

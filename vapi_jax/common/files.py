@@ -113,6 +113,24 @@ def make_room(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
         make_folder(path.parent)
 
 
+def require_space(place: Path, nbytes: int, what: str) -> None:
+    """Refuses what cannot fit before it is begun.
+
+    Args:
+      place: where it is to go; it need not be there yet.
+      nbytes: that are to be written.
+      what: is written, for the message.
+
+    Raises:
+      OutputError: fewer bytes are free there.
+    """
+    held = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(held).free) < nbytes:
+        raise OutputError(
+            f"{what} take about {nbytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free at {held}"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, called `out` when the context ends, and gone when it ends with an error.

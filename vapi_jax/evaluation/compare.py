@@ -191,11 +191,19 @@ def _estimates(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {name: estimate([one[name] for one in found]) for name in found[0]}
 
 
+def _matched(judge: Judge, base: Any, target: float, drawn: Mapping[float, float]) -> float:
+    """`match_entropy` of the base; what was `drawn` for rows need not be drawn again."""
+    config = judge.method.config.eval
+    weights = judge.judge.weights(base)
+    others = judge.judge.entropies(weights, config.samples, range(config.seeds))
+    return match_entropy(lambda t: drawn[t] if t in drawn else others(t), target)
+
+
 def compare(
     judge: Judge,
     base: Any,
     tuned: Any,
-    controls: Mapping[str, Any],
+    controls: Mapping[str, Callable[[], Any]],
     known: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
     """The rows of the table, and the features behind three of them.
@@ -204,7 +212,8 @@ def compare(
       judge: measures on equal terms.
       base: parameters before post-training.
       tuned: and after.
-      controls: name -> parameters of other trainings from the same base.
+      controls: name -> what trains from the same base otherwise, and gives its parameters. One at a time,
+        so that no two are on the devices.
       known: held-out metrics at temperature 1 of `BASE` and `TUNED`, where the run has them already.
 
     Returns:
@@ -214,7 +223,7 @@ def compare(
     config: TrainConfig = judge.method.config
     seeds, temperatures = config.eval.seeds, config.eval.temperatures
     scales = config.eval.cfg_scales
-    total = seeds * (len(temperatures) + len(scales) + 3 + len(controls))
+    total = seeds * (len(temperatures) + len(scales) + 3)
     with ProgressBar(total, "evaluation") as progress:
         done = 0
 
@@ -230,17 +239,17 @@ def compare(
         base_row, base_features = judge.row(at_one, tick)
         entries = [Entry(f"base, T={t:g}", "temperature", base, t) for t in temperatures]
         rows = [base_row, *(judge.row(entry, tick)[0] for entry in entries)]
-        # What was drawn for these rows need not be drawn again.
         drawn = {row["temperature"]: row["entropy"] for row in rows}
-        weights = judge.judge.weights(base)
-        others = judge.judge.entropies(weights, config.eval.samples, range(seeds))
-        matched = match_entropy(
-            lambda t: drawn[t] if t in drawn else others(t), vapi_row["entropy"]
-        )
+        matched = _matched(judge, base, vapi_row["entropy"], drawn)
         entries = [Entry(f"base, cfg {s:g}", "guided", base, guidance=s) for s in scales]
         entries.append(Entry(f"base, T={matched:.3f}", "matched", base, matched))
         rows += [*(judge.row(entry, tick)[0] for entry in entries), vapi_row]
-        rows += [judge.row(Entry(n, "control", p), tick)[0] for n, p in controls.items()]
+    for name, trained in controls.items():
+        entry = Entry(name, "control", trained())
+        with ProgressBar(seeds, f"evaluation of {name}") as progress:
+            done = 0
+            rows.append(judge.row(entry, tick)[0])
+        del entry
     rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", tuned))
     rows.append(judge.real_row("real crops against other real crops", "real"))
     sets = {REAL: judge.reference, BASE: base_features, TUNED: vapi_features}

@@ -69,7 +69,8 @@ def judging_batch(method: Method, count: int, guided: bool = False) -> int:
     found = method.sampled()
     assert found is not None, "a method that trains no generator has no samples"
     devices = method.mesh.size
-    return even_batch(count, devices, min(256, devices * most_at_once(found.policy, guided)))
+    most = most_at_once(found.policy, guided, method.mesh.devices.flat[0])
+    return even_batch(count, devices, min(256, devices * most))
 
 
 def real_crops(

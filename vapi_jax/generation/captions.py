@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vapi_jax.common.files import new_file, write_atomically
+from vapi_jax.common.files import new_file, require_space, write_atomically
 from vapi_jax.common.npz import npy_header, npy_member
 from vapi_jax.common.progress import ProgressBar
 from vapi_jax.models.conditions import CAPTION_FLAGS
@@ -83,6 +83,9 @@ def encode_captions(
     if jax.process_index() > 0:  # its devices are wanted all the same
         collections.deque(batches, maxlen=0)
         return {}
+    require_space(
+        out.parent, 4 * count * encoder.length * encoder.width, f"features of {count:,} captions"
+    )
     with new_file(out) as partial, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
         with archive.open(npy_member("left_features"), "w", force_zip64=True) as file:
             file.write(npy_header(np.float32, (count, encoder.length, encoder.width)))

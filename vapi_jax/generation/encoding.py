@@ -18,7 +18,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from vapi_jax.common.files import FolderExistsError, make_folder, read_json, write_atomically
+from vapi_jax.common.files import (
+    FolderExistsError,
+    make_folder,
+    read_json,
+    require_space,
+    write_atomically,
+)
 from vapi_jax.common.progress import ProgressBar, announce
 from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
@@ -86,11 +92,21 @@ def encode_dataset(
         asked |= {"found": there}
         _settle(out, {**asked, "tokens": encoder and dataclasses.asdict(encoder)})
     missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
+    if first:  # captions' features and tokens come on top, which are a few per cent of it
+        nbytes = len(missing) * stride * held_out["image"][0].size
+        require_space(
+            out, nbytes, f"{len(missing) * stride:,} images of {config.data.image_size} pixels"
+        )
     encode = _encoding(method, params)
 
+    at = 0  # the batch that comes next
+
     def of_part(number: int) -> Iterator[dict[str, np.ndarray]]:
-        batches.set_state({"next_index": number * stride // size})
+        nonlocal at
+        if at != (begin := number * stride // size):  # images that were read ahead are given up
+            batches.set_state({"next_index": begin})
         left = min(stride, num - number * stride)
+        at = begin + -(-left // size)
         for batch in itertools.islice(batches, -(-left // size)):
             yield encode({name: rows[:left] for name, rows in batch.items()})
             left -= size

@@ -15,6 +15,7 @@ size twice on the disk while it is put together.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import io
 import json
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from vapi_jax.common import locks
@@ -300,15 +302,18 @@ class SampleFiles:
         if self.format in ("png", "both"):
             for folder in {self.picture(sample).parent for sample in samples}:
                 folder.mkdir(parents=True, exist_ok=True)
-            for sample, image in zip(samples, images, strict=True):
-                path, encoded = self.picture(sample), io.BytesIO()
-                Image.fromarray(image).save(encoded, **_HOW[path.suffix])
-                write_atomically(path, encoded.getvalue(), sync=False)
+            with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                list(pool.map(self._write_picture, samples, images))
         if self.format in ("npz", "both") and not self.npz.exists():
             self._chunks.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self._npy(samples), self._npy_header(samples) + images.tobytes(), sync=False
             )
+
+    def _write_picture(self, sample: int, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        path, encoded = self.picture(sample), io.BytesIO()
+        Image.fromarray(image).save(encoded, **_HOW[path.suffix])
+        write_atomically(path, encoded.getvalue(), sync=False)
 
     def await_all(self, patience: float = 60.0) -> None:
         """Waits until what other processes have written can be seen here: network disks take a while.

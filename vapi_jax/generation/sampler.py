@@ -24,6 +24,7 @@ from vapi_jax.models.policy import Params, Policy
 from vapi_jax.models.resize import bicubic_torch
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, replicate, shard_whole, whole_copy
+from vapi_jax.parallel.targets import memory_of
 
 
 class BrokenSamplesError(ExpectedError, ValueError):
@@ -85,19 +86,21 @@ def _decode(pixels: PixelSpace, frozen: Mapping[str, Any], tokens: Array) -> Arr
 
 
 CACHE_BYTES = 12 * 2**30
-"""Of keys and values that a device holds while it draws; as buffers grow, for a moment nearly twice."""
+"""Of keys and values that a device holds while it draws, or a quarter of its memory where that is less; as
+buffers grow, for a moment nearly twice."""
 
 
-def most_at_once(policy: Policy, guided: bool) -> int:
-    """How many samples' keys and values fit `CACHE_BYTES`; a guided sample has two rows of them."""
+def most_at_once(policy: Policy, guided: bool, device: jax.Device) -> int:
+    """How many samples' keys and values fit a device; a guided sample has two rows of them."""
+    most = min(CACHE_BYTES, (memory_of(device) or 4 * CACHE_BYTES) // 4)
 
     def cache(params: Params) -> Any:
-        cached = policy.prefill(policy.unstacked(params), policy.example_condition(1))[1]
+        cached = policy.prefill(policy.unstacked(params), policy.condition.longest(1))[1]
         return policy.with_room(cached, policy.context_length)
 
     rows = jax.eval_shape(cache, jax.eval_shape(policy.init, jax.random.key(0)))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
-    return max(1, CACHE_BYTES // max(1, size * (1 + guided)))
+    return max(1, most // max(1, size * (1 + guided)))
 
 
 def in_batches(count: int, batch: int) -> list[range]:

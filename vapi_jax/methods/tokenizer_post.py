@@ -33,6 +33,7 @@ from vapi_jax.models.loading import load_weights
 from vapi_jax.models.lpips import lpips
 from vapi_jax.models.sampling import generate
 from vapi_jax.models.vq import VQOutput
+from vapi_jax.parallel.sharding import replicated
 from vapi_jax.rewards import reconstruction as reward
 from vapi_jax.weights.names import WeightsError
 
@@ -152,6 +153,10 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         options, policy, params = self.options, self.policy, frozen["policy"]
         keys = jax.vmap(partial(jax.random.fold_in, rng))(batch["index"])
         if options.rollout == "mixed":
+            # One gather, in place of one for every token.
+            params = policy.narrowed(params)
+            if not self.local:
+                params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             kept = jax.vmap(
                 lambda key: jax.random.bernoulli(key, options.true_share, tokens.shape[1:])
             )(keys)

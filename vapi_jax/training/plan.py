@@ -28,6 +28,7 @@ from vapi_jax.training.preflight import (
     WeightsFound,
     look_at_conditions,
     look_at_data,
+    look_at_memory,
     look_at_weights,
     look_at_workdir,
     notes_on_weights,
@@ -83,6 +84,7 @@ class Plan:
     counts: dict[str, int]
     saved: list[int]
     kept: list[int]
+    controls: int
     checkpoint_bytes: int
     weight_bytes: dict[str, int]
     problems: list[str]
@@ -113,7 +115,7 @@ def check(
     data = look_at_data(config, errors, images=LOOKED_AT)
     weights = look_at_weights(config, mesh, errors, thorough=True)
     look_at_conditions(config, mesh, errors)
-    data.notes += notes_on_weights(config)
+    data.notes += [*notes_on_weights(config), *look_at_memory(config, mesh, errors)]
     if workdir is not None and not broken:
         look_at_workdir(config, Path(workdir), errors, resume_with_changes, mesh)
     if not broken:
@@ -161,6 +163,7 @@ def make_plan(
         counts=_counts(method, data),
         saved=saved,
         kept=kept_steps(config, saved),
+        controls=len(method.controls()) if config.eval.compare and config.eval.controls else 0,
         checkpoint_bytes=memory.tree_bytes(whole),
         weight_bytes={f"{name}.safetensors": memory.tree_bytes(trained[name]) for name in trained},
         problems=problems,
@@ -269,13 +272,12 @@ def _facts(plan: Plan, workdir: str | None) -> list[tuple[str, str]]:
     if plan.trained_parts:
         facts.append(("trained", plan.trained_parts))
     facts += [("step", step), ("run", run), ("evaluation", _evaluation(config, counts))]
-    facts.append(
-        (
-            "checkpoints",
-            f"{len(plan.saved)} of {size(plan.checkpoint_bytes)} each, {len(plan.kept)} stay "
-            f"({size(len(plan.kept) * plan.checkpoint_bytes)})",
-        )
-    )
+    stay = len(plan.kept) * plan.checkpoint_bytes
+    kept = f"{len(plan.saved)} of {size(plan.checkpoint_bytes)} each, {len(plan.kept)} stay ({size(stay)})"
+    if plan.controls:
+        all_of_them = size(stay * (1 + plan.controls))
+        kept += f", and as many of each of {plan.controls} controls ({all_of_them} in all)"
+    facts.append(("checkpoints", kept))
     where = workdir or "WORKDIR"
     weights = ", ".join(f"{name} ({size(count)})" for name, count in plan.weight_bytes.items())
     facts.append(("outputs", f"{where}: {_FILES}"))

@@ -48,7 +48,8 @@ from vapi_jax.models.loading import (
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
 from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
-from vapi_jax.training import resume, train
+from vapi_jax.parallel.targets import memory_of
+from vapi_jax.training import memory, resume, train
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import WeightsError, check_like
 from vapi_jax.weights.store import SHIPPED, resolve_shipped
@@ -82,7 +83,8 @@ def look(raw: Any) -> tuple[TrainConfig, Errors, list[str]]:
     settled = with_classes(config, errors)
     data = look_at_data(settled, errors)
     look_at_weights(settled, mesh, errors)
-    return config, errors, [*data.notes, *notes_on_weights(settled)]
+    notes = [*data.notes, *notes_on_weights(settled)]
+    return config, errors, [*notes, *look_at_memory(settled, mesh, errors)]
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -115,6 +117,33 @@ def open_mesh(config: TrainConfig, errors: Errors) -> Mesh | None:
         except ValueError as error:
             errors.append(f"policy.attention='cudnn': {error}; choose 'auto'")
     return mesh
+
+
+def look_at_memory(config: TrainConfig, mesh: Mesh | None, errors: Errors) -> list[str]:
+    """Refuses a step that cannot fit a device whose memory is known; a note where it may not.
+
+    The estimate leaves compilers' savings out, which halve it at most where layers keep what they compute.
+    """
+    if mesh is None or errors or (room := memory_of(mesh.devices.flat[0])) is None:
+        return []
+    method = make_method(config, mesh)
+    optimizer = train.make_optimizer(config.optimizer, config.steps)
+    state = train.abstract_state(method, optimizer, config.seed)
+    parts = memory.estimate(method, state, method.frozen_shapes())
+    wanted = sum(part.bytes for part in parts)
+    if wanted <= room:
+        return []
+    most = max(parts, key=lambda part: part.bytes)
+    text = (
+        f"a step wants about {wanted / 1e9:.0f} GB of a device that has {room / 1e9:.0f}, {most.name} "
+        f"{most.bytes / 1e9:.0f} of them"
+    )
+    if wanted <= 2 * room:
+        return [f"{text}, by an estimate that errs upwards; --check --target=... compiles it"]
+    errors.append(
+        f"microbatch_size: {text}: take smaller ones, policy.remat='full', or more devices"
+    )
+    return []
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -267,11 +267,14 @@ def _compare(
     fitting: Mapping[str, Any],
 ) -> list[Plane]:
     """The table of base and post-trained policy into the summary; planes of their features."""
-    method, controls = done.method, {}
-    if method.config.eval.controls:
-        for name, config in method.controls().items():
-            place = workdir / "controls" / name.replace(" ", "_").lower()
-            controls[name] = fit(make_method(config, method.mesh), place, **fitting).params
+    method = done.method
+    wanted = method.controls() if method.config.eval.controls else {}
+
+    def control(name: str, config: TrainConfig) -> Any:
+        place = workdir / "controls" / name.replace(" ", "_").lower()
+        return fit(make_method(config, method.mesh), place, **fitting).params
+
+    controls = {name: partial(control, name, config) for name, config in wanted.items()}
     # The run has judged its first and last parameters already, at the temperature that it trains with.
     known = {BASE: done.first, TUNED: done.last} if method.temperature == 1.0 else {}
     rows, features = compare(judge, done.start_params, done.params, controls, known)

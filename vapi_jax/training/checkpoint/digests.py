@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -61,9 +62,6 @@ class Copied:
     def nbytes(self) -> int:
         """Bytes of the parts that this process vouches for."""
         return sum(host.nbytes for _, host in self.parts)
-
-    def hashed(self, pool: concurrent.futures.Executor) -> ArrayFacts:
-        return ArrayFacts(self.shape, self.dtype, tuple(pool.map(_block, self.parts)))
 
 
 def copied(leaf: Any) -> Copied:
@@ -130,7 +128,12 @@ async def _write(directory: Any, args: ManifestSave) -> None:
     # hashlib lets other threads run; half of the cores are left to the training.
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        arrays = {name: array.hashed(pool) for name, array in args.arrays.items()}
+        parts = itertools.chain.from_iterable(array.parts for array in args.arrays.values())
+        blocks = pool.map(_block, parts)  # of all arrays beside one another
+        arrays = {
+            name: ArrayFacts(one.shape, one.dtype, tuple(itertools.islice(blocks, len(one.parts))))
+            for name, one in args.arrays.items()
+        }
     path = Path(directory) / part_name(jax.process_index())
     manifest = Manifest(args.step, args.saved, arrays, args.facts)
     write_part(path, jax.process_index(), jax.process_count(), manifest)
@@ -143,10 +146,14 @@ def wrong_arrays(leaves: Mapping[str, Any], arrays: Mapping[str, ArrayFacts]) ->
     """Names of the arrays that are not what the manifest says. A collective across processes."""
     wrong: list[str] = []
     seen: dict[str, list[int]] = {}
-    for name, leaf in leaves.items():
-        seen[name], right = _compare(_parts_here(leaf), arrays[name].blocks)
-        if not right or described(leaf) != described(arrays[name]):
-            wrong.append(name)
+
+    def compared(name: str) -> tuple[list[int], bool]:
+        return _compare(_parts_here(leaves[name]), arrays[name].blocks)
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for name, (seen[name], right) in zip(leaves, pool.map(compared, leaves), strict=True):
+            if not right or described(leaves[name]) != described(arrays[name]):
+                wrong.append(name)
     if jax.process_count() == 1:
         return wrong
     everybody = [json.loads(text) for text in gather_text(json.dumps([wrong, seen]))]
