@@ -60,6 +60,7 @@ MODELS = {
             "token_dropout_p": 0.0,
             "resid_dropout_p": 0.0,
             "ffn_dropout_p": 0.0,
+            "initializer_range": 0.09,
             "vocab_size": 128,
             "block_size": 64,
         },
