@@ -4,13 +4,15 @@ import json
 import multiprocessing
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.helpers.tiny import make_tiny_recipe, policy_file
+from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.study import work as module
 from vapi_jax.study.__main__ import main
-from vapi_jax.study.spec import Study, StudyError, read_study
+from vapi_jax.study.spec import Arm, Study, StudyError, read_study
 from vapi_jax.study.work import read_results, settle, work
 
 STUDY = """
@@ -108,7 +110,32 @@ def test_what_is_finished_is_not_done_again(done, monkeypatch):
 
     for name in ("run", "fit", "settled_method"):
         monkeypatch.setattr(module, name, again)
-    assert work(study, out)
+    assert work(study, out) == []
+
+
+def test_an_arm_without_room_leaves_the_others_to_be_done(tmp_path, monkeypatch):
+    done = []
+
+    def found(study, workdir, arm, seed, judge, stop):
+        done.append((arm.name, seed))
+        if arm.name == "a":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
+        return {"arm": arm.name, "recipe": arm.recipe, "changes": {}, "average": False}
+
+    monkeypatch.setattr(module, "_found", found)
+    study = Study("x", "?", "c2i_demo:tiny", (Arm("a"), Arm("b")), seeds=2)
+    left = work(study, tmp_path)
+    assert [sentence.partition(":")[0] for sentence in left] == ["a, seed 0", "a, seed 1"]
+    assert "no room" in left[0] and "Out of memory" in left[0] and "and more" not in left[0]
+    assert done == [(name, seed) for seed in range(2) for name in ("base", "a", "b")]
+    with locks.hold(tmp_path / "arms" / "a" / "seed_0"):
+        assert "another process" in work(study, tmp_path)[0]
+    assert done[6:] == [("a", 1)]
+    # Anything else ends the study.
+    error = jax.errors.JaxRuntimeError("INTERNAL: a fault")
+    monkeypatch.setattr(module, "_found", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        work(study, tmp_path)
 
 
 @pytest.mark.slow

@@ -110,23 +110,21 @@ def _study(study: Study, args: argparse.Namespace) -> None:
     from vapi_jax.parallel.preemption import StopRequest
     from vapi_jax.study import files, page, work
 
-    folder, complete = args.results or args.workdir / work.RESULTS, True
+    folder, left = args.results or args.workdir / work.RESULTS, []
     if args.results is not None:
         work.check_protocol(study, folder.parent)
     else:
         work.require_all(study)
         stop = StopRequest()
         with stop.listening():
-            complete = work.work(study, args.workdir, stop)
+            left = work.work(study, args.workdir, stop)
     results = work.read_results(study, folder)
     make_folder(args.workdir)
     with locks.hold(args.workdir, patience=work.PATIENCE):
         path, sentences = page.write(study, results, args.workdir, _command(args))
     print("\n".join(sentences))
-    if not complete:
-        announce(
-            "other processes are at the arms that are left; the page is of those that are finished"
-        )
+    if left:
+        announce("\n- ".join(["the page is of what is finished; left are:", *left]))
     if study.files and study.files.prompts and (waiting := files.undetected(folder.parent)):
         announce(
             f"{len(waiting)} sets of images for prompts wait for your detector, the first in {waiting[0]}: "

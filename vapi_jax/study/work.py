@@ -6,12 +6,13 @@ machine or on several that share the folder, take arms that no other one is at.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from vapi_jax.common import locks
 from vapi_jax.common.files import make_folder, read_json, write_atomically
@@ -88,8 +89,11 @@ def check_protocol(study: Study, folder: Path) -> None:
         )
 
 
-def work(study: Study, workdir: Path, stop: StopRequest | None = None) -> bool:
-    """Does all that is left to do; whether nothing is left, also not with other processes.
+def work(study: Study, workdir: Path, stop: StopRequest | None = None) -> list[str]:
+    """Does all that is left to do and that these devices have room for.
+
+    Returns:
+      What is left all the same, a sentence each: other processes are at it, or there is no room.
 
     Raises:
       Stopped: it was asked to stop, and a training has saved.
@@ -97,19 +101,26 @@ def work(study: Study, workdir: Path, stop: StopRequest | None = None) -> bool:
     settle(study, workdir)
     arms = (Arm(BASE), *study.trained)
     todo = [(arm, seed) for seed in range(study.seeds) for arm in arms]
-    judge, busy = StudyJudge(study, workdir), 0
+    judge, left = StudyJudge(study, workdir), []
     for number, (arm, seed) in enumerate(todo, 1):
         if _finished(study, workdir, arm, seed):
             continue
         announce(f"{study.name}: {arm.name}, seed {seed} ({number} of {len(todo)})")
-        with contextlib.suppress(locks.LockedError), locks.hold(_place(workdir, arm, seed)):
-            if not _finished(study, workdir, arm, seed):  # by now, by another process
-                found = _found(study, workdir, arm, seed, judge, stop)
-                text = json.dumps(found, indent=1, default=str, allow_nan=False)
-                write_atomically(result_path(workdir, arm.slug, seed), f"{text}\n")
-            continue
-        busy += 1
-    return not busy
+        try:
+            with locks.hold(_place(workdir, arm, seed)):
+                if not _finished(study, workdir, arm, seed):  # by now, by another process
+                    found = _found(study, workdir, arm, seed, judge, stop)
+                    text = json.dumps(found, indent=1, default=str, allow_nan=False)
+                    write_atomically(result_path(workdir, arm.slug, seed), f"{text}\n")
+        except locks.LockedError:
+            left.append(f"{arm.name}, seed {seed}: another process is at it")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            why = str(error).splitlines()[0][:200]
+            left.append(f"{arm.name}, seed {seed}: these devices have no room for it ({why})")
+            announce(left[-1])
+    return left
 
 
 def require_all(study: Study) -> None:
