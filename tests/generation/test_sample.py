@@ -204,6 +204,16 @@ def test_settings_reach_the_sampler(tmp_path, asked, monkeypatch):
     assert seen == [("float32", batches[0], options)]
 
 
+@pytest.mark.parametrize(("room", "each"), [(1000, 64), (3, 3)])
+def test_as_many_are_drawn_at_once_as_the_devices_have_room_for(
+    tmp_path, ckpt, monkeypatch, room, each
+):
+    monkeypatch.setattr(sample, "most_at_once", lambda *_: room)
+    out = tmp_path / "out"
+    sample.run(sample.parse([f"--ckpt={ckpt}", f"--out={out}", "--num=2"]))
+    assert json.loads((out / "recipe.json").read_text())["batch"] == each * jax.device_count()
+
+
 def test_the_recipe_says_what_a_receipt_needs(finished, many):
     recipe = json.loads((finished / "recipe.json").read_text())
     assert recipe["checkpoint"] == json.loads(json.dumps(many.facts))
