@@ -122,10 +122,11 @@ def make_dataset(
             )
         dataset = dataset[:usable]
     dataset = dataset.batch(batch_size)[process_index::process_count]
-    options = grain.ReadOptions(
-        num_threads=config.num_threads, prefetch_buffer_size=config.prefetch
-    )
-    return dataset.to_iter_dataset(options)
+    return dataset.to_iter_dataset(_reading(config))
+
+
+def _reading(config: DataConfig) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
 
 
 def fixed_samples(
@@ -146,7 +147,7 @@ def fixed_samples(
         raise DataError(f"n must be in [1, {len(source)}] for split {split!r}, got {n}")
     dataset = _samples(source, config, seed, not source.mixed, skipped)
     first = number * n if source.settled and (number + 1) * n <= len(source) else 0
-    return (dataset[index] for index in range(first, first + n))
+    return iter(dataset[first : first + n].to_iter_dataset(_reading(config)))
 
 
 def fixed_batch(
