@@ -10,7 +10,7 @@ more samples, enough for EfficientNet-Lite0 to judge, which the reward has not s
 path with so few samples that its distances mean nothing.
 ":best" trains the decoder on the generator's own tokens in place of the generator (method "tokenizer_post"),
 which on these photographs beats the base at equal entropy beyond noise: 265.6 +- 5.7 in VGG's features and
-291.5 +- 2.5 in EfficientNet's (base 324.8, 313.9), in 20 minutes of processor time; docs/studies.md has four
+291.5 +- 2.5 in EfficientNet's (base 324.8, 313.9), in 24 minutes of processor time; docs/studies.md has four
 trainings.
 
 On 2 CPU cores: 7 minutes, ":tiny" 50 seconds; ":full" 40 minutes of processor time. Measured with
