@@ -12,7 +12,7 @@ and VA-π and CE chose the highest of their three. docs/studies.md has what they
 
 from typing import Any
 
-from vapi_jax.study.paper import is_tiny, tiny_study
+from vapi_jax.study.paper import ONE_DEVICE, is_tiny, tiny_study
 from vapi_jax.study.spec import Arm, Study
 
 RECIPE = "c2i_demo"
@@ -73,8 +73,11 @@ def _changes(split: str) -> dict[str, Any]:
         "grid_per_class": 1,
         "sampled_every": 0,
     }
-    one = {"cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": 1}
-    return {"steps": STEPS, **one, **{f"eval.{name}": value for name, value in judged.items()}}
+    return {
+        "steps": STEPS,
+        **ONE_DEVICE,
+        **{f"eval.{name}": value for name, value in judged.items()},
+    }
 
 
 def get_study(variant: str = "") -> Study:

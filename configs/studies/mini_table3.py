@@ -9,7 +9,7 @@ learnt; VA-π's reward never sees a caption. Rates are the recipes', not chosen 
 minutes that every arm works.
 """
 
-from vapi_jax.study.paper import GUIDED, PLAIN, is_tiny, tiny_study
+from vapi_jax.study.paper import GUIDED, ONE_DEVICE, PLAIN, is_tiny, tiny_study
 from vapi_jax.study.spec import Arm, Draw, Study
 
 
@@ -17,7 +17,13 @@ def get_study(variant: str = "") -> Study:
     """The study; variant "tiny"."""
     tiny = is_tiny(variant)
     end = ":tiny" if tiny else ""
-    full = {"seeds": 4, "sampling_seeds": 1, "samples": 1200, "features": ("vgg_relu4_3",)}
+    full = {
+        "changes": ONE_DEVICE,
+        "seeds": 4,
+        "sampling_seeds": 1,
+        "samples": 1200,
+        "features": ("vgg_relu4_3",),
+    }
     return Study(
         "Table 3 in miniature",
         "Do samples follow their captions better after VA-π, and better than a sharper base's?",
