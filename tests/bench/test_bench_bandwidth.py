@@ -6,7 +6,7 @@ import pytest
 
 from vapi_jax.bench import bandwidth
 from vapi_jax.common.trees import flatten
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 
 # dim 8 in 2 heads of 4, one of keys; SwiGLU of 32 (2/3 of 4 * 8, up to a multiple of 32).
 SMALL = {

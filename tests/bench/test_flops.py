@@ -23,7 +23,7 @@ from vapi_jax.common.recipes import load_recipe
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.models import lpips
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQ_PRESETS, VQConfig, VQModel
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import RewardSpec

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.compilers import need_compiler
 from vapi_jax.bench import hlo
-from vapi_jax.models.policy import make_policy, on_devices
+from vapi_jax.models.policies import make_policy, on_devices
 from vapi_jax.parallel import compiler, fsdp, targets
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 

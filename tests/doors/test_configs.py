@@ -22,7 +22,7 @@ from vapi_jax.methods.generator import make_condition, sized_policy
 from vapi_jax.methods.resolve import OWN_SECTION, resolve
 from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQ_PRESETS
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import make_terms

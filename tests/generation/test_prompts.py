@@ -23,7 +23,7 @@ from vapi_jax.generation.prompts import request_prompts
 from vapi_jax.generation.sampler import decode
 from vapi_jax.models import sampling
 from vapi_jax.models.conditions import text_condition
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.text_encoder import TextEncoder
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole
 from vapi_jax.weights.names import WeightsError

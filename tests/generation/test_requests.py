@@ -10,7 +10,7 @@ import pytest
 from vapi_jax.generation.files import SampleFilesError
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.generation.requests import RequestError, make_requests, random_labels
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import make_mesh
 
 

@@ -28,7 +28,7 @@ from vapi_jax.methods import make_method
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models import sampling
 from vapi_jax.models.conditions import text_condition
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.resize import bicubic_torch
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole
 from vapi_jax.weights.store import save_safetensors

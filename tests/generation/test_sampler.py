@@ -21,7 +21,7 @@ from vapi_jax.generation.sampler import (
     most_at_once,
 )
 from vapi_jax.models import sampling
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import make_mesh, replicated, shard_whole, tree_shardings
 from vapi_jax.training.train import load_frozen
 

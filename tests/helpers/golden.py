@@ -14,7 +14,7 @@ from tests.helpers.compare import assert_close_in_norm
 from vapi_jax.models import vq
 from vapi_jax.models.conditions import text_condition
 from vapi_jax.models.llama import LlamaConfig
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.weights.names import from_reference
 
 KINDS = {"gpt_c2i": "class", "gpt_t2i": "text"}

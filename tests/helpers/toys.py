@@ -17,7 +17,7 @@ from vapi_jax.common.options import Count, Positive
 from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import Method, mean_of
 from vapi_jax.models.conditions import Condition, Label
-from vapi_jax.models.policy import ClassPolicy
+from vapi_jax.models.policies import ClassPolicy
 from vapi_jax.models.sampling import generate
 from vapi_jax.rewards import Reward, make_terms
 from vapi_jax.rewards.prompts import LETTERS

@@ -28,7 +28,7 @@ from vapi_jax.models.classes import (
     write_class_list,
 )
 from vapi_jax.models.loading import load_weights
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.weights.names import WeightsError
 from vapi_jax.weights.store import save_safetensors

@@ -15,7 +15,7 @@ from vapi_jax.methods import vapi
 from vapi_jax.methods.corruption import make_context, purpose_keys
 from vapi_jax.methods.vapi_plain import plain_vapi_loss
 from vapi_jax.models import categorical
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.rewards import RewardSpec, make_terms
 
 B, G, GRID, V = 4, 5, 3, 11

@@ -29,7 +29,7 @@ from vapi_jax.models.classes import read_class_list, write_class_list
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import MANIFEST, WeightsSource, load_weights
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.checkpoint import Checkpointer

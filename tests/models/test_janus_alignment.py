@@ -8,7 +8,7 @@ import optax
 from tests.helpers.policies import JANUS, TOKENS, VOCAB
 from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.models.categorical import cross_entropy
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 
 IMAGES = np.random.default_rng(1).integers(0, VOCAB, (4, TOKENS), np.int32)
 STEPS = 60

@@ -20,7 +20,7 @@ from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.export import main as export_command
 from vapi_jax.generation.loading import load_generator
 from vapi_jax.models.janus_folder import convert_janus
-from vapi_jax.models.policy import JanusPolicy, make_policy
+from vapi_jax.models.policies import JanusPolicy, make_policy
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training.export_janus import export_janus

@@ -16,7 +16,7 @@ from vapi_jax.methods.generator import make_condition
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.janus_prompts import PromptTokenizer
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.weights.names import WeightsError
 
 CAPTIONS = ["  Ein ROTER Kreis, 日本 <b>!\n", "", "two  dogs " * 9]

@@ -11,15 +11,10 @@ import pytest
 from tests.helpers.compare import assert_close
 from tests.helpers.jaxprs import every_equation
 from tests.helpers.policies import draw_weights
+from vapi_jax.models.attention import attend, attention_implementation, causal_mask, pad_to_even
 from vapi_jax.models.llama import LLAMA_SIZES, Llama, LlamaConfig
-from vapi_jax.models.policy import make_policy, on_devices
-from vapi_jax.models.transformer import (
-    attend,
-    attention_implementation,
-    causal_mask,
-    head_matmul,
-    pad_to_even,
-)
+from vapi_jax.models.policies import make_policy, on_devices
+from vapi_jax.models.transformer import head_matmul
 
 TINY = {
     "dim": 32, "n_head": 4, "n_kv_head": 2, "n_layer": 3, "vocab_size": 11, "block_size": 9,

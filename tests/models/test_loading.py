@@ -13,7 +13,7 @@ from vapi_jax.common.trees import flatten
 from vapi_jax.models.conversion import convert, model_shapes, name_rules
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import WeightsSource, load_weights, reference_weights
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 from vapi_jax.weights.names import WeightsError, from_reference, to_reference
 from vapi_jax.weights.store import save_safetensors

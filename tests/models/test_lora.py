@@ -16,7 +16,7 @@ from vapi_jax.common.trees import flatten, unflatten
 from vapi_jax.methods.config import to_dict
 from vapi_jax.methods.resolve import ConfigError, resolve
 from vapi_jax.models.lora import Adapted, LoRA, merged, split, union
-from vapi_jax.models.policy import make_policy, without_adapters
+from vapi_jax.models.policies import make_policy, without_adapters
 from vapi_jax.parallel.sharding import host_array, make_mesh, shard_batch
 from vapi_jax.training import train
 from vapi_jax.training.export import open_trained

@@ -20,7 +20,7 @@ from tests.helpers.policies import (
     make_condition,
 )
 from vapi_jax.models import conditions
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data import DataConfig, fixed_batch
 from vapi_jax.models.categorical import sample_group
 from vapi_jax.models.lpips import load_lpips_params, lpips
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.weights.store import SHIPPED, load_safetensors
 

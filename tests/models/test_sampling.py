@@ -14,7 +14,7 @@ from vapi_jax.bench import hlo
 from vapi_jax.models import sampling
 from vapi_jax.models.categorical import entropy
 from vapi_jax.models.conditions import text_condition
-from vapi_jax.models.policy import ClassPolicy, make_policy
+from vapi_jax.models.policies import ClassPolicy, make_policy
 from vapi_jax.models.sampling import filter_logits, generate, guidance_scales
 from vapi_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 

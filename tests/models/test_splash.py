@@ -7,8 +7,8 @@ import pytest
 
 from tests.helpers.compare import assert_close
 from vapi_jax.models import splash
+from vapi_jax.models.attention import attend, causal_mask
 from vapi_jax.models.splash import attend_splash
-from vapi_jax.models.transformer import attend, causal_mask
 
 
 def draw(length):

@@ -11,7 +11,7 @@ from tests.helpers import commands
 from tests.helpers.compilers import need_compiler
 from tests.helpers.observations import observe
 from vapi_jax.models import sampling
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import make_mesh
 

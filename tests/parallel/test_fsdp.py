@@ -12,7 +12,7 @@ from tests.helpers.jaxprs import every_equation, largest_intermediate
 from tests.helpers.tiny import BATCH, Machine
 from vapi_jax.bench.hlo import collectives
 from vapi_jax.common.trees import flatten, unflatten
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel import fsdp
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 

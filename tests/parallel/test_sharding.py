@@ -14,7 +14,7 @@ from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods.config import OptimizerConfig
 from vapi_jax.models.loading import load_weights
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import (
     PARTITION_RULES,
     make_mesh,

@@ -25,7 +25,7 @@ from tests.helpers.golden import pick
 from tests.helpers.paths import ROOT
 from vapi_jax.models import vq
 from vapi_jax.models.conditions import text_condition
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.weights import names as weights
 
 # About five times the largest difference measured between the two float32 computations, which was

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.compare import assert_close
 from vapi_jax.models import janus
 from vapi_jax.models.janus_folder import infer_janus
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.weights import names as weights
 
 

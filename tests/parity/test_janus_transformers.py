@@ -13,7 +13,7 @@ from vapi_jax.models import sampling
 from vapi_jax.models.conditions import Prompt
 from vapi_jax.models.head import project
 from vapi_jax.models.janus_folder import convert_janus
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQModel
 from vapi_jax.training.export_janus import export_janus
 from vapi_jax.weights.tensors import open_tensors

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.compare import assert_close
 from tests.helpers.golden import KINDS, make_generator, read_condition
 from vapi_jax.models import llama
-from vapi_jax.models.transformer import causal_mask
+from vapi_jax.models.attention import causal_mask
 from vapi_jax.weights import names as weights
 
 

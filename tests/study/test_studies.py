@@ -10,7 +10,7 @@ from tests.helpers.paths import CONFIGS
 from vapi_jax.bench.flops import method_flops, sample_flops, step_flops
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.resolve import examine, resolve
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.study import estimate
 from vapi_jax.study.__main__ import main
 from vapi_jax.study.acceptance import RESULTS, Acceptance, Check

@@ -22,7 +22,8 @@ from vapi_jax.methods.generator import make_condition
 from vapi_jax.methods.method import Flops
 from vapi_jax.models import head, lpips
 from vapi_jax.models.conditions import Prompt
-from vapi_jax.models.policy import JanusPolicy, Policy, TextPolicy
+from vapi_jax.models.policies import JanusPolicy, TextPolicy
+from vapi_jax.models.policy import Policy
 from vapi_jax.models.transformer import BlockConfig
 from vapi_jax.models.vq import VQConfig
 from vapi_jax.rewards import make_terms

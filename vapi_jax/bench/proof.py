@@ -34,7 +34,7 @@ from vapi_jax.common.paths import FOLDER, PATH
 from vapi_jax.common.recipe_flags import CONFIG, parse_flags
 from vapi_jax.common.tables import format_table
 from vapi_jax.methods.resolve import resolve
-from vapi_jax.models.transformer import attend, attention_implementation
+from vapi_jax.models.attention import attend, attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import total
 from vapi_jax.training import resume, train

@@ -45,7 +45,8 @@ from vapi_jax.models.loading import (
 )
 from vapi_jax.models.lora import merged, split, union
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.models.policy import Policy, make_policy, on_devices, without_adapters
+from vapi_jax.models.policies import make_policy, on_devices, without_adapters
+from vapi_jax.models.policy import Policy
 from vapi_jax.models.text_tokens import FAST
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.parallel.sharding import tree_shardings

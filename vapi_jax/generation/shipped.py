@@ -16,7 +16,7 @@ class Shipped:
     """One model.
 
     Attributes:
-      policy: arguments of `vapi_jax.models.policy.make_policy`.
+      policy: arguments of `vapi_jax.models.policies.make_policy`.
       tokenizer: its sizes.
       image_size: pixels a side of the images that it was trained on.
     """

@@ -41,7 +41,7 @@ from vapi_jax.methods.objective import GRPOOptions, advantages_of, objective
 from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, GroupMethod
 from vapi_jax.models import categorical
 from vapi_jax.models.head import Head, block_length, blockwise, project
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.sampling import filter_logits, generate
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.parallel.targets import memory_of

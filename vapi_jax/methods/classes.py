@@ -15,7 +15,7 @@ from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import generator_source, sized_policy
 from vapi_jax.models.classes import IMAGENET_CLASSES, filled
 from vapi_jax.models.loading import WeightsSource, class_count, class_list
-from vapi_jax.models.policy import find_policy, make_policy
+from vapi_jax.models.policies import find_policy, make_policy
 
 
 def with_classes(config: TrainConfig, errors: Errors) -> TrainConfig:

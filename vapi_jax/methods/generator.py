@@ -23,7 +23,8 @@ from vapi_jax.models.conversion import model_shapes
 from vapi_jax.models.loading import ADAPTERS, ClassTable, WeightsSource, load_weights
 from vapi_jax.models.lora import LoRA
 from vapi_jax.models.pixels import PixelSpace
-from vapi_jax.models.policy import Policy, find_policy, make_policy, on_devices
+from vapi_jax.models.policies import find_policy, make_policy, on_devices
+from vapi_jax.models.policy import Policy
 from vapi_jax.models.vq import VQModel
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.weights.names import WeightsError

@@ -20,7 +20,7 @@ from vapi_jax.methods import METHODS, find_method
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.method import Method
 from vapi_jax.models.lpips import least_side
-from vapi_jax.models.policy import find_policy
+from vapi_jax.models.policies import find_policy
 
 COMPARED_FEATURES = {"alex_conv5": 512, "efficientnet_lite0_112": 1280}
 """`eval.unseen` -> width of the widest features of the final table, which always has VGG's 512: a covariance

@@ -32,7 +32,7 @@ from vapi_jax.models.classes import read_class_list, write_class_list
 from vapi_jax.models.janus import JanusConfig
 from vapi_jax.models.llama import LlamaConfig
 from vapi_jax.models.loading import BUFFERS, CONFIG, MANIFEST, MODEL, read_origin
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQConfig, VQModel
 from vapi_jax.weights.names import Origin, Rule, WeightsError, check_finite, check_reference
 from vapi_jax.weights.tensors import LazyTensor, Outgoing, TensorFile, open_tensors, write_sharded

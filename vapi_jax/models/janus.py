@@ -23,14 +23,13 @@ from vapi_jax.common.options import (
     Positive,
     Vocabulary,
 )
+from vapi_jax.models.attention import Kernel, causal_mask
 from vapi_jax.models.lora import LoRA, settled
 from vapi_jax.models.transformer import (
     BlockConfig,
-    Kernel,
     KVCache,
     Remat,
     RMSNorm,
-    causal_mask,
     head_matmul,
     outside_layers,
     prefill_blocks,

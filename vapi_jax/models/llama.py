@@ -18,19 +18,17 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vapi_jax.common.options import Count, Dtype, NotNegative, Positive, Rate, Share, Vocabulary
+from vapi_jax.models.attention import Kernel, causal_mask, rope_table_2d
 from vapi_jax.models.lora import LoRA, settled
 from vapi_jax.models.transformer import (
     BlockConfig,
-    Kernel,
     KVCache,
     Remat,
     RMSNorm,
-    causal_mask,
     dense,
     head_matmul,
     outside_layers,
     prefill_blocks,
-    rope_table_2d,
     scan_blocks,
     step_blocks,
 )

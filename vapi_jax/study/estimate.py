@@ -12,7 +12,7 @@ from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.methods.classes import labels_option
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.resolve import examine, raise_all
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.study.spec import BASE, Arm, Draw, Study, recipe_of
 
 TRAINING, SAMPLING = H100.utilisation, 0.05

@@ -32,7 +32,7 @@ from vapi_jax.models.loading import (
     read_manifest,
 )
 from vapi_jax.models.lora import A, B, LoRA
-from vapi_jax.models.policy import make_policy
+from vapi_jax.models.policies import make_policy
 from vapi_jax.training.checkpoint import Checkpointer
 from vapi_jax.weights.names import Origin, Rule, WeightsError, origin_of
 from vapi_jax.weights.tensors import LazyTensor, Outgoing, write_safetensors

@@ -34,6 +34,7 @@ from vapi_jax.methods.generator import GeneratorMethod
 from vapi_jax.methods.method import Network
 from vapi_jax.methods.resolve import device_errors, examine, raise_all
 from vapi_jax.models.architecture import disagreements
+from vapi_jax.models.attention import attention_implementation
 from vapi_jax.models.efficientnet import JudgeWeightsError, load_efficientnet
 from vapi_jax.models.loading import (
     CONFIG,
@@ -46,7 +47,6 @@ from vapi_jax.models.loading import (
     read_through,
 )
 from vapi_jax.models.lpips import PerceptualWeightsError, load_lpips_params
-from vapi_jax.models.transformer import attention_implementation
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.parallel.targets import memory_of
 from vapi_jax.training import memory, resume, train
