@@ -14,7 +14,8 @@ from vapi_jax.report import verdict
     ("changes", "tone", "headline", "sentence"),
     [
         ({}, "mixed", "no better than another temperature", "can explain what changed"),
-        ({"after": 440.0, "unseen": 86.0}, "good", "by more than sharpening", "better than mere"),
+        ({"after": 440.0, "unseen": 84.0}, "good", "by more than sharpening", "better than mere"),
+        ({"after": 440.0, "unseen": 86.0}, "mixed", "not in others", "is not to be told apart"),
         ({"after": 462.0}, "mixed", "another temperature", "does more"),
         (
             {"after": 480.0, "unseen": 97.0},
@@ -48,7 +49,7 @@ def test_a_trial_of_too_few_samples_says_that_it_means_nothing():
 def test_verdict_with_one_seed_claims_nothing():
     summary = make_summary(after=440.0)
     for row in summary["table"]:
-        row["frechet"]["n"] = 1
+        row["frechet"]["n"] = row["frechet_unseen"]["n"] = 1
     for block in ("frechet", "frechet_unseen"):
         summary[block]["before"]["n"] = summary[block]["after"]["n"] = 1
     said = verdict.verdict(summary)
@@ -67,6 +68,26 @@ def test_without_a_table_the_main_numbers_speak():
     assert "3.000" in said.sentences[0] and "1.045" in said.sentences[1]
     assert verdict.verdict({}, falling[::-1]).tone == "bad"
     assert verdict.verdict({}).sentences == ()
+
+
+@pytest.mark.parametrize(
+    ("unseen", "sentence"),
+    [
+        (
+            91.94,
+            "did as much as a temperature of 0.98 does",
+        ),  # four tenths of the way from 93.1 to 90.2
+        (89.5, "did as much as a temperature of 0.93 does"),  # half way from 90.2 to 88.8
+        (
+            80.0,
+            "no temperature of the base in the table does as much: the best, 0.92, reaches 88.80",
+        ),
+        (95.0, None),
+    ],
+)
+def test_verdict_names_the_temperature_of_equal_distance(unseen, sentence):
+    said = " ".join(verdict.verdict(make_summary(unseen=unseen)).sentences)
+    assert sentence in said if sentence else "as much" not in said
 
 
 def test_verdict_names_an_inexact_match():

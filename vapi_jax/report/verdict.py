@@ -7,6 +7,7 @@ about the next, and the text says so.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -229,17 +230,24 @@ def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Compari
     return change, other, sentences
 
 
-def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[str]]:
-    """Against the base at the temperature of equal entropy: is the gain more than sharpening?"""
+def _sharpening_sentences(
+    summary: Mapping[str, Any],
+) -> tuple[Comparison, Comparison, list[str]]:
+    """Against the base at the temperature of equal entropy: is the gain more than sharpening?
+
+    In the features of the reward, in those that it never sees, and in words.
+    """
     after, matched = first_row(summary, "vapi"), first_row(summary, "matched")
     if after is None or matched is None:
-        return Comparison("absent"), []
-    comparison = compare(after.get("frechet"), matched.get("frechet"))
-    if comparison.outcome == "absent":
-        return comparison, []
+        return Comparison("absent"), Comparison("absent"), []
+    change, other = (
+        compare(after.get(name), matched.get(name)) for name in ("frechet", "frechet_unseen")
+    )
+    if change.outcome == "absent":
+        return change, other, []
     temperature = number(matched.get("temperature"))
     at = "" if temperature is None else f" (temperature {temperature:.3g})"
-    noise = _noise(comparison)
+    noise = _noise(change)
     meaning = {
         "better": f"so the post-trained model is better than mere sharpening makes the base, by {noise}",
         "same": f"a difference {noise}: another temperature of the base does as well, and can explain"
@@ -250,8 +258,17 @@ def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[
     }
     reached = show_distance(matched.get("frechet"))
     sentences = [
-        f"The base sampled at the same entropy{at} reaches {reached}, {meaning[comparison.outcome]}."
+        f"The base sampled at the same entropy{at} reaches {reached}, {meaning[change.outcome]}."
     ]
+    sides = {"better": "better by ", "worse": "worse by ", "same": "not to be told apart, "}
+    if other.outcome in sides:
+        reached = show_distance(matched.get("frechet_unseen"))
+        sentences.append(
+            f"In the features that the reward never sees it reaches {reached}: the post-trained model"
+            f" is {sides[other.outcome]}{_noise(other)}."
+        )
+    if equal := _equal_temperature(summary):
+        sentences.append(equal)
     entropies = number(after.get("entropy")), number(matched.get("entropy"))
     if entropies[0] is not None and entropies[1] is not None:
         gap = entropies[1] - entropies[0]
@@ -260,7 +277,37 @@ def _sharpening_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, list[
                 f"(The match is not exact: that control's entropy is {show(abs(gap), 2)} nats"
                 f" {'higher' if gap > 0 else 'lower'}.)"
             )
-    return comparison, sentences
+    return change, other, sentences
+
+
+def _equal_temperature(summary: Mapping[str, Any]) -> str:
+    """How far the base would have to be sharpened for the distance of the post-trained model in features
+    that the reward never sees: on straight lines between the table's temperatures of the base."""
+    kinds = ("base", "temperature", "matched")
+    rows = [row for kind in kinds for row in rows_of(summary, kind)]
+    found = [(number(r.get("temperature")), _mean(r.get("frechet_unseen"))) for r in rows]
+    points = sorted(((t, d) for t, d in found if t is not None and d is not None), reverse=True)
+    target = _mean((first_row(summary, "vapi") or {}).get("frechet_unseen"))
+    if target is None or len(points) < 2:
+        return ""
+    for (here, far), (there, near) in itertools.pairwise(points):
+        if min(far, near) <= target <= max(far, near) and far != near:
+            temperature = here + (there - here) * (far - target) / (far - near)
+            return (
+                "In those features post-training did as much as a temperature of"
+                f" {temperature:.2f} does to the base."
+            )
+    best = min(points, key=lambda point: point[1])
+    if target < best[1]:
+        return (
+            "In those features no temperature of the base in the table does as much:"
+            f" the best, {best[0]:.2f}, reaches {show(best[1])}."
+        )
+    return ""
+
+
+def _mean(estimate: Mapping[str, Any] | None) -> float | None:
+    return number((estimate or {}).get("mean"))
 
 
 def _control_sentences(summary: Mapping[str, Any]) -> list[str]:
@@ -295,7 +342,7 @@ def _comparison(summary: Mapping[str, Any]) -> Verdict:
     """Base, post-trained model and controls, by their rows of the table."""
     way, reward = _reward_sentence(summary)
     change, other, distance = _distance_sentences(summary)
-    matched, sharpening = _sharpening_sentences(summary)
+    matched, matched_unseen, sharpening = _sharpening_sentences(summary)
     sentences = [reward, *_scene_sentences(summary), *distance]
     sentences += [*sharpening, *_control_sentences(summary)]
     if change.outcome not in ("absent", "unknown"):
@@ -303,7 +350,8 @@ def _comparison(summary: Mapping[str, Any]) -> Verdict:
             "Noise means the 95\u00a0% interval over sampling seeds of this one training run; a repeated"
             " training may differ by more."
         )
-    return Verdict(*_headline(way, change, other, matched), tuple(s for s in sentences if s))
+    headline = _headline(way, change, other, matched, matched_unseen)
+    return Verdict(*headline, tuple(s for s in sentences if s))
 
 
 def _reward_headline(way: str) -> tuple[str, str]:
@@ -312,9 +360,14 @@ def _reward_headline(way: str) -> tuple[str, str]:
 
 
 def _headline(
-    way: str | None, change: Comparison, other: Comparison, matched: Comparison
+    way: str | None,
+    change: Comparison,
+    other: Comparison,
+    matched: Comparison,
+    matched_unseen: Comparison,
 ) -> tuple[str, str]:
-    """(tone, headline). 'Good' asks for a gain over the base AND over the entropy-matched control."""
+    """(tone, headline). 'Good' asks for a gain over the base AND over the entropy-matched control, the
+    latter in features that the reward never sees, too, where there are any."""
     if change.outcome == "absent":
         return _reward_headline(way) if way else ("plain", "The run is complete")
     if change.outcome == "unknown":
@@ -333,6 +386,8 @@ def _headline(
         return "mixed", "Better than the base, but no better than another temperature of it"
     if other.outcome == "worse":
         return "mixed", "Better in the features of the reward, worse in features it never sees"
+    if matched.outcome == "better" and matched_unseen.outcome in ("same", "worse"):
+        return "mixed", f"More than sharpening in the features of the reward, not in others{reward}"
     if matched.outcome == "better":
         if reward:
             return "mixed", f"Better than the base, by more than sharpening{reward}"
