@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import commands
-from tests.helpers.compilers import need_compiler
+from tests.helpers.compilers import need_compiler, optimised
 from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.bench import fitting, hlo, targets, targets_report
@@ -62,7 +62,8 @@ def compiled_step(config, mesh):
     """(the method, text of its compiled step, parts of its memory that shapes tell, the program)."""
     method = targets.on_mesh(config, mesh)
     lowered, known = targets.lower_step(method)
-    compiled = lowered.compile()
+    with optimised():
+        compiled = lowered.compile()
     return method, compiled.as_text(), known, compiled
 
 
@@ -188,7 +189,10 @@ def test_the_fastest_setting_that_fits_is_found():
     target = parse("h100:1")
     kind = dataclasses.replace(target.kind, memory=25_000_000)
     everything = {"policy": {**RECIPE["policy"], "remat": "none"}}  # too much by its shapes alone
-    setting, found = fitting.fastest(recipe(**everything), dataclasses.replace(target, kind=kind))
+    with optimised():
+        setting, found = fitting.fastest(
+            recipe(**everything), dataclasses.replace(target, kind=kind)
+        )
     assert found.fits and found.peak <= kind.memory
     assert (setting.microbatch_size, setting.remat) == (IMAGES, "dots")
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.compilers import need_compiler
+from tests.helpers.compilers import need_compiler, optimised
 from vapi_jax.bench import hlo
 from vapi_jax.models.policies import make_policy, on_devices
 from vapi_jax.parallel import compiler, fsdp, targets
@@ -45,9 +45,11 @@ def compiled_gradient(target):
         local, mesh=mesh, in_specs=(specs, rows, rows), out_specs=specs, check_vma=False
     )
     jitted = jax.jit(run, compiler_options=compiler.options(mesh))
-    return jitted.lower(params, batch(16), batch(16, TOKENS - 1)).compile().as_text()
+    with optimised():
+        return jitted.lower(params, batch(16), batch(16, TOKENS - 1)).compile().as_text()
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_on_gpus_a_layers_gathers_run_under_matrix_products():
     need_compiler("compile-cuda")
@@ -67,6 +69,7 @@ def test_on_gpus_a_layers_gathers_run_under_matrix_products():
     assert seen == 2  # forward, and backward
 
 
+@pytest.mark.targets
 @pytest.mark.slow
 def test_on_tpus_no_array_of_all_pairs_is_written():
     need_compiler("compile-tpu")

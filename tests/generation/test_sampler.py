@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compilers import optimised
 from tests.helpers.policies import BATCH, CASES, draw_weights, make_condition
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
@@ -81,11 +82,13 @@ def program(policy, weights, mesh):
     """The compiled loop over tokens for 16 samples."""
     batch = shard_whole({"labels": LABELS[:16], "ids": np.arange(16, dtype=np.uint32)}, mesh)
     whole = replicated(mesh)
-    return jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
+    lowered = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
         policy, weights, batch["labels"], jax.device_put(jax.random.key(0), whole), batch["ids"],
         jax.device_put(np.float32(1), whole), jax.device_put(np.ones(16, np.float32), whole),
         top_k=0, top_p=1.0, guided=0, greedy=False, with_entropy=True,
-    ).compile().as_text()  # fmt: skip
+    )  # fmt: skip
+    with optimised():
+        return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

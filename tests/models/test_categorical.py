@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from tests.helpers.compare import assert_close
+from tests.helpers.compilers import optimised
 from vapi_jax.models.categorical import draw, entropy, num_choices, sample_group, token_log_probs
 
 
@@ -22,10 +23,9 @@ def histogram(logits, draws, temperature=1.0, key=0):
 
 @pytest.fixture
 def compile_effort():
-    """The code that users run: many draws are work for the CPU, not the compiler."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Many draws are work for the CPU, not the compiler."""
+    with optimised():
+        yield
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -200,7 +200,8 @@ def test_nothing_of_size_batch_group_length_vocabulary():
     logits = jnp.zeros((batch, length, vocab))
     uniforms = jnp.zeros((batch, length, group, num_choices(vocab)))
     lowered = jax.jit(draw).lower(uniforms, logits)
-    memory = lowered.compile().memory_analysis()
+    with optimised():
+        memory = lowered.compile().memory_analysis()
     full = batch * group * length * vocab * 4
     assert memory.temp_size_in_bytes < full / 2
     text = lowered.as_text()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.compilers import optimised
 from tests.helpers.paths import CONFIGS
 from vapi_jax.common.recipes import load_recipe
 from vapi_jax.data import DataConfig, fixed_batch
@@ -26,8 +27,9 @@ IMAGES, G = 16, 8
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_effort():
-    """The code that users run: real images through VGG are work for the CPU, not the compiler."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Real images through VGG are work for the CPU, not the compiler."""
+    with optimised():
+        yield
 
 
 @pytest.fixture(scope="module")

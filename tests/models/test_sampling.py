@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.compare import assert_close
+from tests.helpers.compilers import optimised
 from tests.helpers.policies import draw_weights
 from vapi_jax.bench import hlo
 from vapi_jax.models import sampling
@@ -326,10 +327,12 @@ def test_every_layers_cache_is_updated_in_place():
         multiple_of=16, num_classes=5,
     )  # fmt: skip
     shapes = jax.eval_shape(policy.init, RNG)
-    compiled = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
+    lowered = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
         policy, shapes, LABELS, RNG, jnp.arange(6), jnp.float32(1), jnp.ones(16),
         top_k=0, top_p=1.0, guided=16, greedy=False, with_entropy=False,
-    ).compile()  # fmt: skip
+    )  # fmt: skip
+    with optimised():
+        compiled = lowered.compile()
     program, buffer = compiled.as_text(), r"f32\[12,2,16,8\]\S* "
     assert len(re.findall(rf"= {buffer}dynamic-update-slice\(", program)) >= 2 * 3
     assert not re.findall(rf"= {buffer}copy\(", program)
@@ -349,11 +352,13 @@ def test_devices_draw_their_samples_alone(guided):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
     shapes = jax.eval_shape(policy.init, RNG)
-    compiled = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
+    lowered = jax.jit(sampling._generate, static_argnames=sampling._STATIC).lower(
         policy,
         jax.tree.map(lambda x: put(x.shape, x.dtype, whole), shapes),
         put((16,), jnp.int32, rows), jax.device_put(RNG, whole), put((16,), jnp.int32, rows),
         put((), jnp.float32, whole), put((16,), jnp.float32, whole),
         top_k=0, top_p=1.0, guided=guided, greedy=False, with_entropy=False,
-    ).compile()  # fmt: skip
+    )  # fmt: skip
+    with optimised():
+        compiled = lowered.compile()
     assert hlo.totals(hlo.collectives(compiled.as_text())) == {}
