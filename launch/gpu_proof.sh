@@ -8,8 +8,8 @@ usage() {
 usage: launch/gpu_proof.sh [--dry-run] [OUT]
 
 On one H100 or the like, without a network: correctness first, then the XXL step at 128 x 8 with its
-phases and top kernels, a few settings, the XL step, the plain step at a batch that fits, and sampling at
-guidance 1 and 1.75. Writes OUT/proof.json and OUT/proof.md, the latter ready for docs/performance.md
+phases and top kernels, its variant h100x1 beside other settings, the fastest named, the XL step, the plain
+step at a batch that fits, and sampling at guidance 1 and 1.75. Writes OUT/proof.json and OUT/proof.md, the latter ready for docs/performance.md
 (default OUT: runs/gpu_proof/<time>), and the log of every part.
 
 --dry-run runs the same parts but the XL step in tiny sizes on the CPU.
@@ -62,23 +62,24 @@ tiny=(--config=configs/c2i_xxl.py:tiny "${small[@]}")
 xxl=(--config=configs/c2i_xxl.py "${alone[@]}")
 xl=(--config=configs/c2i_xl.py "${alone[@]}")
 oracle=("${xxl[@]}" --config.batch_size=16 --config.microbatch_size=4)
-settings=(--vary=policy.remat=dots --vary=decode_chunk=16,64)
+fast=(--config=configs/c2i_xxl.py:h100x1 "${alone[@]}")
+settings=(--vary=microbatch_size=16,64 --vary=policy.remat=full)
 steps=5 batch=64
 if [ -n "$dry" ]; then
   export JAX_PLATFORMS=cpu
   small+=(--config.cpu_devices=1)
   tiny+=(--config.cpu_devices=1)
   xxl=(--config=configs/bench_cpu.py:tiny "${small[@]}") # bfloat16 is slow on a CPU
-  oracle=("${xxl[@]}")
+  oracle=("${xxl[@]}") fast=("${xxl[@]}")
   settings=(--vary=decode_chunk=2)
   steps=1 batch=2
 fi
 
 part checks 150 vapi_jax.bench.proof "${tiny[@]}"
 part xxl 180 vapi_jax.bench "${xxl[@]}" "--steps=$steps" --kernels=15
-part sample_1 90 vapi_jax.bench --mode=sample "${xxl[@]}" "--batch=$batch" --cfg=1 --steps=1
-part settings 120 vapi_jax.bench "${xxl[@]}" "--steps=$((steps > 3 ? 3 : steps))" "${settings[@]}"
-part sample_cfg 90 vapi_jax.bench --mode=sample "${xxl[@]}" "--batch=$batch" --cfg=1.75 --steps=1
+part sample_1 120 vapi_jax.bench --mode=sample "${xxl[@]}" "--batch=$batch" --cfg=1 --steps=1
+part settings 150 vapi_jax.bench "${fast[@]}" "--steps=$((steps > 3 ? 3 : steps))" "${settings[@]}"
+part sample_cfg 120 vapi_jax.bench --mode=sample "${xxl[@]}" "--batch=$batch" --cfg=1.75 --steps=1
 part plain 120 vapi_jax.bench "${oracle[@]}" --steps=1 --plain
 [ -n "$dry" ] || part xl 90 vapi_jax.bench "${xl[@]}" "--steps=$steps"
 "$python" -m vapi_jax.bench.proof "--table=$out" || failed=1

@@ -333,12 +333,20 @@ def test_a_sweep_keeps_the_weights_and_changes_the_sizes(monkeypatch):
                                                        or p[0] == "recipe"])  # fmt: skip
     found = sweep.sweep(tiny(), one_device(), steps=1, plain=False)
     recipe, large = found["rows"]
+    assert found["no_room"] == []
     assert 0 < recipe["planned_memory_bytes"] < large["planned_memory_bytes"]
     assert (recipe["varied"], large["varied"]) == ("recipe", "batch")
     assert (recipe["batch_size"], large["batch_size"]) == (16, 32)
     assert large["model_flops"] == 2 * recipe["model_flops"]
     assert recipe["policy_seconds"] > 0.0
     assert "policy_seconds" not in large
+
+    room = (recipe["planned_memory_bytes"] + large["planned_memory_bytes"]) // 2
+    monkeypatch.setattr(sweep, "memory_of", lambda device: room)
+    found = sweep.sweep(tiny(), one_device(), steps=1, plain=False)
+    assert [row["varied"] for row in found["rows"]] == ["recipe"]
+    left_out = {"varied": "batch", "planned_memory_bytes": large["planned_memory_bytes"]}
+    assert found["no_room"] == [left_out]
 
 
 # --- the sweep's points, table and plot -----------------------------------------------------------

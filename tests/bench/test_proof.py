@@ -45,17 +45,26 @@ def test_the_table_tells_everything_that_was_left(tmp_path):
     sample = {"mode": "sample", "batch_size": 64, "cfg_scale": 1.75, "tokens_per_second": 1234.0,
               "images_per_second": 5.0}  # fmt: skip
     check = {"name": "tokens", "figure": 0.5, "allowed": 0.001, "passed": False}
-    row = {"varied": "policy.remat=dots", "planned_memory_bytes": 50e9, "seconds_per_step": 1.5,
+    row = {"varied": "recipe", "planned_memory_bytes": 30e9, "seconds_per_step": 1.75,
            "model_flops": 1e15}  # fmt: skip
+    dots = {
+        **row,
+        "varied": "policy.remat=dots",
+        "planned_memory_bytes": 50e9,
+        "seconds_per_step": 1.5,
+    }
+    large = {"varied": "microbatch_size=64", "planned_memory_bytes": 142e9}
     parts = {"checks": {"checks": [check]}, "xxl": STEP, "sample_cfg": sample,
-             "settings": {"rows": [row], "peak_flops_per_second": 1e15}}  # fmt: skip
+             "settings": {"rows": [row, dots], "no_room": [large], "peak_flops_per_second": 1e15},
+             }  # fmt: skip
     for name, part in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(about | part))
     (tmp_path / "missing.txt").write_text("xl (no time left)\n")
     text = proof.write_table(tmp_path).read_text()
     assert_mentions(
-        text, "NVIDIA H100", "0.11.0", "**NO**", "2.000", "50.0 %", "40 GB", "4.50", "policy.remat=dots",
-        "1.500", "1234", "1.75", "decode", "gemm", "xl (no time left)",
+        text, "NVIDIA H100", "0.11.0", "**NO**", "2.000", "50.0 %", "40 GB", "4.50", "settings, recipe |",
+        "policy.remat=dots, **fastest** | 1.500", "microbatch_size=64 | no room", "142 GB",
+        "1234", "1.75", "decode", "gemm", "xl (no time left)",
     )  # fmt: skip
     assert json.loads((tmp_path / "proof.json").read_text()).keys() == parts.keys()
     assert "settings, policy.remat=dots" in proof.write_table(tmp_path).read_text()  # again

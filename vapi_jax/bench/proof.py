@@ -176,15 +176,26 @@ def _step_row(name: str, found: dict[str, Any], seconds: float, flops: float) ->
 
 def _steps(name: str, found: dict[str, Any]) -> list[list[str]]:
     if "rows" in found:
+        best = min((row["seconds_per_step"] for row in found["rows"]), default=None)
+        left_out = [
+            [
+                f"{name}, {one['varied']}",
+                "no room",
+                "",
+                "",
+                quantity(one["planned_memory_bytes"], "B"),
+            ]
+            for one in found.get("no_room", ())
+        ]
         return [
             _step_row(
-                f"{name}, {row['varied']}",
+                f"{name}, {row['varied']}{', **fastest**' if row['seconds_per_step'] == best else ''}",
                 {**found, "peak_memory_bytes": row["planned_memory_bytes"]},
                 row["seconds_per_step"],
                 row["model_flops"],
             )
             for row in found["rows"]
-        ]
+        ] + left_out
     rows = [_step_row(name, found, found["seconds_per_step"], found["model_flops"])]
     if found.get("ratio") is not None:
         ratio = f"{found['ratio']:.2f} times as long"

@@ -24,6 +24,7 @@ from vapi_jax.common.progress import ProgressBar
 from vapi_jax.methods.config import ConfigError, TrainConfig
 from vapi_jax.methods.resolve import changed, resolve
 from vapi_jax.parallel.sharding import shard_batch
+from vapi_jax.parallel.targets import memory_of
 from vapi_jax.training import train
 
 AXES = ("batch", "group", "microbatch")
@@ -124,6 +125,11 @@ class _Point:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     rounds: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
+    @property
+    def planned_memory(self) -> int:
+        """Bytes, of the largest of its steps."""
+        return max(planned_memory(step) for step in self.steps.values())
+
     def run_steps(self, state: Any, timed: bool) -> Any:
         """Every step once; the state after them."""
         setup = self.setup
@@ -172,12 +178,14 @@ def sweep(
     """Times the recipe's step with one of batch, group and microbatch changed at a time.
 
     All are compiled first and then take turns, so that what else the machine does falls on all alike.
-    With `options` these are varied instead, as in `variants`.
+    With `options` these are varied instead, as in `variants`. What a device has no room for by the
+    compiler's plan is not run.
 
     Returns:
-      {"rows": [...], device, versions, notes}; a row has the sizes, `seconds_per_step`, its
-      quartiles, `model_flops`, `planned_memory_bytes`; of the recipe and where the group varies also
-      `policy_seconds`, of forward, sampling and backward alone; and `plain_seconds_per_step`.
+      {"rows": [...], "no_room": [...], device, versions, notes}; a row has the sizes,
+      `seconds_per_step`, its quartiles, `model_flops`, `planned_memory_bytes`; of the recipe and where
+      the group varies also `policy_seconds`, of forward, sampling and backward alone; and
+      `plain_seconds_per_step`. `no_room` has what was left out, as {varied, planned_memory_bytes}.
 
     Raises:
       ConfigError, WeightsError: as `setup.build`.
@@ -193,12 +201,18 @@ def sweep(
         else points(setup.method.config, mesh.size)
     )
     compiled: list[_Point] = []
+    no_room: list[dict[str, Any]] = []
+    room = memory_of(mesh.devices.flat[0])
     turns = WARM_UP + steps
     with ProgressBar(len(todo) * (1 + turns), f"{config.name} sweep") as progress:
         for axis, changed in todo:
-            compiled.append(_compile(axis, _resized(setup, changed, host), plain))
-            progress.update(len(compiled))
-        done, state = len(todo), setup.state
+            point = _compile(axis, _resized(setup, changed, host), plain)
+            if room is None or point.planned_memory <= room:
+                compiled.append(point)
+            else:
+                no_room.append({"varied": axis, "planned_memory_bytes": point.planned_memory})
+            progress.update(len(compiled) + len(no_room) * (1 + turns))
+        done, state = len(compiled) + len(no_room) * (1 + turns), setup.state
         for turn in range(-WARM_UP, steps):
             for point in compiled:
                 state = point.run_steps(state, turn >= 0)
@@ -214,6 +228,7 @@ def sweep(
         "notes": setup.notes,
         "steps": steps,
         "rows": rows,
+        "no_room": no_room,
     }
 
 
