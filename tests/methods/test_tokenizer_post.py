@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.tiny import make_tiny_config, make_tiny_method, policy_file
 from vapi_jax.methods.config import ConfigError
+from vapi_jax.methods.tokenizer_loss import LossWeights
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.training import train
 
@@ -27,6 +28,23 @@ def test_a_share_of_the_tokens_is_true_and_the_others_are_drawn_after_them():
     drawn = jax.jit(method.drawn)(TOKENS, frozen, batch, jax.random.key(1), 1.0)
     assert 0.45 < float((drawn == TOKENS).mean()) < 0.65  # a half, and what is right by chance
     assert int(drawn.min()) >= 0 and int(drawn.max()) < 16
+
+
+def test_which_tokens_are_true_says_nothing_of_what_the_others_are():
+    """Whatever half of the vocabulary a token is drawn from, as many are drawn elsewhere."""
+    method = method_of(rollout="mixed", true_share=0.5)
+    frozen = {"policy": jax.jit(method.policy.init)(jax.random.key(0))}  # uniform over 16 codes
+    batch = {"condition": jnp.zeros(64, jnp.int32), "index": jnp.arange(64)}
+    true = jnp.zeros((64, 64), jnp.int32)
+    drawn = np.array(jax.jit(method.drawn)(true, frozen, batch, jax.random.key(1), 1.0))
+    upper = drawn[:, :32] >= 8
+    assert 0.4 < (drawn[:, ::2] != 0)[upper].mean() < 0.55
+
+
+def test_one_weight_of_the_loss_leaves_the_others_as_they_are():
+    assert method_of(loss={"perceptual": 0.5}).options.loss == LossWeights(
+        reconstruction=1.0, perceptual=0.5, codebook=0.0, adversarial=0.0
+    )
 
 
 def test_frozen_parts_come_back_after_an_update():

@@ -19,6 +19,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 Kind = TypeVar("Kind")
@@ -100,7 +101,14 @@ def given(default: Any = None) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"given": True})
 
 
-def build(kind: type[Kind], values: Any, where: str, errors: Errors, **more: Any) -> Kind:
+def build(
+    kind: type[Kind],
+    values: Any,
+    where: str,
+    errors: Errors,
+    start: Kind | None = None,
+    **more: Any,
+) -> Kind:
     """A dataclass from a mapping, collecting errors instead of stopping at the first.
 
     A value that cannot be used is left at its default, so that the rest can be judged as well.
@@ -110,11 +118,13 @@ def build(kind: type[Kind], values: Any, where: str, errors: Errors, **more: Any
       values: option -> value; nested mappings for fields that are dataclasses.
       where: path of these options in the configuration, "" or ending in a full stop.
       errors: added to.
+      start: has the options that `values` leaves out; None for the defaults of `kind`.
       more: fields that are settled already.
     """
+    make = kind if start is None else partial(dataclasses.replace, start)
     if not isinstance(values, Mapping):
         errors.append(f"{where.rstrip('.')}={values!r}: wants options of its own, not a value")
-        return kind(**more)
+        return make(**more)
     hints, kept = hints_of(kind), dict(more)
     for name, value in values.items():
         if name in more:
@@ -122,18 +132,19 @@ def build(kind: type[Kind], values: Any, where: str, errors: Errors, **more: Any
         if name not in hints:
             errors.append(f"{where}{name}: nothing reads this option{nearest(name, hints, where)}")
         elif dataclasses.is_dataclass(hints[name]):
-            kept[name] = build(hints[name], value, f"{where}{name}.", errors)
+            own = getattr(kind if start is None else start, name, None)
+            kept[name] = build(hints[name], value, f"{where}{name}.", errors, own)
         else:
             before = len(errors)
             found = coerce(value, hints[name], f"{where}{name}", errors)
             if len(errors) == before:
                 kept[name] = found
     try:
-        return kind(**kept)
+        return make(**kept)
     except ValueError as error:  # the dataclass's own check, one line for each finding
         path = where.rstrip(".")
         errors += [f"{path}: {line}" if path else line for line in str(error).splitlines()]
-        return kind(**more)
+        return make(**more)
 
 
 def nearest(name: str, known: Iterable[str], where: str = "") -> str:

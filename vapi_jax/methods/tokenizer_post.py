@@ -68,7 +68,7 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         "robustok": {
             "tokenizer_post": {
                 "rollout": "mixed",
-                "loss": {"adversarial": 0.5, "codebook": 0.0},
+                "loss": {"adversarial": 0.5},
                 "temperature": 1.02,
                 "cfg_scale": 6.0,
             }
