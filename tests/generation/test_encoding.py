@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from tests.helpers import image_text
 from tests.helpers.compare import assert_close
 from tests.helpers.paths import GOLDEN
-from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, with_random_head
+from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, policy_file, with_random_head
 from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
@@ -125,6 +126,21 @@ def test_tokens_of_another_encoder_are_refused_and_both_are_named(made, tmp_path
     method = make_method(encoded(config, copy(out, tmp_path / "other", **changes)), make_mesh())
     with pytest.raises(WeightsError, match=f"init.vq=.*tokenizer.encoder_dtype='float32'.*{named}"):
         method.load_frozen()
+
+
+def test_a_decoder_is_not_trained_on_tokens_of_another_tokenizer(made, tmp_path):
+    config, out = made
+    other = copy(out, tmp_path / "other", tokenizer=64 * "0")
+    own, init = METHODS["tokenizer_post"], dataclasses.replace(config.init, gpt=policy_file())
+    for data, message in ((out, ""), (other, "init.vq=.*the tokenizer 000000000000 in float32")):
+        method = make_method(
+            dataclasses.replace(
+                encoded(config, data), method="tokenizer_post", options=own.Options(),
+                section=own.section, init=init,
+            ), make_mesh(),
+        )  # fmt: skip
+        with pytest.raises(WeightsError, match=message) if message else nullcontext():
+            method.load_frozen()
 
 
 def test_the_dtype_of_the_encoder_is_written_down(made, tmp_path):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vapi_jax.common.options import Errors, Natural, NotNegative, Positive, Share
+from vapi_jax.data.pipeline import encoder_of
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod, generator_source, logits_bytes
 from vapi_jax.methods.method import Curve, Flops, Network, SampledPolicy, Scalars
@@ -116,6 +117,8 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
         source = generator_source(self.config, self.policy)
         if source is None:
             raise WeightsError("config.init.gpt: name weights of the generator")
+        if encoder_of(self.config.data) is not None:
+            self.load_tokenizer()  # is it the one that made the tokens of the data?
         policy = load_weights(source, self.frozen_shapes()["policy"])
         return {**super().load_frozen(), "policy": policy}
 
@@ -151,22 +154,25 @@ class TokenizerPost(TokenizerTraining, GeneratorMethod):
     ) -> Int[Array, "B T"]:
         """x of the module's equations."""
         options, policy, params = self.options, self.policy, frozen["policy"]
-        keys = jax.vmap(partial(jax.random.fold_in, rng))(batch["index"])
+        each = jax.vmap(jax.random.fold_in, (None, 0))
         if options.rollout == "mixed":
             # One gather, in place of one for every token.
             params = policy.narrowed(params)
             if not self.local:
                 params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
+            # Of one key the mask's would be those that `generate` makes for its draws.
+            mask_rng, draw_rng = jax.random.split(rng)
             kept = jax.vmap(
                 lambda key: jax.random.bernoulli(key, options.true_share, tokens.shape[1:])
-            )(keys)
+            )(each(mask_rng, batch["index"]))
             return generate(
-                policy, params, batch["condition"], rng, temperature=temperature,
+                policy, params, batch["condition"], draw_rng, temperature=temperature,
                 cfg_scale=options.cfg_scale, sample_ids=batch["index"],
                 given=jnp.where(kept, tokens, -1),
             )  # fmt: skip
         hidden = policy.hidden(params, batch["condition"], tokens[:, : policy.context_length])
         shape = tokens.shape[1], 1, num_choices(policy.vocab_size)
+        keys = each(rng, batch["index"])
         uniforms = jax.vmap(lambda key: uniforms_24(key, shape))(keys)
         return draw(hidden, policy.head(params), uniforms, temperature)[0][:, 0]
 
