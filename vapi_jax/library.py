@@ -173,7 +173,8 @@ def reward(
     Returns:
       (samples [B, G, H, W, 3], images [B, H, W, 3] or None, conditions=None) -> float32 [B, G] each; pixels
       are floats in [-1, 1], conditions B captions or labels, for rewards that read them.
-      Rewards that look at tokens ("codebook_cosine") are not to be had here.
+      Rewards that look at tokens ("codebook_cosine") are not to be had here. What a reward on the host
+      raises, a call raises.
 
     Raises:
       ConfigError: listing what is wrong with the rewards.
@@ -181,6 +182,7 @@ def reward(
     import jax
     import numpy as np
 
+    from vapi_jax.common.host_calls import raise_failure
     from vapi_jax.common.options import Errors
     from vapi_jax.methods.resolve import raise_all
     from vapi_jax.rewards import make_terms, parse, total
@@ -207,7 +209,9 @@ def reward(
             prompts = {name: {} if x is None else {"prompt": x} for name, x in made.items()}
             if raw.dtype.kind in "iu":
                 known["condition"] = raw.astype(np.int32)
-        return values(weights, samples, known, prompts)
+        found = jax.block_until_ready(values(weights, samples, known, prompts))
+        raise_failure()
+        return found
 
     return judge
 

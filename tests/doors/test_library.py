@@ -77,6 +77,14 @@ def test_rewards_are_equation_10():
         vj.reward("beauty")
 
 
+def test_what_a_reward_on_the_host_raises_is_raised_and_the_next_call_works():
+    reward = {"name": "tests.helpers.toys:dark_alone_on_host", "options": {"on_host": True}}
+    worth, samples = vj.reward([reward]), np.zeros((1, 2, 8, 8, 3), np.float32)
+    with pytest.raises(ValueError, match="too bright"):
+        worth(samples + 1, None)
+    np.testing.assert_array_equal(worth(samples, None)["total"], [[1.0, 1.0]])
+
+
 PROGRAM = """
 import json, sys
 import vapi_jax as vj

@@ -61,6 +61,13 @@ def contrast_on_host(pixels, batch):
     return np.std(pixels, axis=(2, 3, 4))
 
 
+def dark_alone_on_host(pixels, batch):
+    """One for each sample, and an error for a bright one."""
+    if pixels.max() > 0.5:
+        raise ValueError("too bright")
+    return np.ones(pixels.shape[:2])
+
+
 # --- conditions -----------------------------------------------------------------------------------
 
 
