@@ -14,13 +14,14 @@ from tests.helpers.complaints import MINIMAL, lines
 from tests.helpers.messages import facts
 from vapi_jax.common.options import hints_of
 from vapi_jax.evaluation.features import FEATURES
-from vapi_jax.methods import METHODS
+from vapi_jax.methods import METHODS, make_method
 from vapi_jax.methods.config import ConfigError, EvalConfig, to_dict
 from vapi_jax.methods.resolve import COMPARED_FEATURES, device_errors, resolve
 from vapi_jax.methods.vapi import PRESETS, VAPiOptions
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.lpips import backbone_features, least_side, lpips_shapes
+from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import make_terms
 from vapi_jax.rewards.reconstruction import LPIPS, MSE, patches
 
@@ -447,6 +448,15 @@ def test_rewards_are_written_in_several_ways():
     assert [(term.name, term.weight) for term in twice] == [
         ("mse", 1.0), ("mse_2", 2.0), ("mse_3", 3.0),
     ]  # fmt: skip
+
+
+def test_a_control_with_nothing_to_learn_is_left_out():
+    for weight, names in (
+        (0.1, {"CE only", "shuffled advantages"}),
+        (0.0, {"shuffled advantages"}),
+    ):
+        config = resolve({**MINIMAL, "vapi": {"ce_weight": weight}})
+        assert make_method(config, make_mesh(1, 1, jax.devices()[:1])).controls().keys() == names
 
 
 def test_a_resolved_configuration_resolves_to_itself():

@@ -76,16 +76,17 @@ class VAPi(GroupMethod):
             errors.append("vapi.entropy_target: only the fused step has an entropy bonus")
 
     def controls(self) -> dict[str, TrainConfig]:
-        options = self.options
+        options, found = self.options, {}
+        if options.ce_weight > 0.0:  # at weight 0 nothing of it is left to train
+            prior = SFTOptions(
+                noise_rate=options.noise_rate,
+                corruption=options.corruption,
+                weight=options.ce_weight,
+            )
+            sft = dataclasses.replace(self.config, method="sft", section="sft", preset="paper")
+            found["CE only"] = dataclasses.replace(sft, options=prior)
         same = dataclasses.replace(options, shuffle_advantages=True)
-        prior = SFTOptions(
-            noise_rate=options.noise_rate, corruption=options.corruption, weight=options.ce_weight
-        )
-        sft = dataclasses.replace(self.config, method="sft", section="sft", preset="paper")
-        found = {
-            "CE only": dataclasses.replace(sft, options=prior),
-            "shuffled advantages": dataclasses.replace(self.config, options=same),
-        }
+        found["shuffled advantages"] = dataclasses.replace(self.config, options=same)
         return {
             name: dataclasses.replace(config, name=f"control {name}")
             for name, config in found.items()
