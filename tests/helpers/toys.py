@@ -229,6 +229,23 @@ class Mean(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseOptions:
+    every: Count = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(Mean):
+    """The same from rollouts, of which one in so many has anything to learn from."""
+
+    Options: ClassVar[type] = SparseOptions
+    rolls_out: ClassVar[bool] = True
+
+    def loss(self, params, extra, frozen, batch, rng, step):
+        loss, aux = super().loss(params, extra, frozen, batch, rng, step)
+        return loss * ((step + 1) % self.options.every == 0), aux
+
+
+@dataclasses.dataclass(frozen=True)
 class Asked(Mean):
     """The same, its images weighted by the recipe's reward, which sees no prompts."""
 

@@ -51,6 +51,10 @@ class HealthError(ExpectedError, RuntimeError):
     """A run that can no longer learn anything, stopped with the reason and what to look at."""
 
 
+class NothingLearned(HealthError):
+    """A step without a gradient: a fault where many come in a row (`Method.patience`)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
     """Of a method that has none."""
@@ -172,6 +176,14 @@ class Method(abc.ABC):
     def updates(self) -> int:
         """Updates on one rollout, >= 1."""
         return 1
+
+    @property
+    def patience(self) -> int:
+        """How many steps in a row without anything to learn end a run.
+
+        Free samples of a few conditions may all be right, or all be wrong, and no fault.
+        """
+        return 20 if self.rolls_out else 1
 
     @property
     def samples_per_image(self) -> int:
@@ -348,10 +360,14 @@ class Method(abc.ABC):
         return params, extra
 
     def check_health(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises `HealthError` where a step's metrics say that training is broken."""
+        """Raises `HealthError` where a step's metrics say that training is broken.
+
+        `NothingLearned` is forgiven until `patience` is at its end.
+        """
         norm = metrics["grad_norm"]
         if not norm > 0.0 or norm == float("inf"):
-            raise HealthError(
+            kind = NothingLearned if norm == 0.0 else HealthError
+            raise kind(
                 f"step {step}: gradient norm {norm}. Nothing can be learned from such a gradient; "
                 "the last finite state is what was saved. Look at the loss, the learning rate and "
                 "the data."

@@ -15,7 +15,7 @@ from vapi_jax.common.options import Errors
 from vapi_jax.methods import grpo
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import GeneratorMethod
-from vapi_jax.methods.method import EMA, Aux, HealthError, Network, Scalars, mean_of
+from vapi_jax.methods.method import EMA, Aux, Network, NothingLearned, Scalars, mean_of
 from vapi_jax.methods.objective import GRPOOptions
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.rewards import Reward, Term, check_rewards, make_terms
@@ -192,10 +192,11 @@ class GroupMethod(RewardedMethod):
 
     def check_health(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics["advantages_nonzero"] == 0.0:
-            raise HealthError(
+            raise NothingLearned(
                 f"step {step}: all samples of every group have the same reward, so there is no "
                 "policy gradient. The policy may have collapsed to one token per position (look at "
-                "the entropy), or the tokenizer decodes everything to the same image."
+                "the entropy), the tokenizer may decode everything to the same image, or no sample "
+                "has what the reward asks for."
             )
         super().check_health(step, metrics)
 

@@ -27,6 +27,7 @@ from vapi_jax.evaluation.in_training import SAMPLED, Sampled, sampled_of
 from vapi_jax.evaluation.samples import SampleJudge, on_judging_devices
 from vapi_jax.methods import HealthError, Method
 from vapi_jax.methods.config import TrainConfig
+from vapi_jax.methods.method import NothingLearned
 from vapi_jax.models.loading import CONFIG
 from vapi_jax.parallel import distributed
 from vapi_jax.parallel.preemption import Stopped, StopRequest
@@ -294,13 +295,29 @@ class _Trainer:
         if scalars["nonfinite"]:
             self._skip(step, scalars)
         else:
-            self.method.check_health(step, scalars)
+            self._check(step, scalars)
         self.progress.images += config.batch_size
         scalars["images_per_second"] = config.batch_size / self.clock.lap()
         if step % config.log_every == 0 or step == config.steps or scalars["nonfinite"]:
             self.writer.write(step, scalars)
         shown = {name: scalars[name] for name in self.method.headline if name in scalars}
         self.line.update(step, config.batch_size, shown)
+
+    def _check(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Ends a run that is broken, or that has learned nothing for as long as its method puts up with."""
+        method, progress = self.method, self.progress
+        try:
+            method.check_health(step, scalars)
+        except NothingLearned as error:
+            progress.idle += 1
+            most = min(method.patience, method.config.steps)
+            told = f"{error} So many such steps in a row end a run: {most}."
+            if progress.idle >= most:
+                raise HealthError(told) from error
+            if progress.idle == 1:
+                logger.warning(told)
+        else:
+            progress.idle = 0
 
     def _skip(self, step: int, scalars: Mapping[str, float]) -> None:
         """Counts a step whose gradient was not finite, and which therefore changed nothing."""

@@ -148,6 +148,7 @@ class Progress:
     last: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, the newest
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # per phase, all lives
     skipped: int = 0  # steps whose gradient was not finite
+    idle: int = 0  # steps in a row, up to the newest, that had nothing to learn
 
 
 def read_facts(
