@@ -450,6 +450,24 @@ def test_rewards_are_written_in_several_ways():
     ]  # fmt: skip
 
 
+def test_straight_through_training_takes_rewards_with_a_gradient_alone():
+    toys, weights = "tests.helpers.toys:", {"weights": "x", "prompts": "imagenet"}
+    good = ("mse", "l1", "lpips", f"{toys}contrast", f"{toys}Brightness")
+    bad = (
+        "codebook_cosine", "scenes", {"name": "http", "options": {"url": "http://x/"}},
+        {"name": "clip", "options": weights}, {"name": "hpsv2", "options": weights},
+        {"name": "pickscore", "options": weights},
+        {"name": "aesthetic", "options": {"weights": "x", "head": "x"}},
+        {"name": f"{toys}contrast_on_host", "options": {"on_host": True}},
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in lines(method="ste", rewards=(*good, *bad))] == [
+        "rewards.codebook_cosine", "rewards.scenes", "rewards.http", "rewards.clip", "rewards.hpsv2",
+        "rewards.pickscore", "rewards.aesthetic", "rewards.contrast_on_host",
+    ]  # fmt: skip
+    (line,) = lines(method="ste", rewards="mse, codebook_cosine")
+    assert facts(line) == facts("rewards.codebook_cosine: no gradient, 'vapi', 'ar_grpo'")
+
+
 def test_a_control_with_nothing_to_learn_is_left_out():
     for weight, names in (
         (0.1, {"CE only", "shuffled advantages"}),

@@ -37,7 +37,7 @@ from vapi_jax.models.head import (
     project,
 )
 from vapi_jax.models.pixels import KEPT
-from vapi_jax.rewards import total
+from vapi_jax.rewards import make_terms, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,16 @@ class STE(RewardedMethod):
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
+        unknown = errors.concern("rewards")
         super().check(config, errors)
         if config.options.dropout:
             check_dropout(config, errors, "ste.label_dropout", config.options.label_dropout)
+        for term in () if unknown else make_terms(config.rewards):
+            if not term.reward.differentiable:
+                errors.append(
+                    f"rewards.{term.name}: has no gradient in the image, which this method learns from; "
+                    "leave it out, or choose a method that compares samples ('vapi', 'ar_grpo')"
+                )
 
     def loss(
         self,

@@ -56,6 +56,7 @@ class _Images(Reward):
     """
 
     wants_image: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     width: ClassVar[int] = 16  # of an image's tokens, a channel and pixel: L/14 has 5, H/14 6.5
 

@@ -70,6 +70,7 @@ class HTTP(Reward):
     """
 
     wants_image: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     url: str = ""
     timeout: Positive = 60.0

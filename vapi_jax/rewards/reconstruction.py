@@ -161,6 +161,7 @@ class CodebookCosine(Reward):
     """-`codebook_cosine` of a sample's codes and its image's latents."""
 
     shares: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    differentiable: ClassVar[bool] = False
 
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
         assert self.tokenizer is not None, "set by the method"

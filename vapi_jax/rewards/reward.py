@@ -52,6 +52,9 @@ class Reward(abc.ABC):
     wants_image: ClassVar[bool] = True
     """Whether it looks at batch["image"]; False lets methods that need no images do without."""
 
+    differentiable: ClassVar[bool] = True
+    """Whether it has a gradient in the pixels: not where it rounds them, looks at tokens or asks the host."""
+
     width: ClassVar[int] = 0
     """Channels of its widest map at full resolution, for estimates of memory."""
 
@@ -133,6 +136,10 @@ class FunctionReward(Reward):
     arguments: Mapping[str, Any] = given()
     on_host: bool = given(False)
     wants_image: bool = given(True)  # type: ignore[misc]
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        return not self.on_host
 
     def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
         arguments = dict(self.arguments or {})

@@ -140,6 +140,7 @@ class SceneReward(Reward):
     """
 
     wants_image: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     graded: bool = False
 
