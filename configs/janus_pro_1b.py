@@ -28,6 +28,7 @@ from vapi_jax.common.recipes import load_recipe
 
 PRESETS = {
     "paper": {"vapi": {"noise_rate": 0.95}},
+    "equations": {"vapi": {"noise_rate": 0.95}},
     "reference": {
         # One forward computes what the release's many do: Janus has no dropout.
         "vapi": {"noise_rate": 1.0, "fused": True, "update_dropout": False, "monitor_kl": False},

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tests.helpers.complaints import MINIMAL, lines
 from tests.helpers.messages import facts
 from vapi_jax.common.options import hints_of
+from vapi_jax.common.recipes import read_recipe
 from vapi_jax.evaluation.features import FEATURES
 from vapi_jax.methods import METHODS, make_method
 from vapi_jax.methods.config import ConfigError, EvalConfig, to_dict
@@ -437,6 +438,23 @@ def test_a_preset_sets_what_the_recipe_does_not():
     assert explicit.options.ratio == "token"
     assert [term.reward for term in make_terms(explicit.rewards)] == [MSE("sum"), LPIPS()]
     assert resolve({**MINIMAL, "preset": "equations", "rewards": "l1"}).rewards[0].name == "l1"
+
+
+def test_a_preset_completes_the_rewards_that_a_recipe_names():
+    recipe = read_recipe("c2i_xxl")
+    recipe.preset = "equations"
+    named = resolve(recipe)
+    assert named.options.ratio == "sequence"
+    assert [term.reward for term in make_terms(named.rewards)] == [
+        MSE("sum"),
+        LPIPS(dtype="bfloat16"),
+    ]
+    recipe.rewards = ({"name": "mse", "weight": 2.0, "options": {"reduction": "mean"}}, "3*mse")
+    explicit = make_terms(resolve(recipe).rewards)
+    assert [(term.reward.reduction, term.weight) for term in explicit] == [
+        ("mean", 2.0),
+        ("sum", 3.0),
+    ]
 
 
 def test_rewards_are_written_in_several_ways():

@@ -121,7 +121,9 @@ def build(
       start: has the options that `values` leaves out; None for the defaults of `kind`.
       more: fields that are settled already.
     """
-    make = kind if start is None else partial(dataclasses.replace, start)
+    make: Callable[..., Kind] = kind
+    if start is not None:
+        make = partial(dataclasses.replace, start)  # type: ignore[type-var]
     if not isinstance(values, Mapping):
         errors.append(f"{where.rstrip('.')}={values!r}: wants options of its own, not a value")
         return make(**more)

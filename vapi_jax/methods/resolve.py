@@ -57,7 +57,8 @@ def examine(config: ConfigDict | Mapping[str, Any]) -> tuple[TrainConfig, Errors
     raw = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     errors = Errors()
     method = _method(raw, errors)
-    raw = _with_preset(raw, method, errors)
+    under = _preset(raw, method, errors)
+    raw = _over(raw, under)
     more: dict[str, Any] = {"method": raw.pop("method", "vapi"), "section": _section(method)}
     more["options"] = build(
         method.Options, raw.pop(more["section"], {}), f"{more['section']}.", errors
@@ -65,7 +66,10 @@ def examine(config: ConfigDict | Mapping[str, Any]) -> tuple[TrainConfig, Errors
     for section in (*(other.section for other in METHODS.values()), OWN_SECTION):
         if section in raw and not raw[section]:  # an empty section says nothing
             del raw[section]
-    more["rewards"] = rewards.parse(raw.pop("rewards", rewards.DEFAULT), errors)
+    more["rewards"] = rewards.completed(
+        rewards.parse(raw.pop("rewards", rewards.DEFAULT), errors),
+        rewards.parse(under.get("rewards", ()), errors),
+    )
     more["policy"] = _policy(raw.pop("policy", {}), errors)
     if "name" not in raw:
         errors.append("name: missing")
@@ -95,14 +99,13 @@ def _section(method: type[Method]) -> str:
     return method.section or OWN_SECTION
 
 
-def _with_preset(raw: dict[str, Any], method: type[Method], errors: Errors) -> dict[str, Any]:
-    """The recipe over what its preset means to itself ("presets"), and that over what to its method."""
+def _preset(raw: dict[str, Any], method: type[Method], errors: Errors) -> dict[str, Any]:
+    """What its preset means to a recipe (its "presets", which are taken out), over what to its method."""
     preset, own = raw.get("preset", "paper"), raw.pop("presets", {})
     if preset not in method.PRESETS:
         errors.append(f"preset={preset!r}: choose one of {tuple(method.PRESETS)}")
-        raw = {**raw, "preset": "paper"}
-        preset = "paper"
-    return _over(raw, _over(own.get(preset, {}), method.PRESETS[preset]))
+        preset = raw["preset"] = "paper"
+    return _over(own.get(preset, {}), method.PRESETS[preset])
 
 
 def _over(chosen: Mapping[str, Any], under: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "RewardSpec",
     "Term",
     "check_rewards",
+    "completed",
     "make_terms",
     "parse",
     "total",
@@ -99,6 +100,15 @@ def parse(value: Any, errors: Errors) -> tuple[RewardSpec, ...]:
             specs.append(spec)
             _make(spec, None, errors)
     return tuple(specs)
+
+
+def completed(specs: Sequence[RewardSpec], under: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
+    """The rewards of a list; options that one leaves open are those of its name in another list."""
+    known = {spec.name: spec.options for spec in under}
+    return tuple(
+        dataclasses.replace(spec, options={**known.get(spec.name, {}), **spec.options})
+        for spec in specs
+    )
 
 
 def _spec(item: Any, errors: Errors) -> RewardSpec | None:
