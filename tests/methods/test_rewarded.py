@@ -7,6 +7,7 @@ import pytest
 from tests.helpers.clip_files import make_model, write_tokenizer
 from tests.helpers.compare import assert_close
 from tests.helpers.tiny import make_tiny_method
+from vapi_jax.common.digests import sha256_file
 from vapi_jax.models.conditions import stored_caption
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards.clip import CLIPScore
@@ -25,6 +26,17 @@ def folder(tmp_path_factory):
 
 def shapes(tree):
     return jax.tree.map(lambda leaf: leaf.shape, tree)
+
+
+def test_embeddings_of_class_prompts_are_what_their_texts_and_files_make_them(folder):
+    clip = {"name": "clip", "options": {"weights": folder, "prompts": "imagenet"}}
+    changes = {"rewards": ("mse", clip), "policy": {"num_classes": 1000}}
+    method = make_tiny_method("vapi", make_mesh(devices=jax.devices()[:1]), **changes)
+    [(path, (texts, files))] = method.computed().items()
+    assert path == "rewards/clip/prompts"
+    assert texts[0] == "a photo of tench, Tinca tinca" and len(texts) == 1000
+    assert files["weights"]["model.safetensors"] == sha256_file(f"{folder}/model.safetensors")
+    assert not make_tiny_method("vapi", method.mesh).computed()
 
 
 def test_captions_of_a_batch_reach_the_reward_that_asks_for_them(folder):

@@ -128,6 +128,22 @@ def test_replaced_weights_are_noticed():
     resume.check_origin(began, other, True)
 
 
+def test_what_is_computed_of_files_is_known_by_them_and_not_by_its_last_bits():
+    def facts(bits, prompts, kernel=1.0):
+        found = {"prompts": jnp.full(3, bits), "vision": jnp.full(2, kernel)}
+        return resume.origin_facts(
+            {"rewards": {"clip": found}}, None, computed={"rewards/clip/prompts": [prompts, "ab"]}
+        )
+
+    began = facts(0.1, ["a cat"])
+    resume.check_origin(began, facts(0.1001, ["a cat"]), False)
+    for other in (facts(0.1, ["a dog"]), facts(0.1, ["a cat"], kernel=2.0)):
+        with pytest.raises(CheckpointError, match="reward networks or prompts"):
+            resume.check_origin(began, other, False)
+    before = resume.origin_facts({"rewards": {"clip": {"prompts": jnp.full(3, 0.1)}}}, None)
+    resume.check_origin(before, began, False)  # has digests of another kind
+
+
 def test_a_replaced_encoder_of_captions_is_noticed_and_another_version_of_a_library_is_not():
     said = {"text_encoder": {"model.safetensors": "ab"}, "libraries": {"tokenizers": "0.21"}}
     began = resume.origin_facts({}, None, said)

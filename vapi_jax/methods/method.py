@@ -280,6 +280,10 @@ class Method(abc.ABC):
         """What batches depend on that no weights of the run tell, such as digests of an encoder's files."""
         return {}
 
+    def computed(self) -> dict[str, Any]:
+        """Paths in the frozen weights that are computed and not read -> what they are computed of."""
+        return {}
+
     @abc.abstractmethod
     def weights_of(self, params: Params, extra: Any) -> dict[str, Params]:
         """What is saved at the end: file name (without suffix) -> tree."""

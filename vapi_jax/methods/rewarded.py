@@ -83,6 +83,13 @@ class RewardedMethod(GeneratorMethod):
         rewards = {term.name: term.reward.shapes() for term in self.terms}
         return {**super().frozen_shapes(), "rewards": {n: w for n, w in rewards.items() if w}}
 
+    def computed(self) -> dict[str, Any]:
+        return {
+            f"rewards/{term.name}/{name}": of
+            for term in self.terms
+            for name, of in term.reward.computed().items()
+        }
+
     def judge(
         self, frozen: Mapping[str, Any], judges: Mapping[str, Callable[..., Any]]
     ) -> Callable[[Array, Mapping[str, Any]], dict[str, Array]]:

@@ -162,6 +162,9 @@ class CLIPScore(_Images):
             return {**found, **text}
         return {**found, "prompts": self.embed_prompts(text, self.class_prompts())}
 
+    def computed(self) -> dict[str, Any]:
+        return {"prompts": [self.class_prompts(), self.describe()]} if self.prompts else {}
+
     def origin(self) -> tuple[str, str] | None:
         with open_clip(Path(self.weights), self.activation) as file:
             file.check()

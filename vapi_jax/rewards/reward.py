@@ -85,6 +85,13 @@ class Reward(abc.ABC):
         """Shapes of what `load` gives, without reading it."""
         return {}
 
+    def computed(self) -> dict[str, Any]:
+        """Names in what `load` gives that it computes instead of reading -> what they are computed of.
+
+        Their last bits may differ between devices, so that they tell nothing of the files.
+        """
+        return {}
+
     def origin(self) -> tuple[str, str] | None:
         """(where its weights are from, what vouches for them), after a look; None without any.
 

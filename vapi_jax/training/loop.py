@@ -143,7 +143,7 @@ def fit(
             if facts is None or keep_start or based:
                 state, _ = train.init_state(method, optimizer, config.seed)
                 start = jax.tree.map(jnp.copy, state.params) if keep_start or based else None
-            origin = resume.origin_facts(frozen, start, method.describe())
+            origin = resume.origin_of(method, frozen, start)
             progress = resume.Progress()
             if facts is not None:
                 resume.check_origin(facts["origin"], origin, resume_with_changes)

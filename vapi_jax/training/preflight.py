@@ -451,4 +451,4 @@ def _origin(method: Method) -> dict[str, str | None]:
     if config.eval.compare or method.keeps_start:
         optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
         start = train.init_state(method, optimizer, config.seed)[0].params
-    return resume.origin_facts(frozen, start, method.describe())
+    return resume.origin_of(method, frozen, start)

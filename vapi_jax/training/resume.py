@@ -21,7 +21,7 @@ import jax
 
 import vapi_jax
 from vapi_jax.common.versions import versions
-from vapi_jax.methods import find_method
+from vapi_jax.methods import Method, find_method
 from vapi_jax.methods.config import TrainConfig, to_dict
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.training.checkpoint import Checkpointer, CheckpointError, array_digest
@@ -104,31 +104,49 @@ def code_facts() -> dict[str, str]:
     }
 
 
+def origin_of(method: Method, frozen: Any, start: Any) -> dict[str, str | None]:
+    """`origin_facts` of a run's frozen weights and its parameters at step 0; fresh ones have no origin."""
+    start = None if method.init_from is None else start
+    return origin_facts(frozen, start, method.describe(), method.computed())
+
+
 def origin_facts(
-    frozen: Any, start: Any, condition: Mapping[str, Any] | None = None
+    frozen: Any,
+    start: Any,
+    condition: Mapping[str, Any] | None = None,
+    computed: Mapping[str, Any] | None = None,
 ) -> dict[str, str | None]:
     """Digests of the weights that a run takes from files and does not train.
 
     Args:
       frozen, start: trees of them.
       condition: what the method says that its batches depend on; versions of libraries may change.
+      computed: paths in `frozen` of what is no file's -> what it is computed of, known by that instead.
     """
     kept = {name: value for name, value in (condition or {}).items() if name != "libraries"}
-    text = json.dumps(kept, sort_keys=True).encode()
     return {
-        "frozen": _tree_digest(frozen),
+        # Digests of before had what is computed in them, so they go by another name.
+        "computed" if computed else "frozen": _tree_digest(frozen, computed),
         "start": _tree_digest(start),
-        "condition": hashlib.sha256(text).hexdigest() if kept else None,
+        "condition": _digest(json.dumps(kept, sort_keys=True)) if kept else None,
     }
 
 
-def _tree_digest(tree: Any) -> str | None:
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tree_digest(tree: Any, computed: Mapping[str, Any] | None = None) -> str | None:
     """None where there is nothing, or where it would have to be gathered across processes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not leaves or not all(_is_here(leaf) for _, leaf in leaves):
         return None
-    names = [f"{jax.tree_util.keystr(path)} {array_digest(leaf)}\n" for path, leaf in leaves]
-    return hashlib.sha256("".join(names).encode()).hexdigest()
+    known = {name: json.dumps(of, sort_keys=True) for name, of in (computed or {}).items()}
+    lines = []
+    for path, leaf in leaves:
+        of = known.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        lines.append(f"{jax.tree_util.keystr(path)} {array_digest(leaf) if of is None else of}\n")
+    return _digest("".join(lines))
 
 
 def _is_here(leaf: Any) -> bool:
@@ -195,6 +213,7 @@ def check_origin(saved: Mapping[str, Any], here: Mapping[str, Any], with_changes
     """Raises CheckpointError where frozen weights are not those that the run began with."""
     parts = {
         "frozen": "tokenizer and reward networks",
+        "computed": "tokenizer, reward networks or prompts",
         "start": "the policy of step 0",
         "condition": "the encoder of captions",
     }
