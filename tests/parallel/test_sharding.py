@@ -1,6 +1,7 @@
 """The partition table covers every parameter there is, and nothing is laid out that need not be."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from vapi_jax.models.loading import load_weights
 from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel.sharding import (
     PARTITION_RULES,
+    local_rows,
     make_mesh,
     put_sharded,
     replicated,
@@ -214,6 +216,29 @@ def test_microbatches_move_no_image_between_devices(mesh):
         assert {home[i] for i in np.asarray(shard.data).ravel().tolist()} == {shard.device}
     text = split.lower(placed).compile().as_text()
     assert not re.search(r"all-gather|all-to-all|collective-permute|all-reduce", text)
+
+
+class OnAccelerator:
+    """An array of a device whose transfers to the host have to be asked for, as CPUs' have not."""
+
+    def __init__(self, values):
+        self.values, self.asked = np.array(values), False
+
+    def copy_to_host_async(self):
+        self.asked = True
+
+    def __array__(self, dtype=None, copy=None):
+        assert self.asked, "an implicit transfer from device to host"
+        return self.values
+
+
+def test_local_rows_are_asked_for_and_in_order():
+    shards = [
+        SimpleNamespace(index=(slice(start, start + 2),), data=OnAccelerator([start, start + 1]))
+        for start in (2, 0)
+    ]
+    rows = local_rows(SimpleNamespace(addressable_shards=shards))
+    np.testing.assert_array_equal(rows, [0, 1, 2, 3])
 
 
 def test_batches_are_split_over_both_axes(mesh):
