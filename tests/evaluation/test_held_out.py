@@ -50,6 +50,17 @@ def test_metrics_are_those_of_split_parameters_and_none_of_them_is_gathered(spli
     assert on_judging_devices(alone, alone_frozen) == (alone, alone_frozen)
 
 
+def test_a_tokenizer_is_judged_without_dropout():
+    method = make_tiny_method(
+        "tokenizer", make_mesh(1, 1, jax.devices()[:1]), image_size=32, tokenizer={"dropout_p": 0.5},
+        tokenizer_training={"perceptual_net": "alex"},
+    )  # fmt: skip
+    batch = {"image": np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)}
+    params, judge = jax.jit(method.init)(jax.random.key(0)), jax.jit(method.held_out)
+    one, other = (judge(params, load_frozen(method), batch, jax.random.key(i), 1.0) for i in (0, 1))
+    assert jax.device_get(one) == jax.device_get(other)
+
+
 def test_a_run_says_in_which_dtypes_it_is_judged(split):
     method, _, _ = split
     narrow = make_tiny_method("vapi", method.mesh, policy={"dtype": "bfloat16"})

@@ -189,17 +189,16 @@ class TokenizerTraining(Method):
     def frozen_shapes(self) -> dict[str, Any]:
         return {"perceptual": lpips_shapes(self.options.perceptual_net)}
 
-    def _apply(self, rng: PRNGKeyArray, params: Any, images: Array) -> VQOutput:
-        deterministic = self.config.tokenizer.dropout_p == 0.0
-        rngs = {} if deterministic else {"dropout": rng}
-        return self.tokenizer.apply({"params": params}, images, deterministic, rngs=rngs)
-
     def training_pass(
         self, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, Any], rng: PRNGKeyArray
     ) -> Callable[[Any, Array], VQOutput]:
         """(tokenizer's parameters, images) -> what a training pass gives."""
         del params, frozen
-        return partial(self._apply, jax.random.fold_in(rng, batch["index"][0]))
+        deterministic = self.config.tokenizer.dropout_p == 0.0
+        rngs = {} if deterministic else {"dropout": jax.random.fold_in(rng, batch["index"][0])}
+        return lambda params, images: self.tokenizer.apply(
+            {"params": params}, images, deterministic, rngs=rngs
+        )
 
     def loss(
         self,
@@ -294,8 +293,9 @@ class TokenizerTraining(Method):
         rng: PRNGKeyArray,
         temperature: Float[Array, ""],
     ) -> Scalars:
-        del temperature
-        output = self._apply(rng, params["tokenizer"], batch["image"])
+        """Without dropout."""
+        del rng, temperature
+        output = self.tokenizer.apply({"params": params["tokenizer"]}, batch["image"])
         mse = reward.mse(output.reconstruction, batch["image"])
         distance = lpips(
             frozen["perceptual"], batch["image"], output.reconstruction, self.options.perceptual_net
