@@ -330,6 +330,16 @@ def test_runs_and_their_checkpoints_are_exported(trained, tmp_path, step, meant)
     assert_same_tensors(out, to_reference(draws[meant], name_rules("gpt")[0]))
 
 
+def test_a_checkpoint_of_a_generator_and_its_text_encoder_is_exported(trained, tmp_path):
+    workdir, draws = trained
+    with Checkpointer(workdir / "checkpoints") as saver:
+        params = {"policy": draws[5], "encoder": {"scale": np.ones(3, np.float32)}}
+        saver.save(15, {"params": params, "rest": {"step": np.int32(15)}})
+    with open_trained(workdir, step=15) as (weights, rules):
+        export(tmp_path / "out.pt", weights, rules)
+    assert_same_tensors(tmp_path / "out.pt", to_reference(draws[5], name_rules("gpt")[0]))
+
+
 def test_an_export_that_is_impossible_is_a_sentence(trained, tmp_path):
     workdir, _ = trained
     done = commands.python(EXPORT, "--ckpt", workdir, "--out", tmp_path / "x.bin")

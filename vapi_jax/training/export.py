@@ -221,6 +221,7 @@ def _checkpointed(directory: Path, part: str, step: int) -> Weights:
     if found != chosen:
         raise WeightsError(f"step {chosen} is damaged; the newest that verifies is {found}")
     params: Any = items["params"]
-    flat = flatten(params["tokenizer"] if part == "vq" else params)
+    # What a method trains beside a network lies beside it; alone it is all that there is.
+    flat = flatten(params.get({"vq": "tokenizer", "gpt": "policy"}[part], params))
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     return Weights(leaves, lambda name, index: np.asarray(flat[name])[index])
