@@ -229,6 +229,22 @@ class Mean(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Twice(Mean):
+    """The same, which learns twice from a batch."""
+
+    updates: ClassVar[int] = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge(Twice):
+    """The same, not finite once the number has fallen."""
+
+    def loss(self, params, extra, frozen, batch, rng, step):
+        loss, aux = super().loss(params, extra, frozen, batch, rng, step)
+        return jnp.where(params["mean"]["bias"][0] < 0.5, jnp.nan, 1.0) * loss, aux
+
+
+@dataclasses.dataclass(frozen=True)
 class SparseOptions:
     every: Count = 3
 

@@ -134,6 +134,19 @@ def test_rollouts_without_anything_to_learn_end_a_run_where_they_are_many_in_a_r
         fit(sparse(50, 5), tmp_path / "short")
 
 
+def test_an_update_that_is_not_finite_does_not_take_the_others_of_its_step_with_it(
+    mesh, tmp_path, caplog
+):
+    skipping = {"on_nonfinite": "skip", "optimizer": {"learning_rate": 0.1}}
+    done = fit(make_tiny_method(f"{TOYS}Edge", mesh, steps=1, **skipping), tmp_path)
+    assert done.skipped == 1 and float(done.params["mean"]["bias"][0]) == pytest.approx(
+        0.4, abs=0.01
+    )
+    row = next(row for row in read_history(tmp_path / "metrics.jsonl") if "loss" in row)
+    assert row["nonfinite"] == 0.5 and row["grad_norm"] > 0.0
+    assert "step 1: the gradient of 1 of 2 updates is not finite" in caplog.text
+
+
 def test_the_smallest_method_runs_from_recipe_to_report(tmp_path, capsys):
     recipe = {
         "name": "mean",

@@ -14,7 +14,7 @@ from tests.helpers.tiny import BATCH, Machine, make_tiny_method
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import HealthError
 from vapi_jax.methods.config import OptimizerConfig
-from vapi_jax.parallel.sharding import make_mesh
+from vapi_jax.parallel.sharding import make_mesh, shard_batch
 from vapi_jax.training import train
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -198,6 +198,43 @@ def test_randomness_comes_from_the_step_number(one_device):
 @pytest.mark.slow
 def test_the_state_is_donated(one_device_run):
     assert one_device_run.donated
+
+
+# --- several updates ------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_step_are_those_of_its_applied_updates():
+    updates = [
+        {"ratio_max": 1.0, "ratio_min": 1.0, "loss": 1.0, "grad_norm": 2.0, "nonfinite": 0.0},
+        {"ratio_max": 3.0, "ratio_min": 0.5, "loss": 2.0, "grad_norm": 4.0, "nonfinite": 0.0},
+        {"ratio_max": np.nan, "ratio_min": np.nan, "loss": np.nan, "grad_norm": np.inf, "nonfinite": 1.0},
+    ]  # fmt: skip
+    found = train.over_updates([{k: jnp.float32(v) for k, v in one.items()} for one in updates])
+    assert {name: round(float(value), 3) for name, value in found.items()} == {
+        "ratio_max": 3.0, "ratio_min": 0.5, "loss": 1.5, "grad_norm": 3.0, "nonfinite": 0.333,
+    }  # fmt: skip
+    lost = train.over_updates([{"loss": jnp.float32(7.0), "nonfinite": jnp.float32(1.0)}])
+    assert (float(lost["loss"]), float(lost["nonfinite"])) == (7.0, 1.0)  # there are no others
+
+
+@pytest.mark.parametrize(("name", "updates"), [("Mean", 1), ("Twice", 2)])
+def test_the_learning_rate_is_of_the_step_whatever_was_applied_before(name, updates):
+    """Adam moves a number by the rate where its gradient stays the same."""
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    rate = {"learning_rate": 0.01, "warmup_steps": 4, "eps": 1e-8}
+    method = make_tiny_method(f"tests.helpers.toys:{name}", mesh, steps=8, optimizer=rate)
+    optimizer = train.make_optimizer(method.config.optimizer, 8)
+    state, shardings = train.init_state(method, optimizer, 0)
+    step, moved, rates = train.make_train_step(method, optimizer, shardings), [], []
+    for pixel in (-50.0, np.nan, -50.0, -50.0):
+        before = float(state.params["mean"]["bias"][0])
+        batch = shard_batch({"image": np.full((BATCH, 8, 8, 3), pixel, np.float32)}, mesh)
+        state, metrics = step(state, {}, batch)
+        moved.append(before - float(state.params["mean"]["bias"][0]))
+        rates.append(float(metrics["learning_rate"]))
+    assert rates == pytest.approx([0.0, 0.0025, 0.005, 0.0075])
+    want = [0.0, 0.0, updates * 0.005, updates * 0.0075]
+    assert moved == pytest.approx(want, rel=1e-3, abs=1e-6)
 
 
 # --- health ---------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def shapes(method: Method) -> tuple[optax.GradientTransformation, Any, Any, dict
       (optimizer, state, shardings of the state, frozen weights).
     """
     config, mesh, rules = method.config, method.mesh, method.partition_rules
-    optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+    optimizer = train.make_optimizer(config.optimizer, config.steps)
     state = train.abstract_state(method, optimizer, config.seed)
     shardings = train.state_shardings(state, mesh, rules)
     frozen = method.frozen_shapes()

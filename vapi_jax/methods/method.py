@@ -348,7 +348,11 @@ class Method(abc.ABC):
         """
 
     def summarize(self, aux: Aux) -> Scalars:
-        """Metrics of a step from the microbatches' arrays, each with a leading microbatch axis."""
+        """Metrics of an update from the microbatches' arrays, each with a leading microbatch axis.
+
+        Over several updates of a step they are averaged; where "max" or "min" is a word of the name, the
+        extreme stays.
+        """
         return {name: jnp.mean(value) for name, value in aux.items()}
 
     def after_update(

@@ -134,7 +134,7 @@ def fit(
                 saver.directory,
             )
         with timer.phase("setup"):
-            optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+            optimizer = train.make_optimizer(config.optimizer, config.steps)
             frozen = train.load_frozen(method)
             shapes = train.abstract_state(method, optimizer, config.seed)
             shardings = train.state_shardings(shapes, method.mesh, method.partition_rules)
@@ -294,7 +294,7 @@ class _Trainer:
         raise_failure()
         if scalars["nonfinite"]:
             self._skip(step, scalars)
-        else:
+        if scalars["nonfinite"] < 1.0:
             self._check(step, scalars)
         self.progress.images += config.batch_size
         scalars["images_per_second"] = config.batch_size / self.clock.lap()
@@ -320,9 +320,11 @@ class _Trainer:
             progress.idle = 0
 
     def _skip(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Counts a step whose gradient was not finite, and which therefore changed nothing."""
-        config = self.method.config
+        """Counts a step with a gradient that was not finite, and whose update therefore changed nothing."""
+        config, updates = self.method.config, self.method.updates
         what = f"step {step}: the gradient is not finite (norm {scalars['grad_norm']})"
+        if (lost := round(scalars["nonfinite"] * updates)) < updates:
+            what = f"step {step}: the gradient of {lost} of {updates} updates is not finite"
         if config.on_nonfinite == "stop":
             raise HealthError(
                 f"{what}. It was not applied, and nothing is saved after it. Look at the loss, the "

@@ -449,6 +449,6 @@ def _origin(method: Method) -> dict[str, str | None]:
     config, start = method.config, None
     frozen = train.load_frozen(method)
     if config.eval.compare or method.keeps_start:
-        optimizer = train.make_optimizer(config.optimizer, config.steps * method.updates)
+        optimizer = train.make_optimizer(config.optimizer, config.steps)
         start = train.init_state(method, optimizer, config.seed)[0].params
     return resume.origin_of(method, frozen, start)

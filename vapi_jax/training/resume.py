@@ -165,7 +165,7 @@ class Progress:
     first: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, before step 1
     last: dict[str, float] = dataclasses.field(default_factory=dict)  # held-out, the newest
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # per phase, all lives
-    skipped: int = 0  # steps whose gradient was not finite
+    skipped: int = 0  # steps with a gradient that was not finite
     idle: int = 0  # steps in a row, up to the newest, that had nothing to learn
 
 

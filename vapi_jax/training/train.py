@@ -7,7 +7,7 @@ the data iterator that belongs to it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -73,7 +73,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with decoupled decay."""
+    """Clipping by the global norm, then AdamW with decoupled decay; `steps` are those of the run."""
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,
@@ -85,6 +85,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.max_grad_norm <= 0.0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _of_schedule(path: tuple[Any, ...], _: Any) -> bool:
+    """Whether a leaf of an optimizer's state is where its schedule stands."""
+    return bool(getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState")
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ def make_train_step(
         return update
     rollout = jax.jit(_rollout_of(method), compiler_options=compiler.options(method.mesh))
     reviews = type(method).review is not Method.review
-    mean = jax.jit(lambda found: jax.tree.map(lambda *x: jnp.stack(x).mean(axis=0), *found))
+    together = jax.jit(over_updates)
     turns = [replicate(np.int32(turn), method.mesh) for turn in range(method.updates)]
 
     def train_step(
@@ -317,9 +322,34 @@ def make_train_step(
         for turn in turns:
             state, metrics = update(state, frozen, experience, turn)
             found.append(metrics)
-        return state, mean(found)
+        return state, together(found)
 
     return train_step
+
+
+def over_updates(found: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Metrics of a step from those of its updates: of those that were applied, where any was.
+
+    Means, and of names with "max" or "min" among their words the extreme; "nonfinite" is the share of updates
+    that were not applied.
+
+    Args:
+      found: names -> scalars, the same names of each update.
+    """
+    updates = jax.tree.map(lambda *x: jnp.stack(x), *found)
+    applied = updates["nonfinite"] == 0.0
+    applied |= ~applied.any()
+
+    def of_step(name: str, values: Array) -> Array:
+        if name == "nonfinite":
+            return values.mean()
+        if "max" in name.split("_"):
+            return jnp.max(values, where=applied, initial=-jnp.inf)
+        if "min" in name.split("_"):
+            return jnp.min(values, where=applied, initial=jnp.inf)
+        return jnp.mean(values, where=applied)
+
+    return {name: of_step(name, values) for name, values in updates.items()}
 
 
 def _rollout_of(method: Method) -> Callable[..., dict[str, Any]]:
@@ -346,7 +376,7 @@ def make_update(
     """
     config, updates = method.config, method.updates
     count = config.batch_size // (config.microbatch_size or config.batch_size)
-    schedule = learning_rate(config.optimizer, config.steps * updates)
+    schedule = learning_rate(config.optimizer, config.steps)
     way = per_device_gradients if method.independent_images else whole_batch_gradients
     gradients = way(method, shardings, count)
 
@@ -357,15 +387,17 @@ def make_update(
         turn: Array | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
-        number, done = state.step, jnp.int32(1)
+        done = jnp.int32(1)
         if turn is not None:
-            rng, number = jax.random.fold_in(rng, turn), state.step * updates + turn
+            rng = jax.random.fold_in(rng, turn)
             done = (turn == updates - 1).astype(jnp.int32)
         batch = {**batch, "index": jnp.arange(config.batch_size)}
         grads, aux, extra = gradients(state, dict(frozen), rng, batch)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            # Its own count is of updates that were applied, and the schedule is one of steps.
+            opt_state = optax.tree.set(state.opt_state, _of_schedule, count=state.step)
+            changes, opt_state = optimizer.update(grads, opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
         summary = method.summarize(aux)
         params, extra = method.after_update(
@@ -375,7 +407,7 @@ def make_update(
             **summary,
             "grad_norm": norm,
             "nonfinite": 1.0 - jnp.isfinite(norm),
-            "learning_rate": jnp.asarray(schedule(number), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         updated = dataclasses.replace(state, params=params, opt_state=opt_state, extra=extra)
         kept = jax.tree.map(
