@@ -251,10 +251,10 @@ class SparseOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Sparse(Mean):
-    """The same from rollouts, of which one in so many has anything to learn from."""
+    """The same, of whose steps one in so many has anything to learn from."""
 
     Options: ClassVar[type] = SparseOptions
-    rolls_out: ClassVar[bool] = True
+    patience: ClassVar[int] = 20
 
     def loss(self, params, extra, frozen, batch, rng, step):
         loss, aux = super().loss(params, extra, frozen, batch, rng, step)

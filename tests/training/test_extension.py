@@ -14,7 +14,7 @@ from tests.helpers.tiny import make_tiny_config, make_tiny_method
 from vapi_jax.common.errors import exit_status
 from vapi_jax.data import DataConfig
 from vapi_jax.data.sources import Source
-from vapi_jax.methods import HealthError
+from vapi_jax.methods import METHODS, HealthError
 from vapi_jax.methods.config import ConfigError
 from vapi_jax.methods.resolve import resolve
 from vapi_jax.parallel.sharding import make_mesh
@@ -119,13 +119,14 @@ def test_a_run_with_rollouts_is_taken_up_bit_for_bit(mesh, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_rollouts_without_anything_to_learn_end_a_run_where_they_are_many_in_a_row(mesh, tmp_path):
+def test_steps_without_anything_to_learn_end_a_run_where_they_are_many_in_a_row(mesh, tmp_path):
     def sparse(every, steps):
         return make_tiny_method(
             f"{TOYS}Sparse", mesh, steps=steps, method_options={"every": every},
             checkpoint={"every": 15}, eval={"every": 50, "images": 8}, log_every=50,
         )  # fmt: skip
 
+    assert (METHODS["ar_grpo"].patience, METHODS["vapi"].patience) == (20, 1)
     fit(sparse(20, 40), tmp_path / "learns")
     for _ in range(2):  # the second life begins at step 15, and has not forgotten
         with pytest.raises(HealthError, match="step 20: gradient norm 0.*in a row end a run: 20"):

@@ -159,6 +159,7 @@ class ARGRPO(GroupMethod):
     )
     compares: ClassVar[bool] = True
     rolls_out: ClassVar[bool] = True
+    patience: ClassVar[int] = 20  # samples of a few conditions may all be right, or all wrong
 
     @property
     def options(self) -> ARGRPOOptions:

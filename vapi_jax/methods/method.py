@@ -155,6 +155,8 @@ class Method(abc.ABC):
     """Whether `rollout` and `review` run before the updates of a step."""
     compares: ClassVar[bool] = False
     """Whether samples before and after can be compared (`eval.compare`): it post-trains what draws them."""
+    patience: ClassVar[int] = 1
+    """How many steps in a row without anything to learn end a run."""
     partition_rules: ClassVar[Rules] = ()
     """Layouts of parameters whose names the table of `vapi_jax.parallel.sharding` does not have."""
 
@@ -176,14 +178,6 @@ class Method(abc.ABC):
     def updates(self) -> int:
         """Updates on one rollout, >= 1."""
         return 1
-
-    @property
-    def patience(self) -> int:
-        """How many steps in a row without anything to learn end a run.
-
-        Free samples of a few conditions may all be right, or all be wrong, and no fault.
-        """
-        return 20 if self.rolls_out else 1
 
     @property
     def samples_per_image(self) -> int:
