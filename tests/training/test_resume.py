@@ -5,12 +5,14 @@ import errno
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers.messages import assert_mentions
+from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common import locks
 from vapi_jax.data import make_dataset
 from vapi_jax.methods.config import TrainConfig
@@ -126,6 +128,28 @@ def test_replaced_weights_are_noticed():
     with pytest.raises(CheckpointError, match="tokenizer.*reward"):
         resume.check_origin(began, other, False)
     resume.check_origin(began, other, True)
+
+
+def test_another_cut_of_the_batch_is_told_where_the_numbers_depend_on_it(tmp_path, caplog):
+    def told(method, there=None, **changes):
+        config = make_tiny_config(method, image_size=16)
+        facts = resume.facts_of(
+            config, resume.Progress(step=2), {}, {**resume.code_facts(), **(there or {})}
+        )
+        saver = SimpleNamespace(
+            latest_step=lambda: 2, restore=lambda *_: (2, facts), directory=tmp_path
+        )
+        caplog.clear()
+        resume.read_facts(saver, changed(config, **changes))
+        return [x for x in caplog.messages if "the run is another" in x]
+
+    (line,) = told("base", microbatch_size=8, mesh__fsdp=2)
+    assert_mentions(line, "base", "step 2", "microbatch_size: 0 -> 8", "mesh.fsdp: 1 -> 2")
+    (line,) = told("tokenizer", {"devices": "3"})
+    assert_mentions(line, "devices: 3 -> 8")
+    assert told("base", decode_chunk=3) == told("base") == []
+    for method in ("vapi", "sft", "ar_grpo"):
+        assert told(method, {"devices": "3"}, microbatch_size=8) == []
 
 
 def test_what_is_computed_of_files_is_known_by_them_and_not_by_its_last_bits():

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vapi_jax.common.options import Errors, NotNegative, Positive, Rate
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import GeneratorMethod, check_dropout, logits_bytes
+from vapi_jax.methods.generator import GeneratorMethod, check_dropout, has_dropout, logits_bytes
 from vapi_jax.methods.method import Aux, Curve, Flops, Scalars, mean_of
 from vapi_jax.models import conditions
 from vapi_jax.models.head import block_length, cross_entropy_and_entropy, token_log_probs
@@ -103,6 +103,10 @@ class CCA(GeneratorMethod):
     @classmethod
     def flops(cls, config: TrainConfig, one: Flops) -> float:
         return config.batch_size * (one.encode + 2 * (3 + 1) * one.policy)
+
+    @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        return bool(config.options.dropout and has_dropout(config))
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

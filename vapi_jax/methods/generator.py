@@ -311,6 +311,14 @@ def _in_words(condition: Any) -> str:
     return ", ".join(found)
 
 
+def has_dropout(config: TrainConfig) -> bool:
+    """Whether the generator drops activations where it is trained with dropout."""
+    sizes = getattr(make_policy(**sized_policy(config)), "config", None)
+    return any(
+        getattr(sizes, f"{where}_dropout_p", 0.0) > 0.0 for where in ("token", "resid", "ffn")
+    )
+
+
 def check_dropout(config: TrainConfig, errors: Errors, option: str, rate: float) -> None:
     """Adds what only shows when dropout is on.
 

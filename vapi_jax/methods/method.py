@@ -201,6 +201,15 @@ class Method(abc.ABC):
         return False
 
     @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        """Whether steps depend on how a batch is cut into microbatches and over devices.
+
+        As where dropout is drawn for a part, or statistics are a part's; rounding is no such thing.
+        """
+        del config
+        return False
+
+    @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         """Adds what is wrong with options that do not fit one another; nothing is read."""
         if config.eval.compare and not cls.compares:

@@ -11,7 +11,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.options import Errors, Share
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import GeneratorMethod, check_dropout, logits_bytes
+from vapi_jax.methods.generator import (
+    GeneratorMethod,
+    check_dropout,
+    has_dropout,
+    logits_bytes,
+)
 from vapi_jax.methods.method import Aux, Curve, Scalars, mean_of
 from vapi_jax.models.head import block_length, cross_entropy_and_entropy
 
@@ -40,6 +45,10 @@ class NextToken(GeneratorMethod):
     @property
     def options(self) -> NextTokenOptions:
         return self.config.options
+
+    @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        return has_dropout(config)
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

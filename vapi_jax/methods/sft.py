@@ -50,6 +50,11 @@ class SFT(NextToken):
         return config.batch_size * (one.encode + 3 * one.policy)
 
     @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        del config
+        return False
+
+    @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super(NextToken, cls).check(config, errors)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from vapi_jax.common.options import Errors, NotNegative, Positive, Share
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.corruption import Variant, make_context, purpose_keys
-from vapi_jax.methods.generator import check_dropout, logits_bytes
+from vapi_jax.methods.generator import check_dropout, has_dropout, logits_bytes
 from vapi_jax.methods.method import Aux, Curve, Flops, Scalars, mean_of
 from vapi_jax.methods.rewarded import RewardedMethod
 from vapi_jax.models import conditions
@@ -123,6 +123,10 @@ class STE(RewardedMethod):
     @classmethod
     def flops(cls, config: TrainConfig, one: Flops) -> float:
         return config.batch_size * (one.encode + 3 * one.policy + 2 * one.decode + 3 * one.rewards)
+
+    @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        return bool(config.options.dropout and has_dropout(config))
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

@@ -93,6 +93,13 @@ class TokenizerTraining(Method):
         return bool(getattr(options, "restart_below", 0.0) > 0.0)
 
     @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        """Batch normalisation, the adaptive weight and the use of codes are of a microbatch."""
+        options = config.options
+        counted = options.loss.adversarial > 0.0 or cls.depends_on_steps(options)
+        return counted or config.tokenizer.dropout_p > 0.0
+
+    @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:
         super().check(config, errors)
         options, side = config.options, config.data.image_size

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vapi_jax.common.options import Errors
 from vapi_jax.methods.config import TrainConfig
-from vapi_jax.methods.generator import check_dropout, logits_bytes
+from vapi_jax.methods.generator import check_dropout, has_dropout, logits_bytes
 from vapi_jax.methods.method import Aux, Curve, Flops, HealthError, Scalars, mean_of
 from vapi_jax.methods.rewarded import ENTROPY_WEIGHT, GroupMethod, inner_products
 from vapi_jax.methods.sft import SFTOptions
@@ -58,6 +58,10 @@ class VAPi(GroupMethod):
             + samples * one.decode
             + (samples + images) * one.rewards
         )
+
+    @classmethod
+    def depends_on_cut(cls, config: TrainConfig) -> bool:
+        return bool(config.options.update_dropout and has_dropout(config))
 
     @classmethod
     def check(cls, config: TrainConfig, errors: Errors) -> None:

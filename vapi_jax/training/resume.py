@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from vapi_jax.training.train import TrainState
 logger = logging.getLogger(__name__)
 
 FACTS = ("config", "code", "origin", "data", "progress")
+CUT = ("mesh.", "cpu_devices", "microbatch_size")
+"""Of these the numbers of some methods depend (`Method.depends_on_cut`), which is warned about."""
 FREE = (
-    # How it is computed: the same numbers, but for the order in which they are rounded.
-    "mesh.", "cpu_devices", "microbatch_size", "decode_chunk", "policy.remat", "data.num_threads",
+    # How it is computed: the same numbers, but for the order in which they are rounded; see `CUT`.
+    *CUT, "decode_chunk", "policy.remat", "data.num_threads",
     "data.prefetch", "init.verify",
     # What is written and measured beside the training.
     "checkpoint.", "log_every", "eval.every", "eval.compare", "eval.controls", "eval.unseen",
@@ -68,26 +70,42 @@ def config_changes(there: Mapping[str, Any], config: TrainConfig) -> list[str]:
     `FREE` options do not count, nor do more steps where nothing but the end depends on their number.
     An option that the saved one does not know has its default there.
     """
+    return [
+        _line(name, *values)
+        for name, values in _differences(there, config).items()
+        if not _is_free(name, *values, config)
+    ]
+
+
+_MISSING = object()
+
+
+def _differences(there: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Option -> its saved value and this one, where they differ."""
     bare = TrainConfig(name="", method="", options=type(config.options)(), section=config.section)
     defaults = flat(config_facts(bare))
     old, new = flat(there), flat(config_facts(config))
-    missing = object()
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        before = old.get(name, defaults.get(name, missing))
-        after = new.get(name, missing)
-        if before == after or _is_free(name, before, after, config):
-            continue
-        shown = ["nothing" if v is missing else json.dumps(v) for v in (before, after)]
-        lines.append(f"{name}: {shown[0]} -> {shown[1]}")
-    return lines
+    pairs = {
+        name: (old.get(name, defaults.get(name, _MISSING)), new.get(name, _MISSING))
+        for name in sorted(old.keys() | new.keys())
+    }
+    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
+
+
+def _line(name: str, *values: Any) -> str:
+    shown = ["nothing" if value is _MISSING else json.dumps(value) for value in values]
+    return f"{name}: {' -> '.join(shown)}"
 
 
 def _is_free(name: str, before: Any, after: Any, config: TrainConfig) -> bool:
     if name == "steps":
         depends = find_method(config.method).depends_on_steps(config.options)
         return config.optimizer.schedule == "constant" and not depends and after > before
-    return any(name.startswith(free) if free.endswith(".") else name == free for free in FREE)
+    return _is_among(name, FREE)
+
+
+def _is_among(name: str, options: Sequence[str]) -> bool:
+    return any(name.startswith(one) if one.endswith(".") else name == one for one in options)
 
 
 def code_facts() -> dict[str, str]:
@@ -100,6 +118,7 @@ def code_facts() -> dict[str, str]:
         **versions(),
         "source_sha256": digest.hexdigest(),
         "device": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -205,6 +224,17 @@ def read_facts(
             "what computes has changed since step %d, so the last bits may differ: %s",
             step,
             "; ".join(others),
+        )
+    found = _differences(facts["config"], config)
+    cut = [_line(name, *values) for name, values in found.items() if _is_among(name, CUT)]
+    cut += [line for line in others if line.startswith("devices: ") and "devices" in there]
+    if cut and find_method(config.method).depends_on_cut(config):
+        logger.warning(
+            "dropout or statistics of method %s are of a part of a batch, and the parts have changed since "
+            "step %d (%s): from here on the run is another than it would have been, and as good",
+            config.method,
+            step,
+            "; ".join(cut),
         )
     return facts
 
