@@ -179,6 +179,14 @@ def test_too_few_images_for_a_metric_are_a_reason_and_not_a_crash(tmp_path, sets
     assert "at least 4 images" in run(sets[1], tmp_path / "three.npz")["not_computed"]["precision"]
 
 
+def test_too_few_reference_images_asked_for_are_a_reason_before_any_pass(sets):
+    found = run(*sets[:2], metrics=("fid", "kid", "recall"), pr_images=3)
+    assert list(found["metrics"]) == ["fid", "kid"]
+    assert found["not_computed"] == {"recall": "pr_images=3: at least 4 are needed"}
+    with pytest.raises(MeasureError, match="kid: pr_images=1: at least 2 are needed"):
+        run(*sets[:2], metrics=("kid", "precision"), pr_images=1)
+
+
 # --- references -----------------------------------------------------------------------------------
 
 

@@ -118,7 +118,7 @@ def _entry(value: float, **details: Any) -> dict[str, Any]:
 
 
 def _missing(
-    metrics: Sequence[str], network: Network, samples: ImageSet, reference: Reference
+    settings: Settings, network: Network, samples: ImageSet, reference: Reference
 ) -> dict[str, str]:
     """Metrics asked for that these features and this reference cannot give, with the reason."""
     why: dict[str, str] = {}
@@ -134,10 +134,12 @@ def _missing(
             why[metric] = "the reference holds statistics only, neither images nor feature vectors"
         elif min(samples.count, vectors) < least:
             why[metric] = f"at least {least} images on each side are needed"
+        elif settings.pr_images < least:
+            why[metric] = f"pr_images={settings.pr_images}: at least {least} are needed"
     if samples.count < 2 or (reference.images is not None and reference.images.count < 2):
         for metric in ("fid", "sfid"):
             why.setdefault(metric, "at least 2 images on each side are needed")
-    return {metric: reason for metric, reason in why.items() if metric in metrics}
+    return {metric: reason for metric, reason in why.items() if metric in settings.metrics}
 
 
 def _frechet_entry(samples: Gaussian, reference: Gaussian) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     warnings += filter(None, (precision_differs(*compared), protocols.differences(*compared)))
     missing: dict[str, str] = {}
     if network is not None:
-        missing = _missing(settings.metrics, network, samples, reference)
+        missing = _missing(settings, network, samples, reference)
         there = [name for name in settings.metrics if name not in missing]
         published = network.published and not settings.paired and set(there) & set(PUBLISHED)
         if published and (other := protocols.departures(recipe, samples.count, samples.width)):
@@ -279,7 +281,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             settings = dataclasses.replace(
                 settings, metrics=tuple(dict.fromkeys([*settings.metrics, "kid"]))
             )
-            missing = _missing(settings.metrics, network, samples, reference)
+            missing = _missing(settings, network, samples, reference)
     possible = tuple(name for name in settings.metrics if name not in missing)
     if not possible:
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())
