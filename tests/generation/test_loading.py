@@ -117,6 +117,19 @@ def test_scenes_are_drawn_from_captions_by_their_own_encoder(mesh):
     assert scenes.facts["trained"]["trained_by"] == "configs/scenes_base.py"
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 12, -1], "there is no class -1, 12; give labels 0 to 11"),
+        (np.array([99], np.uint8), "there is no class 99"),
+        (["tulips"], "labels are whole numbers, not <U6"),
+    ],
+)
+def test_labels_of_no_class_are_refused(mesh, labels, told):
+    with pytest.raises(ValueError, match=told):
+        load_generator("demo", mesh).sample(labels)
+
+
 def test_an_encoder_that_has_changed_since_the_training_is_told(
     tmp_path, monkeypatch, mesh, caplog
 ):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, UInt8
 
 from vapi_jax.common.images import to_uint8
 from vapi_jax.generation.sampler import DEFAULTS, Sampler, decode, encode, in_batches
-from vapi_jax.models.conditions import Condition
+from vapi_jax.models.conditions import Condition, Label
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.models.policy import Policy
 from vapi_jax.parallel.sharding import host_array, shard_whole
@@ -101,7 +101,8 @@ class Generator:
           batch: images at once.
 
         Raises:
-          ValueError: guidance of a model without an unconditional embedding, or nothing to draw.
+          ValueError: guidance of a model without an unconditional embedding, a label that is no class, or
+            nothing to draw.
         """
         if conditions is None:
             if self.num_classes is None:
@@ -112,6 +113,8 @@ class Generator:
         if not len(rows):
             raise ValueError("there is nothing to draw: no conditions, or a count of 0")
         raw = np.asarray(conditions)[rows]
+        if isinstance(self.condition, Label):  # JAX would take row -1, or NaN beyond the last one
+            _check_labels(raw, self.condition.classes)
         if self.noted and raw.dtype.kind == "U":
             self.refuse_changed(self.condition.describe())
         prepared = self.condition.prepare(raw)
@@ -141,3 +144,12 @@ class Generator:
         missing = -len(rows) % self.mesh.size
         padded = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
         return host_array(function(shard_whole(padded, self.mesh)))[: len(rows)]
+
+
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"conditions: labels are whole numbers, not {labels.dtype}")
+    if odd := sorted({int(label) for label in labels if not 0 <= label < classes}):
+        raise ValueError(
+            f"conditions: there is no class {', '.join(map(str, odd[:5]))}; give labels 0 to {classes - 1}"
+        )
