@@ -217,8 +217,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--protocol {args.protocol} wants --prompts evaluation_metadata.jsonl")
     if args.protocol is not None and args.prompts is not None and not for_prompts:
         parser.error(f"--protocol {args.protocol} is of class labels: leave --prompts out")
-    for name, value in PROTOCOLS.get(args.protocol, {}).items():
-        if getattr(args, name) not in (parser.get_default(name), value):
+    protocol = PROTOCOLS.get(args.protocol, {})
+    # argparse leaves what is there already alone: None, where nothing was given.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(protocol)))
+    for name, value in protocol.items():
+        if getattr(given, name) not in (None, value):
             parser.error(f"--protocol {args.protocol} is --{name} {value}: leave --{name} out")
         setattr(args, name, value)
     for name, schedule in (("cfg_interval", "interval"), ("cfg_power", "cosine")):

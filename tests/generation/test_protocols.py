@@ -50,6 +50,11 @@ def test_genevals_protocol_is_one_flag():
         ([*GENEVAL, "--top_k=1000"], "leave --top_k out"),
         ([*GENEVAL, "--per_prompt=2"], "leave --per_prompt out"),
         ([*GENEVAL, "--cfg_schedule=cosine", "--cfg_power=1"], "leave --cfg_schedule out"),
+        (
+            [*GENEVAL, "--cfg=1.0"],
+            "leave --cfg out",
+        ),  # what other samples have where it is left out
+        ([*GENEVAL, "--cfg=7.5", "--top_k=0"], "leave --top_k out"),
         (GENEVAL[:3], "geneval wants --prompts"),
         ([*FLAGS, "--prompts=a dog", "--text_encoder=t"], "adm50k .* leave --prompts out"),
     ],
@@ -61,7 +66,7 @@ def test_what_genevals_protocol_does_not_go_with(flags, named, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--num=1000", "--labels=balanced", "--resize=384", "--format=both"]
+    "flag", ["--num=1000", "--labels=balanced", "--resize=384", "--format=both", "--format=png"]
 )
 def test_what_a_protocol_says_is_not_said_otherwise_beside_it(flag, capsys):
     with pytest.raises(SystemExit):
