@@ -67,6 +67,7 @@ def test_lists_files_and_names_are_repeated(classes, tmp_path):
         ("5", [5, 5, 5, 5]),
         ("0,11,rocket", [0, 11, 11, 0]),
         (str(tmp_path / "labels.txt"), [3, 4, 0, 3]),
+        ("7," * 5000, [7, 7, 7, 7]),
     ):
         np.testing.assert_array_equal(make_requests(classes, 4, 0, rule, None).rows, want)
 

@@ -17,6 +17,7 @@ from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.files import read_text
 from vapi_jax.generation.files import map_npz_array, npz_names
 from vapi_jax.generation.generator import Generator
+from vapi_jax.generation.prompt_lists import prompts_at
 from vapi_jax.models.conditions import Caption, Tree
 
 _RANDOM_LABELS = 0xFFFF_FFFF  # no sample has this number, so labels share no key with tokens
@@ -131,8 +132,9 @@ def _by_label(
     elif rule == "random":
         rows = random_labels(seed, count, classes)
     else:
-        if Path(rule).is_file():
-            shown, items = Path(rule).name, _lines(Path(rule))
+        place = prompts_at(rule)  # a list may be longer than any name of a file
+        if isinstance(place, Path) and place.is_file():
+            shown, items = place.name, _lines(place)
         else:
             items = rule.split(",")
         items = [item.strip() for item in items if item.strip()]
