@@ -160,6 +160,30 @@ def test_files_that_lost_their_end_are_drawn_again(tmp_path):
     assert files.todo() == [0, 1, 2]
 
 
+def test_an_archive_that_lost_its_end_is_drawn_again(tmp_path):
+    files = SampleFiles(tmp_path, 7, 3, 4, "npz")
+    draw_all(files)
+    want = contents(tmp_path)
+    files.npz.write_bytes(files.npz.read_bytes()[:-30])
+    files.grow()
+    assert files.todo() == [0, 1, 2]
+    draw_all(files)
+    assert contents(tmp_path) == want
+
+
+def test_images_are_on_the_disk_before_what_they_were_put_together_from_goes(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(number):
+        synced.append(sorted(path.name for path in tmp_path.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(sample_files.os, "fsync", fsync)
+    draw_all(SampleFiles(tmp_path, 2, 2, 4, "npz"), labels=None)
+    assert synced == [["00000000-00000002.npy", "samples.npz.partial"]]
+    SampleFiles(tmp_path, 3, 2, 4, "npz").grow()
+    assert synced[1:] == [["00000000-00000002.npy.partial", "samples.npz"]]
+
+
 @pytest.mark.parametrize("form", sample_files.FORMATS)
 @pytest.mark.parametrize(("before", "finished"), [((5, 3), True), ((7, 5), False), ((7, 2), False)])
 def test_another_batch_and_more_samples_go_on_from_what_is_there(

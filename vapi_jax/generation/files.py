@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -247,6 +247,13 @@ class SampleFiles:
                     found.append(samples)
         return sorted(found, key=lambda samples: (samples.start, samples.stop))
 
+    def _held(self) -> int:
+        """How many images are in samples.npz; 0 where it is absent or lost its end in a power cut."""
+        try:
+            return len(map_npz_array(self.npz, "arr_0"))
+        except SampleFilesError:
+            return 0
+
     def locked(self) -> AbstractContextManager[None]:
         """No second process writes here meanwhile; the lock dies with the process.
 
@@ -259,7 +266,7 @@ class SampleFiles:
         """The chunks that are not complete, after removing what a killed run left half-written."""
         for left in self.directory.rglob(f"*{PARTIAL}"):
             left.unlink()
-        there = np.full(self.count, self.format == "png" or self.npz.exists())
+        there = np.full(self.count, self.format == "png" or self._held() == self.count)
         for samples in self._waiting():
             there[samples.start : samples.stop] = True
         if self.format != "npz":
@@ -273,13 +280,15 @@ class SampleFiles:
 
     def grow(self) -> None:
         """Makes room for more samples than an earlier run was asked for; killed, it can be repeated."""
-        if self.npz.exists() and len(held := map_npz_array(self.npz, "arr_0")) < self.count:
+        if 0 < self._held() < self.count:
+            held = map_npz_array(self.npz, "arr_0")
             samples = range(len(held))
             self._chunks.mkdir(exist_ok=True)
             with new_file(self._npy(samples)) as partial, partial.open("wb") as file:
                 file.write(self._npy_header(samples))
                 for start in range(0, len(held), self.batch):
                     file.write(held[start : start + self.batch].tobytes())
+                _sync(file)
             self.npz.unlink()
         for path in list(
             self.images.rglob("*.png")
@@ -304,7 +313,7 @@ class SampleFiles:
                 folder.mkdir(parents=True, exist_ok=True)
             with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 list(pool.map(self._write_picture, samples, images))
-        if self.format in ("npz", "both") and not self.npz.exists():
+        if self.format in ("npz", "both") and self._held() != self.count:
             self._chunks.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self._npy(samples), self._npy_header(samples) + images.tobytes(), sync=False
@@ -339,16 +348,15 @@ class SampleFiles:
         if labels is not None:
             text = "".join(f"{label}\n" for label in labels)
             write_atomically(self.directory / "labels.txt", text)
-        if self.format in ("npz", "both") and not self.npz.exists():
-            with (
-                new_file(self.npz) as partial,
-                zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-            ):
-                self._store_images(archive)
-                if labels is not None:
-                    with archive.open(npy_member("arr_1"), "w") as file:
-                        file.write(npy_header(np.int64, labels.shape))
-                        file.write(labels.astype("<i8").tobytes())
+        if self.format in ("npz", "both") and self._held() != self.count:
+            with new_file(self.npz) as partial, partial.open("wb") as whole:
+                with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                    self._store_images(archive)
+                    if labels is not None:
+                        with archive.open(npy_member("arr_1"), "w") as file:
+                            file.write(npy_header(np.int64, labels.shape))
+                            file.write(labels.astype("<i8").tobytes())
+                _sync(whole)
         if self._chunks.exists():
             shutil.rmtree(self._chunks)
 
@@ -381,6 +389,12 @@ class SampleFiles:
             except (OSError, SyntaxError, ValueError) as error:
                 raise SampleFilesError(f"{self.picture(sample)} cannot be read: {error}") from error
         return np.stack(images)
+
+
+def _sync(file: BinaryIO) -> None:
+    """Has a file on the disk before what it was made from goes."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _is_whole(path: Path) -> bool:
