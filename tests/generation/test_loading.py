@@ -213,6 +213,19 @@ def test_a_run_is_read_by_its_summary(tmp_path, demo, mesh):
     assert run.facts["sha256"]["tokenizer"] == demo.facts["sha256"]["tokenizer"]
 
 
+def test_a_run_is_sampled_from_the_folder_of_plain_weights_that_it_was_trained_from(
+    tmp_path, demo, mesh
+):
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    shutil.copy(SHIPPED["demo"]["tokenizer"], folder / "vq_any.safetensors")
+    run = load_generator(str(write_run(tmp_path / "run", init={"vq": str(folder)})), mesh)
+    assert equal_trees(run.frozen, demo.frozen)
+    assert run.facts["sha256"]["tokenizer"] == {
+        "vq_any.safetensors": NOTED["demo_tokenizer.safetensors"]
+    }
+
+
 CONVERSION = {"n_head": 6, "n_kv_head": 2, "multiple_of": 64, "block_size": 64, "num_classes": 12}
 
 

@@ -41,6 +41,7 @@ from vapi_jax.models.loading import (
     WeightsSource,
     class_list,
     load_weights,
+    locate,
     read_manifest,
 )
 from vapi_jax.models.lora import merged, split, union
@@ -359,15 +360,10 @@ def _named(policy: Policy) -> dict[str, Any]:
 
 def _digests(source: WeightsSource) -> dict[str, str]:
     """SHA-256 of the files that a source means, by name."""
-    path = Path(source.path)
-    if source.path in MODELS:
-        path = resolve_shipped(PARTS[source.part], source.path)
-    elif (path / MANIFEST).is_file():
-        outputs = read_manifest(path)[1]["outputs"]  # compared with the files when they were read
+    if source.path not in MODELS and (Path(source.path) / MANIFEST).is_file():
+        outputs = read_manifest(Path(source.path))[1]["outputs"]  # compared when they were read
         return {name: facts["sha256"] for name, facts in sorted(outputs.items())}
-    elif path.is_dir():
-        path = path / "weights" / f"{PARTS[source.part]}.safetensors"
-    with open_tensors(path) as file:
+    with open_tensors(locate(source)[0]) as file:
         return {part.name: digest_of(part) for part in file.paths}
 
 

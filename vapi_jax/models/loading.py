@@ -183,7 +183,7 @@ def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]
         source, target = as_stored(source, target)
     if (Path(source.path) / MANIFEST).is_file():
         _check_converted(Path(source.path), source)
-    path, prefix = _locate(source)
+    path, prefix = locate(source)
     with open_tensors(path) as file:
         if any("/" in name for name in file.tensors):
             weights = _ours(path, file.tensors, source.part, prefix)
@@ -192,8 +192,12 @@ def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]
         yield weights if table is None else _with_fresh_rows(weights, table, wanted)
 
 
-def _locate(source: WeightsSource) -> tuple[Path, str]:
-    """The file of tensors that a source means, and what stands before our names in it."""
+def locate(source: WeightsSource) -> tuple[Path, str]:
+    """The file or folder of tensors that a source means, and what stands before our names in it.
+
+    Raises:
+      WeightsError: a directory without any, or shipped weights that are damaged.
+    """
     if source.path in SHIPPED:
         return resolve_shipped(PARTS[source.part], source.path), ""
     path = Path(source.path)
@@ -231,7 +235,7 @@ def class_count(source: WeightsSource) -> int | None:
     try:
         if (path / MANIFEST).is_file():
             return int(read_manifest(path)[0][source.part]["num_classes"])
-        file_path, _ = _locate(source)
+        file_path, _ = locate(source)
         theirs = origin_of(table.path, jax.ShapeDtypeStruct((1, 1), np.float32), source.rules)
         with open_tensors(file_path) as file:
             found = (file.tensors.get(name) for name in (table.path, theirs.names[0]))
