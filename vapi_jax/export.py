@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vapi_jax.common.errors import exit_status
+from vapi_jax.common.files import OutputError
 from vapi_jax.common.paths import local_folder, local_path
 
 
@@ -46,6 +47,9 @@ def parse() -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="of the file (default: as the weights are, bit for bit)",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export at FILE"
+    )
     return parser.parse_args()
 
 
@@ -56,6 +60,10 @@ def export_weights(args: argparse.Namespace) -> None:
 
     from vapi_jax.training.export import export, open_trained
 
+    if args.out.resolve().is_relative_to(args.ckpt.resolve()):
+        raise OutputError(f"{args.out} lies in {args.ckpt}, which is exported: name another --out")
+    if args.out.exists() and not args.overwrite:
+        raise OutputError(f"{args.out} exists: choose another place, or say --overwrite")
     jax.config.update("jax_platforms", "cpu")  # needs no accelerator, which others may be using
     with open_trained(args.ckpt, args.part, args.step) as (weights, rules):
         digest = export(args.out, weights, rules, args.dtype)

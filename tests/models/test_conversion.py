@@ -22,6 +22,7 @@ from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
+from vapi_jax.export import main as export_command
 from vapi_jax.methods import make_method
 from vapi_jax.models import conversion
 from vapi_jax.models.architecture import from_json
@@ -354,6 +355,35 @@ def test_an_export_that_is_impossible_is_a_sentence(trained, tmp_path):
     nothing = pytest.raises(WeightsError, match="workdir")
     with nothing, open_trained(tmp_path):
         pass
+
+
+def test_an_export_replaces_nothing_that_it_is_made_of_and_other_files_when_told(
+    trained, tmp_path, monkeypatch, capsys
+):
+    def run(out, *more):
+        monkeypatch.setattr("sys.argv", ["export", f"--ckpt={workdir}", f"--out={out}", *more])
+        return export_command(), capsys.readouterr().err
+
+    workdir, _ = trained
+    own = workdir / "weights" / "policy.safetensors"
+    stored = tmp_path / "stored.safetensors"
+    own.rename(stored)
+    own.symlink_to(stored)
+    before = stored.read_bytes()
+    for out, told in (
+        (own, "is read, and would be replaced"),
+        (workdir / "new.pt", "which is exported"),
+        (stored, "is read, and would be replaced"),
+    ):
+        status, message = run(out, "--overwrite")
+        assert (status, told in message) == (1, True), message
+    assert stored.read_bytes() == before and not (workdir / "new.pt").exists()
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"mine")
+    status, message = run(out)
+    assert (status, out.read_bytes()) == (1, b"mine") and "say --overwrite" in message
+    assert run(out, "--overwrite")[0] == 0
+    assert out.stat().st_size > 1000
 
 
 def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):

@@ -110,11 +110,13 @@ class Weights:
       leaves: path -> ShapeDtypeStruct as stored.
       read: (path, index) -> that slice of a parameter; index may be ().
       buffers: what the reference keeps beside its parameters, under its names.
+      files: those that are read.
     """
 
     leaves: dict[str, jax.ShapeDtypeStruct]
     read: Read
     buffers: Mapping[str, LazyTensor] = dataclasses.field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
 
 def load_weights(
@@ -189,6 +191,7 @@ def open_weights(source: WeightsSource, target: Any = None) -> Iterator[Weights]
             weights = _ours(path, file.tensors, source.part, prefix)
         else:
             weights = _theirs(source, file, target)
+        weights = dataclasses.replace(weights, files=file.paths)
         yield weights if table is None else _with_fresh_rows(weights, table, wanted)
 
 
@@ -305,7 +308,7 @@ def _with_fresh_rows(weights: Weights, table: ClassTable, target: Any) -> Weight
         return made()[tuple(index)] if path == table.path else weights.read(path, index)
 
     leaves = {**weights.leaves, table.path: jax.ShapeDtypeStruct(wanted, stored.dtype)}
-    return Weights(leaves, read, weights.buffers)
+    return dataclasses.replace(weights, leaves=leaves, read=read)
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vapi_jax.common.digests import sha256_file
-from vapi_jax.common.files import read_json
+from vapi_jax.common.files import make_room, read_json
 from vapi_jax.common.progress import byte_progress
 from vapi_jax.common.trees import flatten
 from vapi_jax.methods import METHODS, Method
@@ -50,10 +50,11 @@ def export(out: Path, weights: Weights, rules: Sequence[Rule], dtype: str | None
 
     Raises:
       WeightsError: for another suffix, or weights that the table does not know.
+      OutputError: `out` is a file that the weights are read from, or a folder.
     """
     if out.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(f"{out}: the name must end in .safetensors or .pt")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_room([out], weights.files)
     tensors = list(reference_tensors(weights, rules, dtype))
     with byte_progress(sum(tensor.nbytes for tensor in tensors), "export") as tick:
         if out.suffix == ".safetensors":
@@ -182,7 +183,8 @@ def _merged(base: Weights, adapters: Weights, lora: LoRA) -> Weights:
         for path, leaf in base.leaves.items()
         if path.removesuffix("/kernel") in stems
     }
-    return dataclasses.replace(base, leaves={**base.leaves, **wide}, read=read)
+    files = base.files + adapters.files
+    return dataclasses.replace(base, leaves={**base.leaves, **wide}, read=read, files=files)
 
 
 def _zeros(shape: tuple[int, ...]) -> LazyTensor:
