@@ -15,6 +15,7 @@ from tests.helpers import image_text
 from tests.helpers.compare import assert_close
 from tests.helpers.paths import GOLDEN
 from tests.helpers.tiny import BATCH, SIDE, make_tiny_config, policy_file, with_random_head
+from vapi_jax.common import locks
 from vapi_jax.common.files import FolderExistsError
 from vapi_jax.common.trees import flatten
 from vapi_jax.data import DataError, class_names, fixed_batch, make_dataset
@@ -218,9 +219,20 @@ def test_an_interrupted_call_is_gone_on_with_and_another_one_is_refused(
     made_at = first.stat().st_mtime_ns
     encode_dataset(method, again, 40, part=32)
     assert first.stat().st_mtime_ns == made_at
-    files = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()]
-    assert files == [p.relative_to(again) for p in sorted(again.rglob("*")) if p.is_file()]
+    files, others = (
+        [p.relative_to(top) for p in sorted(top.rglob("*")) if p.is_file() and p.name != locks.LOCK]
+        for top in (out, again)
+    )
+    assert files == others
     assert all((out / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+def test_two_calls_do_not_write_to_one_folder(made, tmp_path):
+    method = make_method(made[0], make_mesh())
+    with locks.hold(tmp_path / "out"), pytest.raises(locks.LockedError, match="another --out"):
+        encode_dataset(method, tmp_path / "out", 8, tokens=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [locks.LOCK]
+    assert encode_dataset(method, tmp_path / "out", 8, tokens=False) == {"train": 8, "val": 8}
 
 
 def test_a_call_is_not_gone_on_with_on_other_data(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ goes on where it was, and processes take parts in turn, each with its own device
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,9 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
+from vapi_jax.common import locks
 from vapi_jax.common.files import (
     FolderExistsError,
-    make_folder,
     read_json,
     require_space,
     write_atomically,
@@ -61,6 +62,7 @@ def encode_dataset(
     Raises:
       ConfigError: if the recipe has no generator to train, or its data are encoded already.
       FolderExistsError: if `out` is complete, or of something else.
+      LockedError: if another process encodes to `out`.
       DataError, WeightsError: if its data, its tokenizer or its encoder of captions cannot be had.
     """
     config = method.config
@@ -85,64 +87,66 @@ def encode_dataset(
     stride = max((part or min(_PART, num // _PARTS)) // size, 1) * size
     parts = -(-num // stride)
     held_out = fixed_batch(config.data, split, config.eval.images, config.seed)
+    asked: dict[str, Any] = {}
     if first:
         sources = {name: make_source(config.data, name) for name in ("train", split)}
         there = {name: {"images": len(s), "sha256": s.digest()} for name, s in sources.items()}
         asked = {**more, "num": num, "part": stride, "held_out": [split, config.eval.images]}
-        asked |= {"found": there}
-        _settle(out, {**asked, "tokens": encoder and dataclasses.asdict(encoder)})
-    missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
-    if first:  # captions' features and tokens come on top, which are a few per cent of it
-        nbytes = len(missing) * stride * held_out["image"][0].size
-        require_space(
-            out, nbytes, f"{len(missing) * stride:,} images of {config.data.image_size} pixels"
-        )
-    encode = _encoding(method, params)
+        asked |= {"found": there, "tokens": encoder and dataclasses.asdict(encoder)}
+    with locks.hold(out, "--out") if first else contextlib.nullcontext():
+        if first:
+            _settle(out, asked)
+        missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
+        if first:  # captions' features and tokens come on top, which are a few per cent of it
+            nbytes = len(missing) * stride * held_out["image"][0].size
+            require_space(
+                out, nbytes, f"{len(missing) * stride:,} images of {config.data.image_size} pixels"
+            )
+        encode = _encoding(method, params)
 
-    at = 0  # the batch that comes next
+        at = 0  # the batch that comes next
 
-    def of_part(number: int) -> Iterator[dict[str, np.ndarray]]:
-        nonlocal at
-        if at != (begin := number * stride // size):  # images that were read ahead are given up
-            batches.set_state({"next_index": begin})
-        left = min(stride, num - number * stride)
-        at = begin + -(-left // size)
-        for batch in itertools.islice(batches, -(-left // size)):
-            yield encode({name: rows[:left] for name, rows in batch.items()})
-            left -= size
+        def of_part(number: int) -> Iterator[dict[str, np.ndarray]]:
+            nonlocal at
+            if at != (begin := number * stride // size):  # images that were read ahead are given up
+                batches.set_state({"next_index": begin})
+            left = min(stride, num - number * stride)
+            at = begin + -(-left // size)
+            for batch in itertools.islice(batches, -(-left // size)):
+                yield encode({name: rows[:left] for name, rows in batch.items()})
+                left -= size
 
-    mine = distributed.deal(np.array(missing, int), parts)
-    if mine:
-        skipped = SkippedImages.of_process(out, jax.process_index())
-        batches = iter(make_dataset(config.data, "train", size, config.seed, skipped=skipped))
-        with ProgressBar(len(mine) * stride, "encode train") as progress:
-            for done, number in enumerate(mine, 1):
-                write_part(part_folder(out / "train", number), of_part(number))
-                progress.update(done * stride, stride)
-    if first and not part_folder(out / split, 0).exists():
-        write_part(part_folder(out / split, 0), [encode(held_out)])
-    multihost_utils.sync_global_devices("all parts are encoded")
-    counts: dict[str, int] = {"train": num, split: config.eval.images}
-    if first:
-        names = class_names(config.data)
-        for name, many in (("train", parts), (split, 1)):
-            facts: dict[str, Any] = {"encoder": encoder, "class_names": names, "more": more}
-            if found := finish_split(out / name, many, count=counts[name], **facts):
-                listed = ", ".join(f"{n} {flag.replace('_', ' ')}" for flag, n in found.items())
-                announce(f"captions of {name}: {listed} (in {out / name}/*/{LISTED})")
-        (out / ASKED).unlink()
-    return counts
+        mine = distributed.deal(np.array(missing, int), parts)
+        if mine:
+            skipped = SkippedImages.of_process(out, jax.process_index())
+            batches = iter(make_dataset(config.data, "train", size, config.seed, skipped=skipped))
+            with ProgressBar(len(mine) * stride, "encode train") as progress:
+                for done, number in enumerate(mine, 1):
+                    write_part(part_folder(out / "train", number), of_part(number))
+                    progress.update(done * stride, stride)
+        if first and not part_folder(out / split, 0).exists():
+            write_part(part_folder(out / split, 0), [encode(held_out)])
+        multihost_utils.sync_global_devices("all parts are encoded")
+        counts: dict[str, int] = {"train": num, split: config.eval.images}
+        if first:
+            names = class_names(config.data)
+            for name, many in (("train", parts), (split, 1)):
+                facts: dict[str, Any] = {"encoder": encoder, "class_names": names, "more": more}
+                if found := finish_split(out / name, many, count=counts[name], **facts):
+                    listed = ", ".join(f"{n} {flag.replace('_', ' ')}" for flag, n in found.items())
+                    announce(f"captions of {name}: {listed} (in {out / name}/*/{LISTED})")
+            (out / ASKED).unlink()
+        return counts
 
 
 def _settle(out: Path, asked: Mapping[str, Any]) -> None:
     """Begins a folder, or goes on with one of the same."""
     text = json.dumps(asked, indent=2, sort_keys=True)
-    if not out.exists():
-        make_folder(out)
+    if not (out / ASKED).exists():
+        if any(path.name != locks.LOCK for path in out.iterdir()):
+            raise FolderExistsError(f"{out} exists; choose another place")
         write_atomically(out / ASKED, f"{text}\n")
         return
-    if not (out / ASKED).exists():
-        raise FolderExistsError(f"{out} exists; choose another place")
     begun, now = read_json(out / ASKED, FolderExistsError), json.loads(text)
     if begun != now and {**begun, "found": now["found"]} == now:
         raise FolderExistsError(
