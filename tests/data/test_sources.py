@@ -51,6 +51,27 @@ def test_a_source_of_ones_own_runs_through_the_same_pipeline():
     assert set(fixed_batch(OWN, "val", 10, seed=0)["condition"]) == {0, 1}
 
 
+class Told(Stripes):
+    """With the line of metadata that each image satisfies."""
+
+    def asked(self, index):
+        return {"prompt": f"image {index}"}
+
+
+class Mixed(Told):
+    """The same, of which the first ones are as good as any."""
+
+    mixed = True
+
+
+def test_images_that_are_judged_by_their_place_are_held_out_in_their_order():
+    own = dataclasses.replace(OWN, name=f"{__name__}:Told")
+    with pytest.raises(DataError, match="Told'.*`asked`.*`mixed = True`.*'val'"):
+        fixed_batch(own, "val", 10, seed=0)
+    found = fixed_batch(dataclasses.replace(own, name=f"{__name__}:Mixed"), "val", 10, seed=0)
+    assert np.rint(30 * (found["image"][:, 0, 0, 0] + 0.5)).tolist() == list(range(10))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -20,8 +20,18 @@ from vapi_jax.data.sources import Encoder, Source, source_class
 
 
 def make_source(config: DataConfig, split: str) -> Source:
-    """Opens one split of the configured source. What can go wrong is said at each source."""
-    return source_class(config.name)(config, check_split(split))
+    """Opens one split of the configured source. What can go wrong is said at each source.
+
+    Raises:
+        DataError: also where samples of captions would be judged by the lines of other images.
+    """
+    source = source_class(config.name)(config, check_split(split))
+    if not source.mixed and len(source) and source.asked(0) is not None:
+        raise DataError(
+            f"data.name={config.name!r}: `asked` tells of images by their place, and without `mixed = True` "
+            f"held-out images of split {split!r} are drawn in another order: mix them, and say so"
+        )
+    return source
 
 
 def classes_of(config: DataConfig) -> ClassMap:

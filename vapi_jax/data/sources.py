@@ -97,7 +97,8 @@ class Source(abc.ABC):
     def asked(self, index: int) -> Mapping[str, Any] | None:
         """The line of GenEval's metadata that an image of drawn shapes satisfies; None of other images.
 
-        With it, samples of the image's caption can be judged by `vapi_jax.rewards.scenes.detect`.
+        With it, samples of the image's caption can be judged by `vapi_jax.rewards.scenes.detect`. Wants
+        `mixed`: captions are those of the first images.
         """
         del index
         return None
