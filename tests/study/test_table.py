@@ -134,6 +134,21 @@ def test_an_arm_that_draws_the_bases_tokens_is_held_against_it_once():
     assert ("narrow", "base at equal entropy") in found
 
 
+def test_a_result_says_itself_that_its_tokens_are_the_bases():
+    """Another machine draws and judges the base again, to other last digits."""
+    arms = copy.deepcopy(ARMS)
+    for training in arms["good"]:
+        drawn, same = training["draws"]["plain"], base(training["seed"])["draws"]["plain"]
+        drawn["matched"] = [{**one, METRIC: one[METRIC] + 1e-9} for one in same]
+        drawn["tokens_of_base"] = True
+    for training in arms["narrow"]:
+        training["draws"]["plain"]["tokens_of_base"] = False
+        training["draws"]["plain"]["matched"] = base(training["seed"])["draws"]["plain"]
+    found = [(c.arm, c.against) for c in comparisons(*changed(arms))]
+    assert ("good", "base at equal entropy") not in found
+    assert ("narrow", "base at equal entropy") in found
+
+
 def test_a_verdict_says_where_pairs_are_missing_entropies_differ_or_nothing_varies():
     arms = {"good": copy.deepcopy(ARMS["good"][:3]), "narrow": copy.deepcopy(ARMS["narrow"])}
     for training in arms["narrow"]:

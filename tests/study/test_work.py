@@ -75,6 +75,8 @@ def test_a_trained_decoder_decodes_what_the_base_draws(done):
     for name in study.draws:
         drawn = decoder["draws"][name]
         assert drawn["matched"] == base["draws"][name]
+        assert drawn["tokens_of_base"]
+        assert not found.arms["CE"][0]["draws"][name]["tokens_of_base"]
         assert drawn["matched_temperature"] == study.draws[name].temperature
         for own, other in zip(drawn["sets"], base["draws"][name], strict=True):
             assert own["entropy"] == other["entropy"]  # the same tokens

@@ -100,7 +100,12 @@ class StudyJudge:
         matched = self._sets(plain, self._params, seed, temperature)
         self._add_files(sets, str(place), who, name, draw, seed, draw.temperature)
         self._add_files(matched, "", who, f"{name}_matched", draw, seed, temperature)
-        return {"sets": sets, "matched_temperature": temperature, "matched": matched}
+        return {
+            "sets": sets,
+            "matched_temperature": temperature,
+            "matched": matched,
+            "tokens_of_base": tokenizer is not None,
+        }
 
     def _entropies(self, name: str, seed: int) -> Callable[[float], float]:
         """Of the base in one of the study's draws, for all arms of a seed."""

@@ -82,6 +82,14 @@ def _of_arm(results: Results, arm: str, draw: str, which: str) -> BySeed:
     return {one["seed"]: _average(one["draws"][draw][which]) for one in results.arms[arm]}
 
 
+def _draws_base_tokens(trainings: Sequence[Mapping[str, Any]], draw: str, base: BySeed) -> bool:
+    """As the results say; older ones do not, and have the base's own metrics where it is so."""
+    told = [(one["seed"], one["draws"][draw]) for one in trainings]
+    return all(
+        one.get("tokens_of_base", _average(one["matched"]) == base.get(seed)) for seed, one in told
+    )
+
+
 def _paired(own: BySeed, other: BySeed) -> dict[str, Difference]:
     """Each metric's of the seeds that have it in both; nothing where they share none."""
     seeds: dict[str, list[int]] = {}
@@ -112,7 +120,7 @@ def comparisons(study: Study, results: Results) -> list[Comparison]:
             own = _of_arm(results, name, draw, "sets")
             compare(draw, name, AGAINST[0], own, base)
             matched = _of_arm(results, name, draw, "matched")
-            if any(matched[seed] != base.get(seed) for seed in matched):
+            if not _draws_base_tokens(results.arms[name], draw, base):
                 compare(draw, name, AGAINST[1], own, matched)
             if study.against in results.arms and name != study.against:
                 other = _of_arm(results, study.against, draw, "sets")
