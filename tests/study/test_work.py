@@ -217,6 +217,25 @@ def test_results_without_a_protocol_are_nobodys(tmp_path):
         settle(Study("x", "?", "c2i_demo", ()), tmp_path)
 
 
+def test_results_that_tell_less_or_are_damaged(tmp_path, monkeypatch):
+    study = Study("x", "?", "c2i_demo:tiny", (Arm("a"),), seeds=1)
+    settle(study, tmp_path)
+    monkeypatch.setattr(module, "_found", lambda *_: pytest.fail("it was finished"))
+    older = {"recipe": "", "changes": {}}
+    base, arm = (tmp_path / "results" / f"{name}_0.json" for name in ("base", "a"))
+    base.write_text(json.dumps({"arm": "base", **older}))
+    arm.write_text(json.dumps({"arm": "a", **older}))
+    assert work(study, tmp_path) == []
+    with pytest.raises(StudyError, match="base_0.json tells of no samples: remove it"):
+        read_results(study, tmp_path / "results")
+    arm.write_text(json.dumps(older))
+    with pytest.raises(StudyError, match=r"a_0.json is of another arm 'a' \(arm: None\)"):
+        work(study, tmp_path)
+    arm.write_text('{"arm": "a", "rec')
+    with pytest.raises(StudyError, match="a_0.json cannot be read as JSON"):
+        work(study, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_page_is_made_again_from_results_alone(done, tmp_path):
     _, out, folder = done

@@ -162,7 +162,7 @@ def _finished(study: Study, workdir: Path, arm: Arm, seed: int) -> bool:
     path = result_path(workdir, arm.slug, seed)
     if not path.exists():
         return False
-    found = json.loads(path.read_bytes())
+    found = read_json(path, StudyError)
     if different := _other_facts(found, study, arm, seed):
         raise StudyError(
             f"{path} is of another arm {arm.name!r} ({', '.join(different)}): rename the arm, or remove "
@@ -174,13 +174,18 @@ def _finished(study: Study, workdir: Path, arm: Arm, seed: int) -> bool:
 def _other_facts(found: Mapping[str, Any], study: Study, arm: Arm, seed: int) -> list[str]:
     """In which a result is not of its arm: name, recipe and changes, and what these came to."""
     facts = {"arm": arm.name, **_facts(arm)}
-    different = [f"{name}: {found[name]}" for name, fact in facts.items() if found[name] != fact]
+    # An older file does not tell of what no arm could say then.
+    told = {**_facts(Arm(arm.name)), **found}
+    different = [
+        f"{name}: {told.get(name)}" for name, fact in facts.items() if told.get(name) != fact
+    ]
     if different or "config" not in found:  # as older ones have not
         return different
     config, then = resolve(recipe_of(study, arm, seed)), found["config"]
-    steps = [] if arm.name == BASE else [f"steps: {then['steps']} -> {config.steps}"]
+    trained = then.get("steps", 0)
+    steps = [] if arm.name == BASE else [f"steps: {trained} -> {config.steps}"]
     # A run may go on for more steps; a result of fewer is another one.
-    return config_changes(then, config) or (steps if then["steps"] < config.steps else [])
+    return config_changes(then, config) or (steps if trained < config.steps else [])
 
 
 def _facts(arm: Arm) -> dict[str, Any]:
@@ -229,6 +234,8 @@ def read_results(study: Study, folder: Path) -> Results:
         found = read_json(path, StudyError)
         if different := _other_facts(found, study, arm, seed):
             raise StudyError(f"{path} is of another arm ({', '.join(different)})")
+        if not ("draws" in found or "failed" in found):
+            raise StudyError(f"{path} tells of no samples: remove it, and the arm is judged again")
         return found
 
     base, failed = [], []
