@@ -5,8 +5,15 @@ import json
 import pytest
 
 from vapi_jax import sample
-from vapi_jax.study.files import DETECTIONS, add_detected, arguments, folder_of, undetected
-from vapi_jax.study.spec import Draw, Files
+from vapi_jax.study.files import (
+    DETECTIONS,
+    add_detected,
+    arguments,
+    folder_of,
+    settled_temperature,
+    undetected,
+)
+from vapi_jax.study.spec import Draw, Files, StudyError
 
 PROMPTS = [
     {
@@ -44,6 +51,18 @@ def test_samples_are_asked_for_as_the_protocol_and_the_draw_say(files, draw, wan
         name: str(value) for name, value in wanted.items()
     }
     assert (args.seed, args.temperature) == (3, 0.9)
+
+
+def test_a_matched_temperature_is_the_first_that_was_found(tmp_path):
+    path = tmp_path / "matched.json"
+    asked = [
+        ("plain", 3.25, 0.9), ("guided", 2.5, 0.8), ("plain", 3.2501, 0.9000001), ("plain", 3.5, 1.1),
+    ]  # fmt: skip
+    found = [settled_temperature(path, name, nats, lambda t=t: t) for name, nats, t in asked]
+    assert found == [0.9, 0.8, 0.9, 1.1]
+    path.write_text("{")
+    with pytest.raises(StudyError, match="matched.json"):
+        settled_temperature(path, "plain", 3.25, lambda: 0.9)
 
 
 def test_what_a_detector_finds_is_scored_where_it_lies(tmp_path):

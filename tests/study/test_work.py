@@ -10,8 +10,11 @@ import pytest
 from tests.helpers.tiny import make_tiny_recipe, policy_file
 from vapi_jax.common import locks
 from vapi_jax.common.errors import ExpectedError
+from vapi_jax.methods import HealthError
 from vapi_jax.study import work as module
 from vapi_jax.study.__main__ import main
+from vapi_jax.study.files import folder_of
+from vapi_jax.study.judge import StudyJudge
 from vapi_jax.study.spec import Arm, Study, StudyError, read_study
 from vapi_jax.study.work import read_results, settle, work
 
@@ -234,6 +237,22 @@ def test_results_that_tell_less_or_are_damaged(tmp_path, monkeypatch):
     arm.write_text('{"arm": "a", "rec')
     with pytest.raises(StudyError, match="a_0.json cannot be read as JSON"):
         work(study, tmp_path)
+
+
+def test_images_of_an_earlier_training_make_room_for_those_of_the_next(tmp_path, monkeypatch):
+    study = Study("x", "?", "c2i_demo:tiny", (Arm("a"), Arm("a 0")), seeds=2)
+    mine, others = (folder_of(tmp_path, who, "plain", 0) for who in ("a_1", "a_0_1"))
+    for place in (mine, others):
+        place.mkdir(parents=True)
+        (place / "recipe.json").touch()
+
+    def run(config, place, stop):
+        assert [path.name for path in (tmp_path / "images").iterdir()] == ["a_0_1"]
+        raise HealthError("nan")
+
+    monkeypatch.setattr(module, "run", run)
+    found = module._found(study, tmp_path, Arm("a"), 1, StudyJudge(study, tmp_path), None)
+    assert found["failed"] == "nan"
 
 
 @pytest.mark.slow

@@ -8,21 +8,23 @@ the page is made.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vapi_jax import sample
-from vapi_jax.common.files import partial_of
+from vapi_jax.common.files import partial_of, read_json, write_atomically
 from vapi_jax.evaluation.geneval_files import judge_file, read_prompts
 from vapi_jax.evaluation.geneval_scores import PROMPTS, check_complete, score
 from vapi_jax.evaluation.measure import Settings, measure
 from vapi_jax.generation.protocols import PROTOCOLS
 from vapi_jax.rewards.geneval import Rules
-from vapi_jax.study.spec import Draw, Files
+from vapi_jax.study.spec import Draw, Files, StudyError
 
 DETECTIONS = "detections.jsonl"
+_ROUNDED = 1e-3  # nats, which devices and versions may differ by
 _METRICS = ("fid", "is", "precision", "recall")
 OF_FILES = {"precision": "adm/precision", "recall": "adm/recall"}
 """What is called so in a study, which has others of these in features of its own."""
@@ -42,7 +44,34 @@ def arguments(files: Files, draw: Draw, temperature: float, seed: int) -> list[s
 
 def folder_of(workdir: Path, who: str, what: str, seed: int) -> Path:
     """Of the images of one set: by whom ("base_0"), by which draw, the how manieth."""
-    return workdir / "images" / who / f"{what}_{seed}"
+    return images_of(workdir, who) / f"{what}_{seed}"
+
+
+def images_of(workdir: Path, who: str) -> Path:
+    """The folder of all sets of images of one training, or of the base of one seed."""
+    return workdir / "images" / who
+
+
+def settled_temperature(path: Path, name: str, entropy: float, find: Callable[[], float]) -> float:
+    """What a base is drawn at to have an entropy, found once and kept.
+
+    Images may have been drawn at it before an interruption, and another machine finds another last digit.
+
+    Args:
+      path: where it is kept.
+      name: of the draw.
+      entropy: in nats a token; one of another arm is found anew.
+      find: the temperature.
+
+    Raises:
+      StudyError: the file is damaged.
+    """
+    known = read_json(path, StudyError) if path.exists() else {}
+    then = known.get(name)
+    if then is None or abs(then["entropy"] - entropy) > _ROUNDED:
+        known[name] = {"entropy": entropy, "temperature": find()}
+        write_atomically(path, json.dumps(known, indent=1) + "\n")
+    return float(known[name]["temperature"])
 
 
 def draw_files(

@@ -33,12 +33,15 @@ from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.method import EMA
 from vapi_jax.methods.resolve import raise_all
 from vapi_jax.models.lpips import load_lpips_params, lpips
-from vapi_jax.study.files import OF_FILES, draw_files, folder_of
+from vapi_jax.study.files import OF_FILES, draw_files, folder_of, settled_temperature
 from vapi_jax.study.spec import BASE, Draw, Study, recipe_of
 from vapi_jax.training import train
 from vapi_jax.training.loop import Run
 from vapi_jax.training.preflight import require
 from vapi_jax.training.run import prepare_devices
+
+MATCHED = "matched.json"
+"""Beside an arm's run: temperatures of the base at its entropy."""
 
 _PAIRS, _AT_ONCE = 128, 32  # samples whose LPIPS is taken, in all and at once
 
@@ -96,7 +99,8 @@ class StudyJudge:
         temperature, plain = draw.temperature, self._judge.with_settings(**draw.settings)
         if tokenizer is None:
             target = float(np.mean([one["entropy"] for one in sets]))
-            temperature = match_entropy(self._entropies(name, seed), target, draw.temperature)
+            find = partial(match_entropy, self._entropies(name, seed), target, draw.temperature)
+            temperature = settled_temperature(place.with_name(MATCHED), name, target, find)
         matched = self._sets(plain, self._params, seed, temperature)
         self._add_files(sets, str(place), who, name, draw, seed, draw.temperature)
         self._add_files(matched, "", who, f"{name}_matched", draw, seed, temperature)

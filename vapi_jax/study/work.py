@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vapi_jax.generation.sampler import BrokenSamplesError
 from vapi_jax.methods import HealthError
 from vapi_jax.methods.resolve import raise_all, resolve
 from vapi_jax.parallel.preemption import StopRequest
-from vapi_jax.study.files import add_detected
+from vapi_jax.study.files import add_detected, images_of
 from vapi_jax.study.judge import StudyJudge, settled_method
 from vapi_jax.study.spec import BASE, Arm, Results, Study, StudyError, recipe_of
 from vapi_jax.training.loop import fit
@@ -207,12 +208,15 @@ def _found(
     found["steps"] = config.steps
     try:
         if not (place / SUMMARY).exists():
+            # Those of an earlier training, whose result and run were removed.
+            if (images := images_of(workdir, f"{arm.slug}_{seed}")).exists():
+                shutil.rmtree(images)
             run(config, place, stop=stop)
         done = fit(settled_method(config), place, stop=stop)  # finished: its last step is read
         draws = {name: judge.tuned(done, place, seed, name, arm.average) for name in study.draws}
     except (HealthError, BrokenSamplesError) as error:  # an answer, too
         return {**found, "failed": str(error)}
-    summary = json.loads((place / SUMMARY).read_bytes())
+    summary = read_json(place / SUMMARY, StudyError)
     seconds = summary["seconds"]["train"]
     # The run's own figures are of the parameters, not of their average.
     held_out = {} if arm.average else done.last
