@@ -11,11 +11,11 @@ from vapi_jax.bench.flops import method_flops, sample_flops, step_flops
 from vapi_jax.methods.generator import sized_policy
 from vapi_jax.methods.resolve import examine, resolve
 from vapi_jax.models.policies import make_policy
-from vapi_jax.study import estimate
+from vapi_jax.study import acceptance, estimate
 from vapi_jax.study.__main__ import main
-from vapi_jax.study.acceptance import RESULTS, Acceptance, Check
+from vapi_jax.study.acceptance import RESULTS, Acceptance, Check, Measure
 from vapi_jax.study.paper import INCEPTION, REFERENCE
-from vapi_jax.study.spec import BASE, Study, StudyError, read_study, recipe_of
+from vapi_jax.study.spec import BASE, Draw, Files, Study, StudyError, read_study, recipe_of
 
 STUDIES = sorted({path.stem for path in (CONFIGS / "studies").glob("*.py")} - {"acceptance"})
 
@@ -109,7 +109,7 @@ def test_acceptance_stops_at_the_first_miss_and_measures_nothing_twice(tmp_path,
             calls.append((name, changes["data.path"]))
             return {"fid": repaired.get(name, value)}
 
-        return Check(name, measure, {"fid": (2.0, 2.5)}, f"look at {name}")
+        return Check(name, Measure(measure), {"fid": (2.0, 2.5)}, f"look at {name}")
 
     checks = (check("one", 2.2), check("two", 2.6), check("three", 2.2))
     given = Acceptance("a", checks, {"data.path": "here"})
@@ -133,7 +133,7 @@ def test_acceptance_says_which_files_it_will_miss_and_goes_as_far_as_it_can(tmp_
     here.touch()
     wants = {"fid": (2.0, 2.5)}
     one, two, three = (
-        Check(name, lambda *_: {"fid": 2.2}, wants, "", needs)
+        Check(name, Measure(lambda *_: {"fid": 2.2}, lambda _, needs=needs: needs), wants, "")
         for name, needs in (("one", (str(here),)), ("two", ()), ("three", (gone, "demo")))
     )
     given = Acceptance("a", (one, two, three, dataclasses.replace(three, name="four")))
@@ -145,6 +145,50 @@ def test_acceptance_says_which_files_it_will_miss_and_goes_as_far_as_it_can(tmp_
     assert set(json.loads((tmp_path / "out" / RESULTS).read_text())) == {"one", "two"}
     Path(gone).touch()
     assert given.run(tmp_path / "out")
+
+
+def test_acceptance_measures_again_where_files_were_replaced(tmp_path):
+    calls, file, folder = [], tmp_path / "fid.pth", tmp_path / "c2i_xxl"
+    file.write_text("one")
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "model.safetensors").write_text("as the manifest says")
+
+    def look(changes, folder):
+        calls.append(changes)
+        return {"fid": 2.2}
+
+    measure = Measure(look, lambda changes: [str(file), str(folder), "demo"])
+    given = Acceptance("a", (Check("one", measure, {"fid": (2.0, 2.5)}, ""),))
+    for change, many in (
+        (lambda: None, 1),
+        ((folder / "model.safetensors").touch, 1),
+        (lambda: file.write_text("two, longer"), 2),
+        (lambda: (folder / "manifest.json").write_text('{"outputs": {}}'), 3),
+        (lambda: None, 3),
+    ):
+        change()
+        assert given.run(tmp_path / "out")
+        assert len(calls) == many
+    (tmp_path / "out" / RESULTS).write_text("{")
+    with pytest.raises(StudyError, match=RESULTS):
+        given.run(tmp_path / "out")
+
+
+def test_acceptance_draws_from_the_weights_that_are_set(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        acceptance,
+        "draw_files",
+        lambda files, checkpoint, *_: drawn.append((checkpoint, files.dtype)) or {},
+    )
+    measure = acceptance.sampled(Files("adm50k", "weights/xxl", reference="adm.npz"), Draw())
+    for changes in ({}, {"init.gpt": "/data/xxl", "policy.dtype": "float32", "data.path": "d"}):
+        measure.look(changes, tmp_path)
+    assert drawn == [("weights/xxl", "bfloat16"), ("/data/xxl", "float32")]
+    assert list(measure.reads(changes)) == ["/data/xxl", "adm.npz"]
+    recipe = acceptance.teacher_forced("c2i_demo", {"init.vq": "mine"})
+    assert list(recipe.reads({"init.gpt": "/data/xxl"})) == ["/data/xxl", "mine"]
 
 
 @pytest.mark.slow

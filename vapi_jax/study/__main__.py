@@ -87,12 +87,13 @@ def _run(args: argparse.Namespace) -> int | None:
         compiler.reserve_memory()
         compiler.enable_compilation_cache(args.workdir / "compilation_cache")
     if isinstance(found, Acceptance):
+        found = dataclasses.replace(found, changes=changes)
         if args.check:
             print(found.told())
             if missing := found.missing():
                 raise StudyError(missing)
             return None
-        return 0 if dataclasses.replace(found, changes=changes).run(args.workdir) else 1
+        return 0 if found.run(args.workdir) else 1
     study = study_of(args.study, found)
     study = with_changes(study, changes)
     if args.check:

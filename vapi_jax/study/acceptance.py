@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vapi_jax.common.files import make_folder, new_folder, write_atomically
+from vapi_jax.common.digests import digest_of
+from vapi_jax.common.files import make_folder, new_folder, read_json, write_atomically
 from vapi_jax.common.images import to_uint8
 from vapi_jax.common.progress import announce
 from vapi_jax.common.recipes import change, read_recipe
@@ -23,6 +25,7 @@ from vapi_jax.evaluation.held_out import HeldOut
 from vapi_jax.evaluation.images import open_images
 from vapi_jax.evaluation.measure import Settings, measure
 from vapi_jax.evaluation.samples import SampleJudge, even_batch, on_judging_devices
+from vapi_jax.models.loading import MANIFEST
 from vapi_jax.study.files import draw_files
 from vapi_jax.study.judge import settled_method, start_of
 from vapi_jax.study.spec import Draw, Files, StudyError
@@ -31,10 +34,21 @@ from vapi_jax.training.preflight import require
 from vapi_jax.weights.store import SHIPPED
 
 Figures = dict[str, float]
-Measure = Callable[[Mapping[str, Any], Path], Figures]
-"""(Changes of the recipes, a folder to work in) -> metric -> value."""
 RESULTS = "acceptance.json"
 _AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a check looks at.
+
+    Attributes:
+      look: (changes of the recipes, a folder to work in) -> metric -> value.
+      reads: changes -> weights and other files that it reads, as they are named, beside a recipe's data.
+    """
+
+    look: Callable[[Mapping[str, Any], Path], Figures]
+    reads: Callable[[Mapping[str, Any]], Iterable[str]] = lambda changes: ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +57,15 @@ class Check:
 
     Attributes:
       name: what is looked at.
-      measure: looks at it.
+      measure: of it.
       wants: metric -> least and most that are right.
       miss: what it usually means when one of them is missed.
-      needs: files that it reads, beside those of a recipe.
     """
 
     name: str
     measure: Measure
     wants: Mapping[str, tuple[float, float]]
     miss: str
-    needs: tuple[str, ...] = ()
 
     def missed(self, found: Figures) -> list[str]:
         """Metrics that are outside."""
@@ -87,7 +99,7 @@ class Acceptance:
         gone = {
             file: check.name
             for check in reversed(self.checks)
-            for file in check.needs
+            for file in check.measure.reads(self.changes)
             if file not in SHIPPED and not Path(file).exists()
         }
         lines = [f"- {file}, from “{name}” on" for file, name in sorted(gone.items())]
@@ -96,25 +108,27 @@ class Acceptance:
     def run(self, workdir: Path) -> bool:
         """Does what is not done yet, up to the first miss; whether all was right.
 
-        What was right is kept in WORKDIR/acceptance.json and not measured again under the same changes; what
-        was not may have been repaired since.
+        What was right is kept in WORKDIR/acceptance.json and not measured again under the same changes and of
+        the same files; what was not may have been repaired since.
 
         Raises:
-          StudyError: a file is not there that the next check reads; said at the beginning, too.
+          StudyError: a file is not there that the next check reads; said at the beginning, too. Or
+            acceptance.json is damaged.
         """
         if missing := self.missing():
             announce(missing)
         make_folder(workdir)
         path, changes = workdir / RESULTS, json.loads(json.dumps(dict(self.changes), default=str))
-        known: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+        known = read_json(path, StudyError) if path.exists() else {}
         for check in self.checks:
-            one = known.get(check.name)
-            if one is None or one["changes"] != changes or check.missed(one["figures"]):
+            one = known.get(check.name, {})
+            of = {"changes": changes, "files": _state(check.measure.reads(self.changes))}
+            if {**one, **of} != one or check.missed(one["figures"]):
                 if missing := dataclasses.replace(self, checks=(check,)).missing():
                     raise StudyError(missing)
                 announce(f"{self.name}: {check.name}")
-                figures = check.measure(self.changes, workdir / "images")
-                known[check.name] = {"changes": changes, "figures": figures}
+                figures = check.measure.look(self.changes, workdir / "images")
+                known[check.name] = {**of, "figures": figures}
                 write_atomically(path, json.dumps(known, indent=1) + "\n")
             found = known[check.name]["figures"]
             print(render(check, found), flush=True)
@@ -122,6 +136,24 @@ class Acceptance:
                 print(f"MISSED: {', '.join(missed)}. {check.miss}")
                 return False
         return True
+
+
+def _state(paths: Iterable[str]) -> dict[str, str]:
+    """What tells whether files are still the same, without reading them: a conversion's manifest has their
+    digests; of others, sizes and times.
+    """
+    found = {}
+    for path in paths:
+        place = Path(path)
+        if path in SHIPPED or not place.exists():
+            continue
+        if (place / MANIFEST).is_file():
+            found[path] = digest_of(place / MANIFEST)
+            continue
+        files = sorted(f for f in (place, *place.rglob("*")) if f.is_file())
+        facts = [(str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+        found[path] = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return found
 
 
 def render(check: Check, found: Figures) -> str:
@@ -151,7 +183,7 @@ def reconstructions(
     """
 
     def found(changes: Mapping[str, Any], folder: Path) -> Figures:
-        config = _recipe(recipe, changes, own)
+        config = require(_recipe(recipe, changes, own))
         method = settled_method(config)
         method, frozen = on_judging_devices(method, train.load_frozen(method))
         real, again = (folder / f"{name}_{count}" for name in ("real", "reconstructed"))
@@ -173,7 +205,11 @@ def reconstructions(
         )  # fmt: skip
         return {name: one["value"] for name, one in measure(settings)["metrics"].items()}
 
-    return found
+    def reads(changes: Mapping[str, Any]) -> list[str]:
+        judged = [files.inception] if files.inception and "fid" in metrics else []
+        return [*_weights(recipe, changes, own), *judged]
+
+    return Measure(found, reads)
 
 
 def teacher_forced(recipe: str, own: Mapping[str, Any] | None = None) -> Measure:
@@ -181,11 +217,11 @@ def teacher_forced(recipe: str, own: Mapping[str, Any] | None = None) -> Measure
 
     def found(changes: Mapping[str, Any], folder: Path) -> Figures:
         del folder
-        method = settled_method(_recipe(recipe, changes, own))
+        method = settled_method(require(_recipe(recipe, changes, own)))
         ce = HeldOut(*on_judging_devices(method, train.load_frozen(method)))(start_of(method))["ce"]
         return {"ce": ce, "below ln V": math.log(method.config.tokenizer.codebook_size) - ce}
 
-    return found
+    return Measure(found, lambda changes: _weights(recipe, changes, own))
 
 
 def sampled(files: Files, draw: Draw, real: int = 0) -> Measure:
@@ -194,13 +230,19 @@ def sampled(files: Files, draw: Draw, real: int = 0) -> Measure:
     """
 
     def found(changes: Mapping[str, Any], folder: Path) -> Figures:
-        del changes
         against = files.reference or str(folder / f"real_{real}")
-        asked = dataclasses.replace(files, reference=against)
-        return draw_files(asked, files.checkpoint, folder / f"cfg_{draw.cfg_scale:g}", draw, 1.0, 0)
+        asked = dataclasses.replace(files.under(changes), reference=against)
+        return draw_files(asked, asked.checkpoint, folder / f"cfg_{draw.cfg_scale:g}", draw, 1.0, 0)
 
-    return found
+    return Measure(found, lambda changes: files.under(changes).paths)
 
 
 def _recipe(recipe: str, changes: Mapping[str, Any], own: Mapping[str, Any] | None) -> Any:
-    return require(change(read_recipe(recipe), {**(own or {}), **changes}))
+    return change(read_recipe(recipe), {**(own or {}), **changes})
+
+
+def _weights(
+    recipe: str, changes: Mapping[str, Any], own: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    begun = _recipe(recipe, changes, own).get("init", {})
+    return tuple(filter(None, (begun.get("gpt"), begun.get("vq"))))

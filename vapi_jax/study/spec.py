@@ -86,6 +86,17 @@ class Files:
         """Whether there is what it needs."""
         return bool(self.reference or self.prompts)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What it reads, as it is named."""
+        named = self.checkpoint, self.reference, self.inception, self.prompts, self.text_encoder
+        return tuple(filter(None, named))
+
+    def under(self, changes: Mapping[str, Any]) -> Files:
+        """The same beside recipes with these changes: the base in files is the one that they train from."""
+        same = {field: changes[name] for name, field in _OF_FILES.items() if name in changes}
+        return dataclasses.replace(self, **same)
+
 
 Figures = Mapping[str, Mapping[str, float]]
 """Draw -> metric -> value."""
@@ -279,10 +290,7 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
         raise StudyError(
             f"study {study.name}: {', '.join(taken)} is set there, and not for all arms"
         )
-    files = study.files
-    if files is not None:  # The base in files is the one that is trained from.
-        same = {field: changes[name] for name, field in _OF_FILES.items() if name in changes}
-        files = dataclasses.replace(files, **same)
+    files = study.files and study.files.under(changes)
     return dataclasses.replace(study, changes={**study.changes, **changes}, files=files)
 
 

@@ -134,14 +134,7 @@ def require_all(study: Study) -> None:
     found: dict[str, list[str]] = {}
     arms = (Arm(BASE), *study.trained)
     if (files := study.files) is not None:
-        named = (
-            files.checkpoint,
-            files.reference,
-            files.inception,
-            files.prompts,
-            files.text_encoder,
-        )
-        gone = [f for f in named if f and f not in SHIPPED and not Path(f).exists()]
+        gone = [f for f in files.paths if f not in SHIPPED and not Path(f).exists()]
         found |= {f"files: there is no {f}": [arm.name for arm in arms] for f in gone}
     for arm in arms:
         for error in look(recipe_of(study, arm))[1]:
