@@ -11,6 +11,8 @@ from tests.helpers.clip_files import make_model, write_tokenizer
 from tests.helpers.compare import assert_close
 from vapi_jax import score
 from vapi_jax.evaluation import prompt_scores as S
+from vapi_jax.evaluation.images import open_images
+from vapi_jax.evaluation.measure import locate
 from vapi_jax.rewards.clip import CLIPScore
 
 PROMPTS = ("the cat", "a photo")
@@ -98,6 +100,94 @@ def test_images_and_prompts_that_do_not_belong_together(tmp_path):
     ]:
         with pytest.raises(S.ScoreError, match=told):
             S.find_pictures(tmp_path / folder, tmp_path / prompts)
+
+
+def drawn(folder, layout, texts, per_prompt, count=None):
+    """A folder as `vapi_jax.sample --grid` leaves it; with so few images where it was killed."""
+    for i in range(len(texts) * per_prompt if count is None else count):
+        prompt, sample = divmod(i, per_prompt)
+        flat, geneval = f"images/{i:06d}.png", f"{prompt:05d}/samples/{sample:04d}.png"
+        make(folder, {"flat": flat, "geneval": geneval, "hps": f"photo/{i:05d}.jpg"}[layout])
+    for prompt in range(len(texts) if layout != "hps" else 0):
+        flat = layout == "flat"
+        make(folder, f"grids/{prompt:05d}.png" if flat else f"{prompt:05d}/grid.png")
+    captions = {"per_prompt": per_prompt, "layout": layout}
+    recipe = {"count": len(texts) * per_prompt, "captions": captions}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "fed": text}) + "\n" for text in texts)
+    )
+    return folder
+
+
+def listed(path, *texts):
+    path.write_text("\n".join(texts))
+    return path
+
+
+@pytest.mark.parametrize("layout", ["flat", "geneval"])
+def test_the_samplers_grids_are_no_samples(tmp_path, layout):
+    folder = drawn(tmp_path / "cat", layout, ["one", "two", "three"], 4)
+    prompts = listed(tmp_path / "p.txt", "one", "two", "three")
+    found = S.find_pictures(folder, prompts)
+    assert found.prompts == ("one",) * 4 + ("two",) * 4 + ("three",) * 4
+    assert (
+        found.files[4] == {"flat": "images/000004.png", "geneval": "00001/samples/0000.png"}[layout]
+    )
+    assert len(S.find_pictures(folder, None).files) == 12
+    assert open_images(locate(str(folder))).count == 12
+    assert S.find_pictures(folder, folder / "prompts.jsonl").prompts == found.prompts
+
+
+def test_images_of_a_recipe_are_all_there_and_of_these_prompts(tmp_path):
+    whole = drawn(tmp_path / "whole", "flat", ["one", "two"], 2)
+    killed = drawn(tmp_path / "killed", "flat", ["a", "b", "c", "d"], 4, count=8)
+    geneval = drawn(tmp_path / "geneval", "geneval", ["one", "two"], 2)
+    for folder, texts, told in [
+        (killed, "abcd", "8 images, and its recipe.json is of 16: go on"),
+        (killed, None, "8 images, and its recipe.json is of 16"),
+        (whole, ["two", "one"], "drawn for 'one', and .*p.txt has 'two' there"),
+        (whole, "abcd", "4 images, 2 a prompt by its recipe.json, .* 4 prompts"),
+        (geneval, ["one", "three"], "drawn for 'two', and .*p.txt has 'three' there"),
+    ]:
+        prompts = texts and listed(tmp_path / "p.txt", *texts)
+        with pytest.raises(S.ScoreError, match=told):
+            S.find_pictures(folder, prompts)
+    # Who says which is which may leave some out.
+    (tmp_path / "n.jsonl").write_text('{"filename": "images/000003.png", "prompt": "another"}')
+    assert S.find_pictures(killed, tmp_path / "n.jsonl").prompts == ("another",)
+    assert S.find_pictures(whole / "images", listed(tmp_path / "p.txt", "one", "two")).groups == (
+        0,
+        0,
+        1,
+        1,
+    )
+
+
+def test_samples_of_labels_have_a_prompt_each_or_none(tmp_path):
+    folder = drawn(tmp_path / "labels", "flat", ["x"], 4)
+    (folder / "recipe.json").write_text('{"count": 4, "labels": {"rule": "balanced"}}')
+    (folder / "prompts.jsonl").unlink()
+    with pytest.raises(S.ScoreError, match="4 images, 1 a prompt .* 2 prompts"):
+        S.find_pictures(folder, listed(tmp_path / "p.txt", "one", "two"))
+    assert S.find_pictures(folder, listed(tmp_path / "p.txt", *"abcd")).prompts == (
+        "a",
+        "b",
+        "c",
+        "d",
+    )
+
+
+def test_styles_are_compared_with_what_was_drawn(tmp_path):
+    folder = drawn(tmp_path / "hps", "hps", ["one", "two"], 1)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for style, texts in (("photo", ["one", "two"]), ("anime", ["three"])):
+        (lists / f"{style}.json").write_text(json.dumps(texts))
+    assert S.find_pictures(folder, lists).prompts == ("one", "two")
+    (lists / "photo.json").write_text('["one", "2"]')
+    with pytest.raises(S.ScoreError, match="drawn for 'two'"):
+        S.find_pictures(folder, lists)
 
 
 def test_the_interval_is_over_prompts_and_not_over_their_images():

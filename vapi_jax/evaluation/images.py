@@ -19,8 +19,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from vapi_jax.common.errors import ExpectedError
-from vapi_jax.common.image_files import EXTENSIONS, FORMATS, find_images, in_words
+from vapi_jax.common.image_files import EXTENSIONS, FORMATS, ImageFiles, find_images, in_words
 from vapi_jax.common.npz import NpzError, array_names, open_array, open_npz
+from vapi_jax.generation.files import is_grid
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +118,21 @@ def _open(path: Path, size: tuple[int, int] | None, first: Path) -> Image.Image:
         raise ImagesError(f"cannot read the image {path}: {reason}") from error
 
 
+def find_samples(folder: Path) -> ImageFiles:
+    """As `find_images`, without the grids that a sampler leaves beside its images.
+
+    Raises:
+      OSError: a folder that cannot be listed.
+    """
+    found = find_images(folder)
+    files = tuple(path for path in found.files if not is_grid(Path(path)))
+    grids = len(found.files) - len(files)
+    return ImageFiles(files, {**found.left_out, **({"grid(s) of samples": grids} if grids else {})})
+
+
 def _folder(folder: Path) -> ImageSet:
     try:
-        found = find_images(folder)
+        found = find_samples(folder)
     except OSError as error:
         raise ImagesError(f"cannot list {error.filename}: {error.strerror}") from error
     files = list(map(Path, found.files))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,13 @@ from jaxtyping import Float
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.files import read_text
-from vapi_jax.common.image_files import find_images
 from vapi_jax.data.images import PILLOW_PIXELS, UnreadableImage, read_rgb
-from vapi_jax.evaluation.receipt import environment, find_recipe
+from vapi_jax.evaluation.images import find_samples
+from vapi_jax.evaluation.measure import locate
+from vapi_jax.evaluation.receipt import environment, find_recipe, recipe_path
+from vapi_jax.generation import protocols
 from vapi_jax.generation.prompt_lists import read_prompts
+from vapi_jax.generation.prompts import LIST
 from vapi_jax.parallel.sharding import host_array, make_mesh, replicated, shard_whole
 from vapi_jax.rewards.reward import Reward
 
@@ -53,6 +57,9 @@ class Pictures:
 def find_pictures(folder: Path, prompts: Path | None) -> Pictures:
     """The images of a folder, each with its prompt.
 
+    In a folder of `vapi_jax.sample` grids are left out, and its recipe has to agree: all images have to be
+    there, and the prompts have to be those that they were drawn for.
+
     Args:
       folder: searched with its sub-folders.
       prompts: None for scores without; otherwise
@@ -63,17 +70,20 @@ def find_pictures(folder: Path, prompts: Path | None) -> Pictures:
 
     Raises:
       ScoreError: there are no images, or not those that the prompts are for.
+      PromptError, ReceiptError: the prompts or the recipe cannot be read.
     """
+    place = locate(str(folder))
+    if place.is_file():
+        raise ScoreError(f"{place} is no folder of pictures: draw with --format both")
     try:
-        found = find_images(folder).files
+        found = find_samples(place).files
     except OSError as error:
         raise ScoreError(f"{folder} cannot be listed: {error.strerror}") from error
-    files = tuple(Path(path).relative_to(folder).as_posix() for path in found)
+    top = folder.expanduser().absolute()
+    files = tuple(Path(path).relative_to(top).as_posix() for path in found)
     if not files:
         raise ScoreError(f"{folder} holds no images")
-    if prompts is None:
-        return Pictures(folder, files, ("",) * len(files), tuple(range(len(files))), "no prompts")
-    if named := _named(prompts):
+    if prompts is not None and (named := _named(prompts)):
         known = set(files)
         if absent := [name for name in named if name not in known]:
             raise ScoreError(f"{prompts} names {absent[0]}, which {folder} does not have")
@@ -82,8 +92,25 @@ def find_pictures(folder: Path, prompts: Path | None) -> Pictures:
         return Pictures(
             folder, tuple(named), texts, tuple(numbers[text] for text in texts), "by file name"
         )
+    recipe = find_recipe(place) or {}
+    if recipe.get("count", len(files)) != len(files):
+        raise ScoreError(
+            f"{folder} holds {len(files)} images, and its recipe.json is of {recipe['count']}: go on with "
+            "the command that drew them"
+        )
+    if prompts is None:
+        return Pictures(folder, files, ("",) * len(files), tuple(range(len(files))), "no prompts")
     if prompts.is_dir():
-        return _of_styles(folder, files, prompts)
+        pictures = _of_styles(folder, files, prompts)
+    else:
+        pictures = _of_list(folder, files, prompts, recipe)
+    _check_drawn_for(pictures, prompts, recipe_path(place))
+    return pictures
+
+
+def _of_list(
+    folder: Path, files: tuple[str, ...], prompts: Path, recipe: Mapping[str, Any]
+) -> Pictures:
     texts = read_prompts(prompts, "flat").texts
     places = [_GENEVAL.search(name) for name in files]
     if all(places):
@@ -95,14 +122,38 @@ def find_pictures(folder: Path, prompts: Path | None) -> Pictures:
             )
     else:
         each, rest = divmod(len(files), len(texts))
+        drawn = recipe.keys() & {"labels", "captions"}
+        if (
+            drawn
+        ):  # labels, and captions without per_prompt, are taken in turn: each image has its own
+            each = protocols.facts(recipe).get("captions.per_prompt") or 1
+            rest = len(files) - each * len(texts)
         if rest or not each:
+            many = f", {each} a prompt by its recipe.json," if drawn else ""
             raise ScoreError(
-                f"{folder} holds {len(files)} images and {prompts} {len(texts)} prompts: no number of images "
-                'a prompt. Leave others out, or say which is which: lines {"filename", "prompt"} in .jsonl'
+                f"{folder} holds {len(files)} images{many} and {prompts} {len(texts)} prompts: no number of "
+                'images a prompt. Leave others out, or say which is which: lines {"filename", "prompt"} in '
+                ".jsonl"
             )
         groups = tuple(i // each for i in range(len(files)))
         rule = f"{each} images a prompt, in the order of names"
     return Pictures(folder, files, tuple(texts[i] for i in groups), groups, rule)
+
+
+def _check_drawn_for(pictures: Pictures, prompts: Path, recipe: Path | None) -> None:
+    """Compares prompts with what `vapi_jax.sample` has left beside the images, where it has."""
+    if recipe is None or not (told := recipe.with_name(LIST)).is_file():
+        return
+    texts = read_prompts(told, "flat").texts
+    each = len(pictures.files) // len(texts)
+    drawn_for = [text for text in texts for _ in range(each)]
+    asked = [text for _, text in sorted(zip(pictures.groups, pictures.prompts, strict=True))]
+    for was, now in itertools.zip_longest(drawn_for, asked):
+        if was != now:
+            raise ScoreError(
+                f"{pictures.folder}: images were drawn for {was!r:.80}, and {prompts} has {now!r:.80} there: "
+                "give the prompts that they were drawn for"
+            )
 
 
 def _named(path: Path) -> dict[str, str]:

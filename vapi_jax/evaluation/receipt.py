@@ -47,14 +47,11 @@ def environment() -> dict[str, Any]:
     return {"versions": versions(), "devices": devices(), "date": now}
 
 
-def find_recipe(samples: Path) -> dict[str, Any] | None:
-    """The recipe that a sampler left beside its samples, or None.
+def recipe_path(samples: Path) -> Path | None:
+    """Where a sampler left the recipe of its samples; None where it left none.
 
     That is recipe.json in a folder, or above it where the folder is called "images"; for NAME.npz it
     is NAME.recipe.json, or recipe.json beside samples.npz.
-
-    Raises:
-      ReceiptError: a recipe that is no JSON object.
     """
     if samples.is_dir():
         places = [samples / "recipe.json"]
@@ -64,10 +61,17 @@ def find_recipe(samples: Path) -> dict[str, Any] | None:
         places = [samples.with_suffix(".recipe.json")]
         if samples.name == "samples.npz":
             places.append(samples.with_name("recipe.json"))
-    for place in places:
-        if place.is_file():
-            return read_json(place, ReceiptError)
-    return None
+    return next((place for place in places if place.is_file()), None)
+
+
+def find_recipe(samples: Path) -> dict[str, Any] | None:
+    """The recipe at `recipe_path`, or None.
+
+    Raises:
+      ReceiptError: a recipe that is no JSON object.
+    """
+    place = recipe_path(samples)
+    return None if place is None else read_json(place, ReceiptError)
 
 
 def precision(recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:

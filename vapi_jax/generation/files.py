@@ -40,6 +40,7 @@ from vapi_jax.common.files import PARTIAL, new_file, read_json, write_atomically
 from vapi_jax.common.npz import NpzError, array_names, npy_header, npy_member, open_array, open_npz
 
 RECIPE = "recipe.json"
+GRIDS = "grids"
 FORMATS = ("png", "npz", "both")
 PER_FOLDER = 10_000
 
@@ -140,6 +141,13 @@ def settle_recipe(
 def write_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Writes recipe.json."""
     write_atomically(directory / RECIPE, json.dumps(recipe, indent=2) + "\n")
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a picture shows samples that lie beside it: what `--grid` writes, and GenEval's own scripts."""
+    if path.name == "grid.png":
+        return (path.parent / RECIPE).is_file() or (path.parent / "samples").is_dir()
+    return path.parent.name == GRIDS and (path.parents[1] / RECIPE).is_file()
 
 
 # --- arrays in zip files --------------------------------------------------------------------------

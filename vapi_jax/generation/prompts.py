@@ -24,7 +24,7 @@ from PIL import Image
 from vapi_jax.common.files import write_atomically
 from vapi_jax.common.progress import announce
 from vapi_jax.generation.captions import flagged
-from vapi_jax.generation.files import SampleFiles
+from vapi_jax.generation.files import GRIDS, SampleFiles
 from vapi_jax.generation.generator import Generator
 from vapi_jax.generation.prompt_lists import MOST_PROMPTS, PromptError, Prompts, read_prompts
 from vapi_jax.generation.requests import Requests
@@ -239,7 +239,7 @@ class PromptFiles(SampleFiles):
         for prompt in range(len(self.requests.prompts.texts)):
             path = self._folder(prompt) / "grid.png"
             if self.layout != "geneval":
-                path = self.directory / "grids" / f"{prompt:05d}.png"
+                path = self.directory / GRIDS / f"{prompt:05d}.png"
             if path.exists():
                 continue
             first = prompt * self.requests.per_prompt
