@@ -219,9 +219,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--protocol {args.protocol} is of class labels: leave --prompts out")
     protocol = PROTOCOLS.get(args.protocol, {})
     # argparse leaves what is there already alone: None, where nothing was given.
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(protocol)))
+    said = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(protocol)))
     for name, value in protocol.items():
-        if getattr(given, name) not in (None, value):
+        if getattr(said, name) not in (None, value):
             parser.error(f"--protocol {args.protocol} is --{name} {value}: leave --{name} out")
         setattr(args, name, value)
     for name, schedule in (("cfg_interval", "interval"), ("cfg_power", "cosine")):
