@@ -123,9 +123,8 @@ def _of_list(
     else:
         each, rest = divmod(len(files), len(texts))
         drawn = recipe.keys() & {"labels", "captions"}
-        if (
-            drawn
-        ):  # labels, and captions without per_prompt, are taken in turn: each image has its own
+        if drawn:
+            # Labels, and captions without per_prompt, are taken in turn: each image has its own.
             each = protocols.facts(recipe).get("captions.per_prompt") or 1
             rest = len(files) - each * len(texts)
         if rest or not each:
