@@ -1,8 +1,12 @@
 """Commands as a user runs them: in a process of their own, from the root of the repository."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from tests.helpers.paths import ROOT
 
@@ -33,9 +37,42 @@ def python(*arguments, options=(), env=None, check=False, **more):
     return done
 
 
-def module(name, *arguments, **more):
-    """What `python -m vapi_jax.NAME ARGUMENTS` printed, and its status."""
-    return python("-m", f"vapi_jax.{name}", *arguments, **more)
+@functools.cache
+def _server():
+    """The process that commands are forks of; it ends with this one, which closes its stdin."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.forked"],
+        cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _forked(name, *arguments, cwd=ROOT, timeout=300):
+    server, arguments = _server(), [*map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        told = {stream: Path(folder) / stream for stream in ("stdout", "stderr")}
+        for path in told.values():
+            path.touch()
+        asked = {
+            "module": name, "arguments": arguments, "cwd": str(cwd), "timeout": timeout,
+            "env": environment(), "stdin": os.devnull, **{k: str(path) for k, path in told.items()},
+        }  # fmt: skip
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(
+            [name, *arguments], status, *(path.read_text() for path in told.values())
+        )
+
+
+def module(name, *arguments, check=False, **more):
+    """What `python -m vapi_jax.NAME ARGUMENTS` printed, and its status, which `check` wants to be 0.
+
+    In a process of its own either way, and with imports of its own where anything is unusual.
+    """
+    if sys.platform == "linux" and more.keys() <= {"cwd", "timeout"}:
+        done = _forked(f"vapi_jax.{name}", *arguments, **more)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+    return python("-m", f"vapi_jax.{name}", *arguments, check=check, **more)
 
 
 def show_help(name):
