@@ -1,21 +1,13 @@
-"""Every recipe loads, is what it says it is, and runs from end to end in its tiny form."""
+"""Every recipe loads and is what it says it is; test_tiny_runs.py and its sister run them."""
 
 import ast
 import dataclasses
-import importlib.util
-import json
-from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from tests.helpers import modes
 from tests.helpers.paths import CONFIGS
+from tests.helpers.recipes import RECIPES, load
 from vapi_jax.common.recipe_flags import SECTIONS
-from vapi_jax.common.trees import flatten
-from vapi_jax.data.scenes.grammar import TASKS
-from vapi_jax.generation.loading import load_generator
 from vapi_jax.methods import METHODS
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.methods.generator import make_condition, sized_policy
@@ -24,32 +16,12 @@ from vapi_jax.methods.vapi import VAPiOptions
 from vapi_jax.models.llama import LLAMA_SIZES
 from vapi_jax.models.policies import make_policy
 from vapi_jax.models.vq import VQ_PRESETS
-from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards import make_terms
 from vapi_jax.rewards.reconstruction import LPIPS, MSE
-from vapi_jax.training.logging import read_history
-from vapi_jax.training.run import run
-from vapi_jax.weights.store import load_safetensors
 
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 VARIANTS = [(name, variant) for name in RECIPES for variant in ("", "tiny")]
 VARIANTS += [("c2i_demo", "full"), ("janus_pro_1b", "lora"), ("janus_pro_7b", "lora")]
 TARGETS = [(name, v) for name in ("c2i_xl", "c2i_xxl") for v in ("h100x1", "h100x8", "a100x8")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where recipes keep what they make."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def load(name, variant=""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def test_the_recipes_are_these():
@@ -208,129 +180,3 @@ def test_the_demo_and_its_ingredients_have_one_shape():
     assert (demo.eval.split, base.eval.split, tokenizer.eval.split) == ("test", "val", "val")
     assert demo.eval.compare
     assert demo.eval.seeds >= 3
-
-
-# --- end to end -----------------------------------------------------------------------------------
-
-SUMMARY = {"method", "name", "config", "devices", "versions", "steps", "seconds", "held_out"}
-ESTIMATE = {"mean", "sd", "n", "values"}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """name -> (summary, workdir) of a finished tiny run, each run once."""
-    done = {}
-
-    def finish(name):
-        if name not in done:
-            workdir = tmp_path_factory.mktemp(name)
-            done[name] = (run(resolve(load(name, "tiny")), workdir), workdir)
-        return done[name]
-
-    return finish
-
-
-# The 7B's tiny form is the 1B's, and the demo's methods go the way of the XXL's.
-OTHERS = {"janus_pro_7b", "demo_ste", "demo_cca", "demo_tokenizer_post"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in OTHERS])
-def test_the_tiny_form_runs_from_end_to_end(name, finished):
-    summary, workdir = finished(name)
-    written = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(summary))
-    assert written.keys() >= SUMMARY
-    assert written["name"] == name
-    assert written["directory"] == str(Path.cwd())
-    assert written["config"]["steps"] == written["steps"] == resolve(load(name, "tiny")).steps
-    assert written["devices"]["count"] == 8
-    assert written["devices"]["mesh"]["data"] * written["devices"]["mesh"]["fsdp"] == 8
-    assert written["versions"].keys() >= {"vapi_jax", "python", "jax", "flax", "optax", "grain"}
-    assert 0.0 < written["seconds"]["train"] < written["seconds"]["total"]
-    modes.assert_for_all(workdir)
-    rows = read_history(workdir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(written["steps"] + 1))
-    assert list((workdir / "tensorboard").iterdir())
-    for file, digest in written["weights"].items():
-        assert len(digest) == 64
-        assert load_safetensors(workdir / "weights" / file)
-    page = (workdir / "report.html").read_text(encoding="utf-8")
-    assert name in page
-    assert "data:image/png;base64," in page
-    assert not any(link in page for link in ('src="http', "src='http", "<link"))  # self-contained
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["c2i_xl", "c2i_xxl", "c2i_demo", "t2i_xl", "t2i_demo"])
-def test_a_post_training_run_tells_what_changed(name, finished):
-    summary, _ = finished(name)
-    for metric in ("reward", "ce", "entropy"):
-        assert summary[metric].keys() >= {"first", "last"}
-        assert summary[metric]["first"] != summary[metric]["last"]
-    assert summary["reward"]["last"] < 0.0 < summary["ce"]["last"]
-
-
-@pytest.mark.slow
-def test_the_demo_compares(finished):
-    summary, workdir = finished("c2i_demo")
-    for key in ("frechet", "frechet_unseen"):
-        found = summary[key]
-        assert found["feature"]
-        for row in ("before", "after", "floor"):
-            assert found[row].keys() == ESTIMATE
-            assert found[row]["mean"] > 0.0
-            assert found[row]["sd"] >= 0.0
-            assert found[row]["n"] == 2
-    assert summary["frechet"]["feature"] != summary["frechet_unseen"]["feature"]
-    assert "FID" not in summary["frechet"]["feature"].replace("not FID", "")
-    kinds = [row["kind"] for row in summary["table"]]
-    assert {"base", "temperature", "matched", "vapi", "floor", "real"} == set(kinds)
-    for picture in ("samples_before", "samples_after", "reconstructions", "real"):
-        assert (workdir / f"{picture}.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_the_text_demo_scores_scenes(finished):
-    """Six scores in every row, with what guidance does to the base, and what changed, paired."""
-    summary, workdir = finished("t2i_demo")
-    tasks, scores = {*TASKS, "overall"}, summary["scenes"]
-    kinds = [row["kind"] for row in summary["table"]]
-    assert {"base", "guided", "matched", "vapi", "floor", "real"} <= set(kinds)
-    for row in [*(row["scenes"] for row in summary["table"]), *scores["changes"].values()]:
-        assert row.keys() == tasks
-        assert all(-1 <= one["low"] <= one["value"] <= one["high"] <= 1 for one in row.values())
-    assert scores["changes"].keys() == {"base", "matched"}
-    for task in tasks:
-        change = scores["vapi"][task]["value"] - scores["base"][task]["value"]
-        assert scores["changes"]["base"][task]["value"] == pytest.approx(change)
-    real = next(row["scenes"] for row in summary["table"] if row["kind"] == "real")
-    assert real["overall"]["value"] == 1.0
-    assert "color attr" in (workdir / "report.html").read_text(encoding="utf-8")
-    found = load_generator(str(workdir), make_mesh(1, 1, jax.devices()[:1]))
-    assert found.condition.encoder == "scenes"  # so that it is sampled without naming one
-    assert found.sample(["a photo of a red star"]).shape == (1, 32, 32, 3)
-
-
-@pytest.mark.slow
-def test_a_finished_run_asked_again_trains_no_further(finished):
-    """The same command on a finished workdir goes on from its last checkpoint: nothing is left."""
-    summary, workdir = finished("demo_base")
-    again = run(resolve(load("demo_base", "tiny")), workdir)
-    assert again["weights"] == summary["weights"]
-    assert again["ce"] == summary["ce"]
-
-
-@pytest.mark.slow
-def test_a_trained_decoder_is_sampled_with_the_generator_that_it_is_for(finished):
-    _, workdir = finished("xxl_tokenizer_post")
-    generator = load_generator(str(workdir), make_mesh(1, 1, jax.devices()[:1]))
-    trained = load_safetensors(workdir / "weights" / "tokenizer.safetensors")
-    demo = load_generator("demo", make_mesh(1, 1, jax.devices()[:1]))
-    own, start = (flatten(g.frozen["tokenizer"]) for g in (generator, demo))
-    for name, want in flatten(trained).items():
-        np.testing.assert_array_equal(own[name], want)
-        kept = name.startswith(("encoder/", "quant_conv/", "codebook/"))
-        assert np.array_equal(own[name], start[name]) == kept, name
-    for name, want in flatten(demo.params).items():
-        np.testing.assert_array_equal(flatten(generator.params)[name], want)

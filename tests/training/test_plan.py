@@ -1,7 +1,6 @@
 """The plan of `--check`: sizes from shapes equal sizes of arrays, and counts those of a run."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 
 from tests.helpers.compilers import optimised
 from tests.helpers.messages import assert_mentions
-from tests.helpers.paths import CONFIGS
+from tests.helpers.recipes import load
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.data.photos import PhotoSource
 from vapi_jax.methods.config import CheckpointConfig, TrainConfig, to_dict
@@ -23,13 +22,6 @@ from vapi_jax.training import memory, plan, preflight, train
 from vapi_jax.training.memory import bytes_per_device, estimate, tree_bytes
 from vapi_jax.training.plan import check, checkpoint_steps, kept_steps, size
 from vapi_jax.training.preflight import DataFound, WeightsFound
-
-
-def load(name, variant=""):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
 
 
 def planned(raw, capsys):
