@@ -553,6 +553,7 @@ def test_compiling_alone_tells_what_eight_devices_would_send(tmp_path):
     done = commands.module("bench",
         "--config=configs/bench_cpu.py:tiny", "--compile_only", f"--json={tmp_path / 'x.json'}",
         "--config.policy.dtype=bfloat16", "--config.policy.remat=full", "--config.rewards=mse",
+        env=commands.environment(**commands.OPTIMISED),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"all-gather of .*\d MB", done.stdout)

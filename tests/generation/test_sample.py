@@ -318,15 +318,13 @@ def test_other_settings_in_the_same_place_are_refused_with_the_difference(finish
     assert (finished / "recipe.json").read_bytes() == before
 
 
-def shell(out, *more, cache):
-    """The command as a user runs it, compiled programs kept in `cache`."""
+def shell(out, *more):
+    """The command as a user runs it."""
     return subprocess.Popen(
         [sys.executable, "-m", "vapi_jax.sample", "--ckpt=demo", "--num=90", "--batch=10",
          "--labels=random", "--format=both", f"--out={out}", *more],
         cwd=ROOT,
-        env=commands.environment(
-            JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0"
-        ),
+        env=commands.environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -344,16 +342,16 @@ def contents(directory):
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_byte_for_byte_like_one_that_was_not(tmp_path):
-    whole, broken, cache = tmp_path / "whole", tmp_path / "broken", tmp_path / "cache"
-    process = shell(whole, cache=cache)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = shell(whole)
     assert process.wait(240) == 0, process.stderr.read()
     for files in (1, 37, 80):  # with the first file, in the middle, and close to the end
-        process = shell(broken, cache=cache)
+        process = shell(broken)
         while process.poll() is None and sum(p.is_file() for p in broken.rglob("*.*")) < files:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-    process = shell(broken, cache=cache)
+    process = shell(broken)
     assert process.wait(240) == 0, process.stderr.read()
     assert contents(broken) == contents(whole)
     # The last kill may find it finished; the others cannot.

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
-from tests.helpers.commands import PATIENCE
+from tests.helpers.commands import LEAN, PATIENCE
 from tests.helpers.paths import ROOT
 from vapi_jax.parallel import distributed
+
+KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 def free_port():
@@ -19,13 +21,18 @@ def free_port():
 
 
 def environment(**more):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_", "XLA_"))}
-    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": PATIENCE}
+    """One that says nothing of a cluster, and has the tests' cache of compiled code."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "JAX_", "XLA_")) or name in KEPT
+    }
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": PATIENCE, **LEAN}
     return {**kept, **ours, "PYTHONUNBUFFERED": "1", **more}
 
 
 @contextlib.contextmanager
-def started(commands, env, cwd=ROOT):
+def started(commands, env=None, cwd=ROOT):
     """Processes with their output in `.log`, and none of them or theirs afterwards."""
     processes = []
     try:
@@ -33,7 +40,7 @@ def started(commands, env, cwd=ROOT):
             process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=cwd,
-                env=env,
+                env=env or environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -96,9 +103,7 @@ def call(address, said):
 @contextlib.contextmanager
 def at_work(count, ending):
     address = f"127.0.0.1:{free_port()}"
-    with started(
-        [work(i, count, address, ending) for i in range(count)], environment()
-    ) as processes:
+    with started([work(i, count, address, ending) for i in range(count)]) as processes:
         for process in processes:
             for line in process.stdout:
                 if "at work" in line:
@@ -131,7 +136,7 @@ def program(folder, name, text):
     return f"{folder}:{os.environ['PATH']}"
 
 
-def one_run(command, env, timeout=300):
+def one_run(command, env=None, timeout=300):
     with started([command], env) as (process,):
         output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output

@@ -10,22 +10,10 @@ import pytest
 
 from tests.helpers.paths import CONFIGS, GOLDEN
 from tests.helpers.processes import ends, free_port, one_run, started
-from tests.helpers.processes import environment as distributed_environment
 from vapi_jax.common.locks import LOCK
 
 pytestmark = pytest.mark.slow
 SAMPLE = ["sample", "--ckpt=demo", "--batch=4", "--labels=random", "--format=both"]
-
-
-@pytest.fixture(scope="module")
-def lean(tmp_path_factory):
-    """An environment whose commands share what they compile."""
-    return distributed_environment(
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
 
 
 def command(*words):
@@ -39,8 +27,8 @@ def two(words):
     return [command(*words, *common, f"--process_id={i}") for i in (0, 1)]
 
 
-def both(words, env):
-    with started(two(words), env) as processes:
+def both(words):
+    with started(two(words)) as processes:
         found = [ends(process, within=300) for process in processes]
     assert [status for status, _ in found] == [0, 0], found
     return found[0][1]
@@ -54,37 +42,37 @@ def contents(directory, but=("recipe.json", LOCK)):
     }
 
 
-def test_two_processes_draw_and_judge_what_one_does(tmp_path, lean):
-    assert "18 of them drawn" in both([*SAMPLE, "--num=18", f"--out={tmp_path / 'two'}"], lean)
-    one_run(command(*SAMPLE, "--num=18", f"--out={tmp_path / 'one'}"), lean)
+def test_two_processes_draw_and_judge_what_one_does(tmp_path):
+    assert "18 of them drawn" in both([*SAMPLE, "--num=18", f"--out={tmp_path / 'two'}"])
+    one_run(command(*SAMPLE, "--num=18", f"--out={tmp_path / 'one'}"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert json.loads((tmp_path / "two" / "recipe.json").read_text())["devices"]["count"] == 2
 
     judge = ["evaluate", f"--samples={tmp_path / 'two'}", f"--reference={tmp_path / 'one'}"]
     judge += ["--metrics=kid", "--features=lpips_alex"]
-    told = both([*judge, f"--out={tmp_path / 'r2.json'}"], lean)
-    one_run(command(*judge, f"--out={tmp_path / 'r1.json'}"), lean)
+    told = both([*judge, f"--out={tmp_path / 'r2.json'}"])
+    one_run(command(*judge, f"--out={tmp_path / 'r1.json'}"))
     assert "kernel distance" in told
     two_, one = (json.loads((tmp_path / f"r{i}.json").read_text()) for i in (2, 1))
     assert two_["metrics"] == one["metrics"]
     assert two_["samples"] == one["samples"]
 
 
-def test_two_processes_encode_what_one_does(tmp_path, lean):
+def test_two_processes_encode_what_one_does(tmp_path):
     encode = ["encode", "dataset", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--num=40"]
-    assert "40 train" in both([*encode, f"--out={tmp_path / 'two'}"], lean)
-    one_run(command(*encode, f"--out={tmp_path / 'one'}"), lean)
+    assert "40 train" in both([*encode, f"--out={tmp_path / 'two'}"])
+    one_run(command(*encode, f"--out={tmp_path / 'one'}"))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_two_processes_encode_captions_as_one_does(tmp_path, lean):
+def test_two_processes_encode_captions_as_one_does(tmp_path):
     (tmp_path / "c.txt").write_text("a red circle\na cat\n\n")
     encode = ["encode", "captions", f"--text_encoder={GOLDEN / 't5'}", "--batch=2"]
     encode.append(f"--captions={tmp_path / 'c.txt'}")
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-    assert "3 captions" in both([*encode, f"--out={tmp_path / 'two' / 'c.npz'}"], lean)
-    one_run(command(*encode, f"--out={tmp_path / 'one' / 'c.npz'}"), lean)
+    assert "3 captions" in both([*encode, f"--out={tmp_path / 'two' / 'c.npz'}"])
+    one_run(command(*encode, f"--out={tmp_path / 'one' / 'c.npz'}"))
     with np.load(tmp_path / "two" / "c.npz") as two_, np.load(tmp_path / "one" / "c.npz") as one:
         assert set(two_.files) == set(one.files)
         for name in set(one.files) - {"left_features"}:
@@ -94,9 +82,9 @@ def test_two_processes_encode_captions_as_one_does(tmp_path, lean):
     assert (tmp_path / "two" / "c.json").read_bytes() == (tmp_path / "one" / "c.json").read_bytes()
 
 
-def test_what_needs_no_devices_is_done_by_one_of_two(tmp_path, lean):
+def test_what_needs_no_devices_is_done_by_one_of_two(tmp_path):
     real = ["real_images", f"--config={CONFIGS / 'c2i_demo.py'}:tiny", "--num=2"]
-    assert "2 images" in both([*real, f"--out={tmp_path / 'real'}"], lean)
+    assert "2 images" in both([*real, f"--out={tmp_path / 'real'}"])
     assert len(list((tmp_path / "real").iterdir())) == 2
 
     row = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
@@ -105,16 +93,14 @@ def test_what_needs_no_devices_is_done_by_one_of_two(tmp_path, lean):
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
     score = ["score", "geneval", "--allow_incomplete", f"--metadata={tmp_path / 'm.jsonl'}"]
     score += [f"--detections={tmp_path / 'd.jsonl'}", f"--out={tmp_path / 's.jsonl'}"]
-    assert "1 images of 1 prompts" in both(score, lean)
+    assert "1 images of 1 prompts" in both(score)
     assert json.loads((tmp_path / "s.jsonl").read_text())["correct"] is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_of_two_that_draw_ends_both_and_the_rest_is_drawn_later(
-    tmp_path, lean, number
-):
+def test_a_signal_to_one_of_two_that_draw_ends_both_and_the_rest_is_drawn_later(tmp_path, number):
     words = [*SAMPLE, "--num=4000", f"--out={tmp_path}"]
-    with started(two(words), lean) as processes:
+    with started(two(words)) as processes:
         deadline = time.monotonic() + 200
         while not list(tmp_path.rglob("*.png")) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -126,9 +112,9 @@ def test_a_signal_to_one_of_two_that_draw_ends_both_and_the_rest_is_drawn_later(
     assert 0 < drawn < 4000
 
 
-def test_an_error_before_anything_is_drawn_ends_both(tmp_path, lean):
+def test_an_error_before_anything_is_drawn_ends_both(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with started(two([*SAMPLE, "--num=4", f"--out={tmp_path}"]), lean) as processes:
+    with started(two([*SAMPLE, "--num=4", f"--out={tmp_path}"])) as processes:
         found = [ends(process, within=120) for process in processes]
     assert [status for status, _ in found] == [1, 1]
     assert all("thesis.tex" in output for _, output in found)

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.helpers.processes import at_work, call, ends, environment, free_port, started, work
+from tests.helpers.processes import at_work, call, ends, free_port, started, work
 from vapi_jax.parallel import distributed
 
 
@@ -18,7 +18,7 @@ def test_processes_that_are_done_end_with_0_also_where_one_has_much_more_to_do(e
 def test_neither_strangers_nor_a_second_process_of_one_number_end_a_run():
     address = f"127.0.0.1:{free_port()}"
     first, last = [work(i, 3, address, "well") for i in (0, 1, 1)], work(2, 3, address, "well")
-    with started(first, environment()) as processes:
+    with started(first) as processes:
         strangers = [
             call(address, said) for said in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9999, b"")
         ]
@@ -28,7 +28,7 @@ def test_neither_strangers_nor_a_second_process_of_one_number_end_a_run():
         while all(process.poll() is None for process in processes[1:]):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        with started([last], environment()) as more:
+        with started([last]) as more:
             found = [ends(process, within=90.0) for process in [*processes, *more]]
     assert [found[0][0], found[3][0]] == [0, 0]
     assert sorted([found[1][0], found[2][0]]) == [0, 1]

@@ -19,17 +19,6 @@ def history(workdir):
     return [{k: v for k, v in row.items() if k not in changing} for row in rows]
 
 
-@pytest.fixture(scope="module")
-def lean(tmp_path_factory):
-    """An environment in which whole runs share what they compile."""
-    return environment(
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
-
-
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == -* ]]; do shift; done
 export SLURM_STEP_ID=0 SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2
@@ -40,14 +29,14 @@ wait -n && wait -n
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path, lean):
+def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path):
     """As launch/slurm.sbatch starts them; and one process goes on from what the two have saved."""
     for _ in range(100):
         job = random.randrange(10**6)
         with contextlib.suppress(OSError), socket.create_server(("", 61440 + job % 4096)):
             break
     path = program(tmp_path / "bin", "srun", SRUN)
-    slurm = lean | {"PATH": path, "PYTHON": sys.executable, "JOB": str(job)}
+    slurm = environment(PATH=path, PYTHON=sys.executable, JOB=str(job))
     flags = main(tmp_path / "two", 2, "--config.cpu_devices=4")[3:]
     output = one_run(["bash", "launch/slurm.sbatch", *flags], slurm)
     assert output.count("2 steps of") == 1  # one process of them tells
@@ -57,8 +46,8 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path, 
     saved = tmp_path / "two" / "checkpoints" / "2" / "manifest"
     assert {file.name for file in saved.glob("process*")} == {"process_0.json", "process_1.json"}
 
-    one_run(main(tmp_path / "two", 3), lean)  # goes on from step 2
-    one_run(main(tmp_path / "one", 3), lean)
+    one_run(main(tmp_path / "two", 3))  # goes on from step 2
+    one_run(main(tmp_path / "one", 3))
     two, one = history(tmp_path / "two"), history(tmp_path / "one")
     # The first life of the two ended, and was judged, at step 2.
     two = [row for row in two if row["step"] != 2 or "held_out/reward" not in row]
@@ -70,9 +59,9 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_captions_as_one_does(tmp_path, lean):
+def test_two_processes_train_on_captions_as_one_does(tmp_path):
     """A T5 in front of the generator: each process encodes the captions of its own rows."""
-    env = lean | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
     words = [
         sys.executable, "-m", "vapi_jax.main", "--config=configs/t2i_xl.py:tiny", "--config.steps=2",
         "--config.vapi.group_size=2", "--config.eval.grid_classes=1", "--config.policy.n_layer=1",
@@ -97,10 +86,10 @@ def test_two_processes_train_on_captions_as_one_does(tmp_path, lean):
 
 
 @pytest.mark.slow
-def test_a_run_whose_second_process_is_killed_ends_and_leaves_a_checkpoint(tmp_path, lean):
+def test_a_run_whose_second_process_is_killed_ends_and_leaves_a_checkpoint(tmp_path):
     more = ["--config.cpu_devices=4", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     commands = [main(tmp_path, 10**6, *more, f"--process_id={i}") for i in (0, 1)]
-    with started(commands, lean) as (first, second):
+    with started(commands) as (first, second):
         deadline = time.monotonic() + 240
         while not (tmp_path / "checkpoints" / "2").exists() and time.monotonic() < deadline:
             assert first.poll() is None, first.communicate()[0]
