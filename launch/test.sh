@@ -52,12 +52,13 @@ if [ "${1:-}" = --isa ]; then
 fi
 
 prepare test,text
+cd "$root"
 if [ "${1:-}" = --targets ]; then
   shift
   prepare_compilers
   export PYTHONPATH="$compilers${PYTHONPATH:+:$PYTHONPATH}" VAPI_COMPILERS=1
   export ALLOW_MULTIPLE_LIBTPU_LOAD=1  # both workers compile
+  [ $# -gt 0 ] || set -- $(grep -rl --include='test_*.py' 'mark\.targets' tests)
   set -- -m targets "$@"
 fi
-cd "$root"
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers.compare import comparing
+from tests.helpers.compilers import need_compiler
 from tests.helpers.golden import Golden
 from tests.helpers.paths import GOLDEN
 
@@ -73,6 +74,11 @@ def pytest_collection_modifyitems(config, items):
         )  # the last of each
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("targets"):
+        need_compiler(*mark.args)
 
 
 def pytest_addoption(parser):

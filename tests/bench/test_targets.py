@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import commands
-from tests.helpers.compilers import need_compiler, optimised
+from tests.helpers.compilers import optimised
 from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.bench import fitting, hlo, targets, targets_report
@@ -87,17 +87,18 @@ def sequences(text, rows):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """What the command says of one H100."""
-    need_compiler("compile-cuda")
     path = tmp_path_factory.mktemp("recipe") / "target.py"
     path.write_text(
         f"from ml_collections import ConfigDict\ndef get_config(_=''):\n    return ConfigDict({RECIPE!r})\n"
     )
-    done = commands.module("main", f"--config={path}", "--check", "--target=h100:1", "--json")
+    env = commands.environment(**commands.OPTIMISED)
+    words = ["--check", "--target=h100:1", "--json"]
+    done = commands.module("main", f"--config={path}", *words, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-cuda")
 @pytest.mark.slow
 def test_the_command_tells_all_programs_of_one_h100(told):
     figures = {one["program"]: one for one in told["figures"]}
@@ -117,10 +118,9 @@ def test_the_command_tells_all_programs_of_one_h100(told):
     assert figures["sampling"]["peak"] < 11e6  # 10.1 MB
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-cuda")
 @pytest.mark.slow
 def test_eight_h100s_split_gradients_and_hold_one_sequence_an_image():
-    need_compiler("compile-cuda")
     target = parse("h100:8")
     config = recipe()
     method, text, known, compiled = compiled_step(config, targets.open_mesh(config, target))
@@ -146,7 +146,7 @@ def test_the_plain_step_holds_every_sequence():
     assert sequences(compiled_step(config, mesh)[1], GROUP * IMAGES // 8)
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-cuda")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "peak", "sent", "flops"),
@@ -154,7 +154,6 @@ def test_the_plain_step_holds_every_sequence():
 )
 def test_recipes_of_real_sizes_keep_their_budgets_on_eight_h100s(name, peak, sent, flops):
     """A twentieth above docs/targets.md. Of memory, Janus-Pro-7B's whole gradients would be 40 GB alone."""
-    need_compiler("compile-cuda")
     target, config = parse("h100:8"), resolve(read_recipe(name))
     _, _, known, compiled = compiled_step(config, targets.open_mesh(config, target))
     found = targets.read("step", compiled, known, target, 0.0)
@@ -166,10 +165,9 @@ def test_recipes_of_real_sizes_keep_their_budgets_on_eight_h100s(name, peak, sen
     assert found.float32 < 0.03  # the encoder
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-tpu")
 @pytest.mark.slow
 def test_a_tpu_slice():
-    need_compiler("compile-tpu")
     target = parse("v5e:2x4")
     config = recipe()
     _, text, known, compiled = compiled_step(config, targets.open_mesh(config, target))
@@ -182,10 +180,9 @@ def test_a_tpu_slice():
     assert found.peak < 6e6
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-cuda")
 @pytest.mark.slow
 def test_the_fastest_setting_that_fits_is_found():
-    need_compiler("compile-cuda")
     target = parse("h100:1")
     kind = dataclasses.replace(target.kind, memory=25_000_000)
     everything = {"policy": {**RECIPE["policy"], "remat": "none"}}  # too much by its shapes alone

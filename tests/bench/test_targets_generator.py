@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers.compilers import need_compiler, optimised
+from tests.helpers.compilers import optimised
 from vapi_jax.bench import hlo
 from vapi_jax.models.policies import make_policy, on_devices
 from vapi_jax.parallel import compiler, fsdp, targets
@@ -49,10 +49,9 @@ def compiled_gradient(target):
         return jitted.lower(params, batch(16), batch(16, TOKENS - 1)).compile().as_text()
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-cuda")
 @pytest.mark.slow
 def test_on_gpus_a_layers_gathers_run_under_matrix_products():
-    need_compiler("compile-cuda")
     bodies = {}
     for one in hlo.instructions(compiled_gradient("h100:8")):
         bodies.setdefault(one.computation, []).append(one)
@@ -69,10 +68,9 @@ def test_on_gpus_a_layers_gathers_run_under_matrix_products():
     assert seen == 2  # forward, and backward
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-tpu")
 @pytest.mark.slow
 def test_on_tpus_no_array_of_all_pairs_is_written():
-    need_compiler("compile-tpu")
     text = compiled_gradient("v5e:2x4")
     pairs = [
         dims

@@ -8,7 +8,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.helpers import commands
-from tests.helpers.compilers import need_compiler
 from tests.helpers.observations import observe
 from vapi_jax.models import sampling
 from vapi_jax.models.policies import make_policy
@@ -72,9 +71,8 @@ def test_the_installed_compiler_knows_every_option_for_gpus(name):
         compiled({f"{name}_of_our_dreams": True})
 
 
-@pytest.mark.targets
+@pytest.mark.targets("compile-tpu")
 def test_the_compiler_for_tpus_knows_every_option_for_tpus(monkeypatch):
-    need_compiler("compile-tpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # looks for no machine of Google's
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     mesh = Mesh(np.array(devices), ("x",))
