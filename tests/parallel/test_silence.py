@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers.observations import observe
-from tests.helpers.processes import WORK, environment, free_port, main, started
+from tests.helpers.processes import WORK, free_port, main, started
 from vapi_jax.parallel import distributed, links
 
 pytestmark = pytest.mark.slow
@@ -21,11 +21,16 @@ SOON = """
 from vapi_jax.parallel import distributed
 distributed.BEAT, distributed.STILL, distributed.HEARTBEAT = 1.0, 4.0, 12
 """
+BEAT, SILENCE = 2.0, 6
+SHORT = f"""
+from vapi_jax.parallel import distributed, links
+distributed.BEAT, links.SILENCE = {BEAT}, {SILENCE}
+"""
 
 
 def at_work_then(commands, act):
     """Two processes that wait, something that happens to them, and [(seconds, status, output)]."""
-    with started(commands, environment()) as processes:
+    with started(commands) as processes:
         for process in processes:
             for line in process.stdout:
                 if "at work" in line:
@@ -88,7 +93,7 @@ def test_a_network_that_goes_away_ends_both_sides_with_a_sentence(network):
         # Gloo listens at the address of the machine's name.
         ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c",
          f'hostname 10.77.0.{i + 1}; exec "$@"', "sh",
-         sys.executable, "-c", WORK, i, 2, "10.77.0.1:12345", "never"]
+         sys.executable, "-c", SHORT + WORK, i, 2, "10.77.0.1:12345", "never"]
         for i, name in enumerate(names)
     ]  # fmt: skip
 
@@ -97,33 +102,26 @@ def test_a_network_that_goes_away_ends_both_sides_with_a_sentence(network):
         yield from processes
 
     found = at_work_then(commands, disconnect)
-    # The silence is counted from the next word that is sent.
-    longest = links.SILENCE + distributed.BEAT
     for other, (seconds, status, output) in zip((1, 0), found, strict=True):
-        assert seconds < longest + 10
+        assert seconds < BEAT + SILENCE + 10  # silence is counted from the next word that is sent
         assert status == 1
         assert f"error: process {other} on 10.77.0.{other + 1}" in output
         assert "network is gone" in output
     observe(
         "network: gone between two processes (network namespaces)",
-        f"both sides end with a sentence and status 1 within {longest:g} s",
+        "both sides end with a sentence and status 1 within "
+        f"{links.SILENCE + distributed.BEAT:g} s",
     )
 
 
 @pytest.mark.parametrize("moment", ["before the first step", "in the final evaluation"])
 def test_a_preemption_notice_outside_of_steps(moment, tmp_path):
-    env = environment(
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )
     more = ["--config.cpu_devices=1", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     more += ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
     commands = [main(tmp_path / "run", 3, *more, f"--process_id={i}") for i in (0, 1)]
     early = moment == "before the first step"
     sign = tmp_path / "run" / ("config.json" if early else "weights/policy.safetensors")
-    with started(commands, env) as processes:
+    with started(commands) as processes:
         deadline = time.monotonic() + 200
         while not sign.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
