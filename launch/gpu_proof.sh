@@ -66,7 +66,9 @@ fast=(--config=configs/c2i_xxl.py:h100x1 "${alone[@]}")
 settings=(--vary=microbatch_size=16,64 --vary=policy.remat=full)
 steps=5 batch=64
 if [ -n "$dry" ]; then
-  export JAX_PLATFORMS=cpu
+  # Nobody looks at these figures, and what one part has compiled is another's as well.
+  export JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1
+  export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
   small+=(--config.cpu_devices=1)
   tiny+=(--config.cpu_devices=1)
   xxl=(--config=configs/bench_cpu.py:tiny "${small[@]}") # bfloat16 is slow on a CPU
