@@ -297,9 +297,9 @@ def slow_saving(life, path):
 
 
 @_hook
-def stopping_after(life, steps):
-    """A SIGTERM to itself in the given step of this life."""
-    _before_call(loop._Trainer, "_step", steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def stopping_after(life, steps, name="SIGTERM"):
+    """A signal to itself in the given step of this life."""
+    _before_call(loop._Trainer, "_step", steps, lambda: os.kill(os.getpid(), signal.Signals[name]))
 
 
 @_hook

@@ -1,6 +1,7 @@
 """Processes of one run: started, spoken to, ended."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -15,9 +16,16 @@ from vapi_jax.parallel import distributed
 KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10
+_PORTS = itertools.cycle(range(21_000 + 1000 * WORKER, 22_000 + 1000 * WORKER))
+
+
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """One that neither another worker's tests nor connections, which have ports above these, take."""
+    for port in _PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 def environment(**more):
