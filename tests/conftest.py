@@ -3,6 +3,7 @@
 import collections
 import gc
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -63,7 +64,8 @@ def pytest_collection_modifyitems(config, items):
     """
     lengths = collections.Counter()
     for item in items:
-        if item.name.startswith(tuple(comparing(item.path))):  # chex adds to the names of methods
+        name, *_ = re.split(r"\[|_\(|__", item.name)  # absl adds _(case), chex __with_jit
+        if name in comparing(item.path):
             item.add_marker("floats")
         lengths[item.path] += 20 if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: -lengths[item.path])

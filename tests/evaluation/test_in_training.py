@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.helpers.events import shown
 from tests.helpers.tiny import make_tiny_config, make_tiny_method, with_random_head
+from vapi_jax.bench.batches import Compilations
 from vapi_jax.common.images import image_grid, to_uint8
 from vapi_jax.data import fixed_batch
 from vapi_jax.evaluation import samples as judging
@@ -96,13 +97,10 @@ def test_the_numbers_are_those_of_an_offline_computation(parts):
 def test_the_same_policy_is_judged_alike_and_nothing_is_compiled_again(parts):
     _, _, params, sampled = parts
     first = sampled(params)
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
-    )
-    again = sampled(params)
-    other, _ = sampled(with_random_head(params, 2))
-    assert not [event for event in compiled if "backend_compile" in event]
+    with Compilations() as compiled:
+        again = sampled(params)
+        other, _ = sampled(with_random_head(params, 2))
+    assert compiled.count == 0
     assert again[0] == first[0]
     np.testing.assert_array_equal(again[1], first[1])
     assert other["kernel_distance"] != first[0]["kernel_distance"]

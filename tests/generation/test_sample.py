@@ -403,7 +403,7 @@ def test_captions_are_sampled_in_turn(tmp_path, monkeypatch, captioned):
 
 
 def test_help_has_examples():
-    text, imported = commands.show_help("sample")
+    text, imported = commands.show_help("-m", "vapi_jax.sample")
     assert "--ckpt demo --num 96 --grid" in text
     assert "torch" not in imported
 

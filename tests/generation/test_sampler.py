@@ -12,6 +12,7 @@ from tests.helpers.compilers import optimised
 from tests.helpers.policies import BATCH, CASES, draw_weights, make_condition
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
+from vapi_jax.bench.batches import Compilations
 from vapi_jax.common.images import to_uint8
 from vapi_jax.generation import sampler
 from vapi_jax.generation.sampler import (
@@ -134,14 +135,10 @@ def test_another_temperature_or_other_weights_compile_nothing_and_no_temperature
     sampler = sampler_of(method, frozen)
     batches = in_batches(16, 16)
     first = next(sampler(params, conditions, batches, 3, temperature=1.0))
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-    )
     other = jax.tree.map(lambda x: 2 * x, params)
-    compiled.clear()
-    next(sampler(other, conditions, batches, 4, temperature=0.5))
-    assert not compiled
+    with Compilations() as compiled:
+        next(sampler(other, conditions, batches, 4, temperature=0.5))
+    assert compiled.count == 0
     plain = next(sampler(params, conditions, batches, 3))
     assert plain.entropies is None
     np.testing.assert_array_equal(plain.images, first.images)

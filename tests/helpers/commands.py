@@ -78,8 +78,8 @@ def module(name, *arguments, check=False, **more):
     return python("-m", f"vapi_jax.{name}", *arguments, check=check, **more)
 
 
-def show_help(name):
-    """`python -m vapi_jax.NAME --help`: (what it printed, names of the modules that it imported)."""
-    done = module(name, "--help", options=("-X", "importtime"))
+def show_help(*words):
+    """`python WORDS --help`: (what it printed, names of the modules that it imported)."""
+    done = python(*words, "--help", options=("-X", "importtime"))
     lines = [line for line in done.stderr.splitlines() if "|" in line]
     return done.stdout, {line.split("|")[-1].strip() for line in lines}

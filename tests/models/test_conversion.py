@@ -403,9 +403,7 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
 @pytest.mark.parametrize(
     "script", [CONVERT, EXPORT, "launch/convert_janus.py", "launch/export_janus.py"]
 )
-def test_help_is_quick_and_helps(script):
-    started = time.monotonic()
-    done = commands.python(script, "--help")
-    assert done.returncode == 0
-    assert time.monotonic() - started < 2
-    assert "python -m vapi_jax." in done.stdout
+def test_help_comes_without_importing_jax(script):
+    text, imported = commands.show_help(script)
+    assert "python -m vapi_jax." in text
+    assert "argparse" in imported and "jax" not in imported
