@@ -41,7 +41,6 @@ from vapi_jax.report.verdict import show_score
 from vapi_jax.training.run import run
 from vapi_jax.training.train import init_state, load_frozen, make_optimizer
 
-pytestmark = pytest.mark.slow
 COUNT = 136
 UNSEEN = "alex_conv5"
 
@@ -76,6 +75,7 @@ def test_batches_divide_a_count_with_little_rest(count, devices, batch):
     assert even_batch(count, devices) == batch
 
 
+@pytest.mark.slow
 def test_samples_depend_on_seed_and_count_alone_and_the_first_are_shown(judge_and_base):
     judge, base = judge_and_base
     whole, first, other = (
@@ -90,6 +90,7 @@ def test_samples_depend_on_seed_and_count_alone_and_the_first_are_shown(judge_an
     assert np.abs(first.images[:8] - other.images.astype(float)).mean() > 2
 
 
+@pytest.mark.slow
 def test_guidance_of_the_settings_holds_unless_another_is_asked_for(judge_and_base):
     judge, base = judge_and_base
     guided = judge.judge.with_settings(cfg_scale=3.0)
@@ -104,6 +105,7 @@ def test_guidance_of_the_settings_holds_unless_another_is_asked_for(judge_and_ba
     np.testing.assert_array_equal(none, plain)
 
 
+@pytest.mark.slow
 def test_lower_temperature_is_sharper_and_can_be_matched(judge_and_base):
     judge, base = judge_and_base
     weights = judge.judge.weights(base)
@@ -133,6 +135,7 @@ def test_a_policy_whose_entropy_is_its_temperature_is_matched_exactly_and_drawn_
     assert len({*drawn}) == len(drawn) <= 2 + 20 * abs(target - 1) + 1
 
 
+@pytest.mark.slow
 def test_a_row_names_its_features_and_its_terms(judge_and_base):
     judge, base = judge_and_base
     row, features = judge.row(Entry("base", "base", base))
@@ -152,6 +155,7 @@ def test_a_row_names_its_features_and_its_terms(judge_and_base):
         np.testing.assert_array_equal(found, again[name])
 
 
+@pytest.mark.slow
 def test_real_crops_are_nearer_than_reconstructions_and_all_are_rounded_alike(judge_and_base):
     judge, _ = judge_and_base
     made = [list(images(COUNT, 1)) for images in (judge.judge.real, judge.judge.reconstructed)]
@@ -168,6 +172,7 @@ def test_real_crops_are_nearer_than_reconstructions_and_all_are_rounded_alike(ju
     assert straight["kernel_unseen"] < through["kernel_unseen"]
 
 
+@pytest.mark.slow
 def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkeypatch):
     """Every set of images goes through the networks once, and the first seed's features come out."""
     judge, base = judge_and_base
@@ -200,6 +205,7 @@ def test_the_pictures_features_are_those_behind_the_table(judge_and_base, monkey
     np.testing.assert_array_equal(found[UNSEEN][REAL], -np.eye(8, 4))
 
 
+@pytest.mark.slow
 def test_a_trained_decoder_is_compared_on_the_tokens_of_its_generator(tmp_path):
     recipe = load_recipe("configs/c2i_demo.py", "demo_tokenizer_post").get_config("tiny")
     recipe.eval.update({"compare": True, "samples": 16, "seeds": 1, "temperatures": (0.9,)})
@@ -220,6 +226,7 @@ def test_a_trained_decoder_is_compared_on_the_tokens_of_its_generator(tmp_path):
             np.testing.assert_array_equal(np.asarray(picture), image_grid(images, columns=8))
 
 
+@pytest.mark.slow
 def test_rows_of_scenes_are_scored_and_a_report_shows_it(tmp_path):
     recipe = load_recipe("configs/c2i_demo.py", "c2i_demo").get_config("tiny")
     recipe.data.update({"name": "scenes", "flip": False})
