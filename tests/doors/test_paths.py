@@ -207,13 +207,6 @@ def test_a_bucket_in_a_recipe_is_refused_with_all_else_that_is_wrong(option):
     assert any(line.startswith("steps=") for line in errors)
 
 
-def test_a_bucket_in_a_recipe_reaches_the_user_with_the_name_of_the_option(tmp_path):
-    done = commands.module("main", RECIPE, "--check", f"--config.data.path={BUCKET}", cwd=tmp_path)
-    assert done.returncode == 1
-    assert f"config.data.path='{BUCKET}'" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_home_is_expanded_where_files_are_written_and_read(tmp_path):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()

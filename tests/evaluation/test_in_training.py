@@ -147,11 +147,9 @@ def test_a_configuration_that_cannot_be_judged_is_refused(kind, changes, message
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["base", "vapi"])
-def test_a_run_judges_at_its_start_every_so_often_and_at_its_end(kind, mesh, tmp_path):
+def test_a_run_judges_at_its_start_every_so_often_and_at_its_end(mesh, tmp_path):
     judging = {"every": 5, "images": 8, "sampled_every": 2, "sampled": 12}
-    # A base's untrained head is uniform, from which VA-π can learn all the same.
-    task = make_method(mesh, kind, steps=5, eval=judging, checkpoint={"every": 0})
+    task = make_method(mesh, steps=5, eval=judging, checkpoint={"every": 0})
     run = fit(task, tmp_path)
     rows = read_history(tmp_path / "metrics.jsonl")
     judged = [row["step"] for row in rows if "sampled/kernel_distance" in row]

@@ -12,7 +12,6 @@ import pytest
 from tests.helpers.reward_server import serving
 from tests.helpers.tiny import make_tiny_config, make_tiny_method
 from vapi_jax.common.errors import exit_status
-from vapi_jax.data import DataConfig
 from vapi_jax.data.sources import Source
 from vapi_jax.methods import METHODS, HealthError
 from vapi_jax.methods.config import ConfigError
@@ -106,19 +105,6 @@ def test_a_method_with_rollouts_host_rewards_and_two_networks_learns(mesh, tmp_p
     assert done.parameters["critic"] == 12
 
 
-@pytest.mark.slow
-def test_a_run_with_rollouts_is_taken_up_bit_for_bit(mesh, tmp_path):
-    def reinforce(**changes):
-        data = {"name": f"{__name__}:Labels"}
-        return make_tiny_method(f"{TOYS}Reinforce", mesh, data=data, **changes)
-
-    whole = fit(reinforce(steps=4, checkpoint={"every": 0}), tmp_path / "whole")
-    fit(reinforce(steps=2), tmp_path / "parts")
-    parts = fit(reinforce(steps=4), tmp_path / "parts")
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_steps_without_anything_to_learn_end_a_run_where_they_are_many_in_a_row(mesh, tmp_path):
     def sparse(every, steps):
         return make_tiny_method(
@@ -197,4 +183,3 @@ def test_what_is_not_there_is_said_by_name():
     assert "no.such:X" in str(error.value)
     with pytest.raises(ConfigError, match="tests.helpers.toys:contrast"):
         make_tiny_config(f"{TOYS}contrast")
-    assert DataConfig(name="some.module:Source").name
