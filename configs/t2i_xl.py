@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init.gpt = config.init.vq = "weights/t2i_xl"
     config.vapi.noise_rate = 0.5
     if variant == "precomputed":
-        config.condition.options = config.data.options = ConfigDict()
+        config.condition.options, config.data.options = ConfigDict(), ConfigDict()
         config.data.update({"name": "encoded", "shuffle": False})
     elif variant == "tiny":
         _shrink(config)

@@ -37,6 +37,14 @@ _TARGET = flags.DEFINE_string(
     "memory, FLOPs, traffic and kernels instead of the plan (docs/targets.md)",
 )
 _JSON = flags.DEFINE_bool("json", False, "With --check: the plan as JSON")
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status after a signal has stopped the run before its end; another than 0, such as 75, where "
+    "a cluster takes 0 for done",
+    lower_bound=0,
+    upper_bound=255,
+)
 _PROFILE = flags.DEFINE(
     STEPS,
     "profile",
@@ -74,6 +82,7 @@ def main(argv: list[str]) -> int:
         workdir,
         _RESUME_WITH_CHANGES.value,
         profile=_PROFILE.value,
+        stopped_status=_STOPPED_STATUS.value,
         **process_flags(),
     )
 

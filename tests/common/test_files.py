@@ -121,6 +121,16 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "there")
+    with new_folder(tmp_path / "link", replace=True) as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "link").iterdir()] == ["a"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["there"]
+
+
 class OurError(ExpectedError):
     pass
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import sys
 import tarfile
 from collections import Counter
 
@@ -215,6 +216,15 @@ def test_options_that_make_no_sense_are_named(layout, field, options, message, t
     root = write(layout, tmp_path / "data")
     with pytest.raises(DataError, match=message):
         make_source(config(root, field, **options), "train")
+
+
+@pytest.mark.parametrize("layout", ["auto", "parquet"])
+def test_without_the_library_of_parquet_its_name_is_said(layout, tmp_path, monkeypatch):
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    for name in ("pyarrow", "pyarrow.parquet", "pyarrow.types"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match="read by the library pyarrow"):
+        make_source(config(tmp_path, "", layout=layout), "train")
 
 
 def test_places_without_pairs_are_refused(tmp_path):

@@ -128,6 +128,9 @@ def test_the_text_recipe_is_the_paper_s():
     stored = resolve(load("t2i_xl", "precomputed"))
     assert stored.data.name == "encoded" and not stored.condition.options
     assert stored.options == config.options
+    recipe = load("t2i_xl", "precomputed")
+    recipe.condition.options.length = 120  # says nothing of the data's options
+    assert dict(recipe.data.options) == {}
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,20 @@ def test_a_call_is_not_gone_on_with_on_other_data(tmp_path, monkeypatch):
         begin()
 
 
+def test_images_that_are_no_whole_levels_are_kept_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (2, 4, 4, 3)).astype(np.float32)
+    whole = levels / np.float32(127.5) - np.float32(1)
+    drawn = (levels + np.float32(0.25)) / np.float32(127.5) - np.float32(1)
+    labels = np.zeros(2, np.int32)
+    for name, batches in (("files", [whole, whole]), ("scenes", [whole, drawn])):
+        write_part(tmp_path / name, ({"image": x, "condition": labels} for x in batches))
+        kept = np.load(tmp_path / name / "images.npy")
+        assert kept.dtype == (np.uint8 if name == "files" else np.float32)
+        if name == "scenes":
+            np.testing.assert_array_equal(kept, np.concatenate(batches))
+
+
 # --- captions -------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ class Life:
       hook: a name in `HOOKS`, and its arguments.
       pictures: False leaves out the evaluation after the training, which takes longest.
       cluster: (address, processes, index) of one of several processes.
+      stopped_status: what it is to end with where a signal stops it.
     """
 
     config: TrainConfig
@@ -62,6 +63,7 @@ class Life:
     hook: tuple = ()
     pictures: bool = True
     cluster: tuple[str, int, int] | tuple[()] = ()
+    stopped_status: int = 0
 
 
 @contextlib.contextmanager
@@ -116,7 +118,7 @@ def _live(life):
     if life.hook:
         name, *arguments = life.hook
         HOOKS[name](life, *arguments)
-    status = command.execute(life.config, life.workdir)
+    status = command.execute(life.config, life.workdir, stopped_status=life.stopped_status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,5 +1,6 @@
 """A user's T5 folder: every layout of its files, what does not belong together, and damage."""
 
+import functools
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.compare import assert_close_in_norm
 from tests.helpers.compilers import optimised
+from tests.helpers.jaxprs import every_equation
 from tests.helpers.paths import GOLDEN
 from vapi_jax.models import t5
 from vapi_jax.models.text_encoder import TextEncoder, read_config
@@ -109,6 +111,18 @@ def test_a_batch_may_be_short_and_is_what_each_caption_is_alone():
     alone = encode(CAPTIONS[:1], rows=16)
     assert together.features.shape == (5, 120, 32)
     assert_close_in_norm(alone.features[0], together.features[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_is_multiplied_as_such_on_every_device(dtype):
+    config = read_config(T5)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), t5.shapes(config))
+    ids = jax.ShapeDtypeStruct((2, 8), np.int32)
+    run = functools.partial(t5.encode, config=config)
+    traced = jax.make_jaxpr(run)(params, ids, ids.update(dtype=bool))
+    products = [e for e in every_equation(traced.jaxpr) if e.primitive.name == "dot_general"]
+    wanted = jax.lax.Precision.HIGHEST if dtype == "float32" else jax.lax.Precision.DEFAULT
+    assert len(products) == 9 and {p for e in products for p in e.params["precision"]} == {wanted}
 
 
 @pytest.mark.parametrize("settings_file", [True, False])

@@ -50,11 +50,13 @@ def test_words_reach_every_machine_of_a_pod_as_they_were_given(tmp_path, command
 
 def test_slurm_starts_any_command(tmp_path):
     """The script alone: srun says what it was given."""
-    path = program(tmp_path / "bin", "srun", '#!/usr/bin/env bash\necho "$@"\n')
-    env = environment(PATH=path, PYTHON="python")
+    srun = '#!/usr/bin/env bash\necho "$SRUN_CPUS_PER_TASK cores" "$@"\n'
+    path = program(tmp_path / "bin", "srun", srun)
+    env = environment(PATH=path, PYTHON="python", SLURM_CPUS_PER_TASK="32")
     for given, wanted in (("--a=b", "main --a=b"), ("sample --c", "sample --c")):
         told = one_run(["bash", "launch/slurm.sbatch", *given.split()], env)
         assert told.strip().endswith(f"python -m vapi_jax {wanted}")
+        assert told.startswith("32 cores ")
 
 
 def test_the_jobset_agrees_with_itself_and_with_the_package():
@@ -71,5 +73,6 @@ def test_the_jobset_agrees_with_itself_and_with_the_package():
     module, command = container["command"][-1], container["args"][0]
     assert (module, job["completionMode"]) == ("vapi_jax", "Indexed")
     assert command in COMMANDS
+    assert "--stopped_status=75" in container["args"]  # 0 would be done
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}

@@ -239,13 +239,14 @@ def wait_for(path, process, timeout=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_lets_the_step_end_saves_and_exits_with_0(
-    name, straight_short, new_life, tmp_path
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 0)])
+def test_a_signal_lets_the_step_end_saves_and_exits_with_0_or_as_told(
+    name, status, straight_short, new_life, tmp_path
 ):
     log = tmp_path / "log.txt"
     never = short(checkpoint={"every": 0})  # so that only the signal saves
-    assert live(new_life(never, hook=("stopping_after", 4, name))) == 0, log.read_text()
+    stopped = new_life(never, hook=("stopping_after", 4, name), stopped_status=status)
+    assert live(stopped) == status, log.read_text()
     text = log.read_text()
     assert f"{name}: finishing the step and saving; once more ends at once" in text
     assert last_step(tmp_path / "run") == 4
@@ -259,8 +260,8 @@ def test_a_signal_lets_the_step_end_saves_and_exits_with_0(
     assert here.digest == there.digest
     observe(
         f"signal: {name} in training",
-        "the step is finished and saved, exit status 0; the same command goes on and ends with the same "
-        "bits",
+        f"the step is finished and saved, exit status {'75 as told' if status else 0}; the same "
+        "command goes on and ends with the same bits",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 from collections import OrderedDict
 
@@ -212,6 +213,20 @@ def test_torch_shards_by_their_index(tmp_path):
         index.write_text(wrong)
         with pytest.raises(WeightsError, match=message):
             read_all(index)
+
+
+def test_torch_shards_lose_the_prefix_that_all_of_them_have(tmp_path):
+    torch.save({"module.a.x": torch.zeros(1)}, tmp_path / "1.bin")
+    torch.save({"module.b": torch.ones(1)}, tmp_path / "2.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"module.a.x": "1.bin", "module.b": "2.bin"}}')
+    assert read_all(index)[0].keys() == {"a.x", "b"}
+
+
+def test_what_goes_wrong_while_a_file_is_open_is_not_its_fault(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(OSError, match="No space left"), open_tensors(tmp_path / "a.pt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 NAMES = st.sampled_from(["a", "a.bin", "b.bin", "../a.bin", "a.safetensors", "weight_map", ""])

@@ -138,26 +138,29 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     Until then it is `out`.partial; what a killed call left there is removed.
 
     Args:
-      out: the folder.
-      replace: one that is there already goes once the new one is complete.
+      out: the folder, or a link to it.
+      replace: one that is there already goes once the new one is complete, and has its name.
 
     Raises:
       FolderExistsError: there is something at `out`.
     """
     if out.exists() and not replace:
         raise FolderExistsError(f"{out} exists; choose another place")
-    partial = partial_of(out)
-    if partial.exists():
-        shutil.rmtree(partial)
+    out = out.resolve()  # a link stays, and what it leads to is replaced
+    partial, old = partial_of(out), out.with_name(f"{out.name}.replaced")
+    for left in (partial, old):
+        if left.exists():
+            shutil.rmtree(left)
     make_folder(partial)
     try:
         yield partial
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_text(path: Path) -> str:

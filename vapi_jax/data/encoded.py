@@ -29,8 +29,8 @@ LISTED = "listed.jsonl"  # captions of a part that are flagged
 COMMAND = "python -m vapi_jax.encode dataset"
 
 _TYPES = {
-    "images": np.uint8, "tokens": np.int32, "labels": np.int32, "features": np.uint16,
-    "lengths": np.int32, "captions": np.uint8,
+    "images": (np.uint8, np.float32), "tokens": (np.int32,), "labels": (np.int32,),
+    "features": (np.uint16,), "lengths": (np.int32,), "captions": (np.uint8,),
 }  # fmt: skip
 _LARGEST = {"length": 1 << 12, "width": 1 << 14, "letters": 1 << 20}  # of a caption's record
 _OPEN = 64  # parts whose files are open at once
@@ -58,8 +58,7 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
     listed: list[str] = []
     count = 0
     for batch in batches:
-        # Pixels were 8 bit before they were floats: this brings them back exactly.
-        new = {"images": np.rint((batch["image"] + 1.0) * 127.5).astype(np.uint8)}
+        new = {"images": stored_images(batch["image"])}
         if "tokens" in batch:
             new["tokens"] = batch["tokens"]
         condition = batch["condition"]
@@ -87,11 +86,33 @@ def write_part(folder: pathlib.Path, batches: Iterable[Mapping[str, np.ndarray]]
             rows.setdefault(name, []).append(values)
     with new_folder(folder) as partial:
         for name, parts in rows.items():
-            np.save(partial / f"{name}.npy", np.concatenate(parts).astype(_TYPES[name], copy=False))
+            if len({part.dtype for part in parts}) > 1:
+                parts = [_floats(part) for part in parts] if name == "images" else parts
+            array = np.concatenate(parts)
+            kept = array.dtype if array.dtype in _TYPES[name] else _TYPES[name][0]
+            np.save(partial / f"{name}.npy", array.astype(kept, copy=False))
         if "lengths" in rows:
             text = json.dumps({**sizes, **found}, indent=2, sort_keys=True)
             (partial / FACTS).write_text(f"{text}\n", encoding="utf-8")
             (partial / LISTED).write_text("".join(f"{one}\n" for one in listed), encoding="utf-8")
+
+
+def stored_images(images: np.ndarray) -> np.ndarray:
+    """Images [B, H, W, 3] in [-1, 1] as a part keeps them.
+
+    Levels of 8 bit where they were no more before they were floats, as in all files of images; else float32
+    as they are, such as drawn scenes.
+    """
+    levels = (images + 1.0) * 127.5
+    whole = np.rint(levels)
+    return whole.astype(np.uint8) if np.abs(levels - whole).max() < 1e-3 else images
+
+
+def _floats(images: np.ndarray) -> np.ndarray:
+    """The images again, float32 in [-1, 1]."""
+    if images.dtype != np.uint8:
+        return images
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def finish_split(
@@ -267,8 +288,7 @@ class EncodedSource(Source):
         del rng
         number, row = divmod(index, self._facts["images_of_a_part"])
         part = self._part(number)
-        image = part["images"][row].astype(np.float32)
-        found = {"image": image / np.float32(127.5) - np.float32(1.0)}
+        found: dict[str, Any] = {"image": np.array(_floats(part["images"][row]))}
         if "tokens" in part:
             found["tokens"] = np.array(part["tokens"][row])
         if self._record is None:
@@ -289,8 +309,9 @@ def _map(path: pathlib.Path, name: str) -> np.ndarray:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}. Make it again with {COMMAND}") from error
-    if array.dtype != _TYPES[name] or not array.ndim or not array.size:
-        raise _damaged(path, array, f"numbers of {_TYPES[name].__name__}")
+    if array.dtype not in _TYPES[name] or not array.ndim or not array.size:
+        wanted = " or ".join(kind.__name__ for kind in _TYPES[name])
+        raise _damaged(path, array, f"numbers of {wanted}")
     return array
 
 

@@ -29,7 +29,7 @@ from vapi_jax.common.files import (
 from vapi_jax.common.progress import ProgressBar, announce
 from vapi_jax.data import SkippedImages, class_names, fixed_batch, make_dataset
 from vapi_jax.data.classes import SORTED
-from vapi_jax.data.encoded import LISTED, finish_split, part_folder, write_part
+from vapi_jax.data.encoded import LISTED, finish_split, part_folder, stored_images, write_part
 from vapi_jax.data.pipeline import make_source
 from vapi_jax.data.sources import source_class
 from vapi_jax.methods import Method
@@ -98,7 +98,7 @@ def encode_dataset(
             _settle(out, asked)
         missing = [i for i in range(parts) if not part_folder(out / "train", i).exists()]
         if first:  # captions' features and tokens come on top, which are a few per cent of it
-            nbytes = len(missing) * stride * held_out["image"][0].size
+            nbytes = len(missing) * stride * stored_images(held_out["image"][:1]).nbytes
             require_space(
                 out, nbytes, f"{len(missing) * stride:,} images of {config.data.image_size} pixels"
             )

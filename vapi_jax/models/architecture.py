@@ -190,7 +190,7 @@ def _what_it_is(shapes: Shapes) -> str:
     if "quantize.embedding.weight" in shapes:
         return " These are weights of a VQ tokenizer: give them as --vq"
     if "gen_head.output_mlp_projector.weight" in shapes:
-        return " These look like Janus weights: convert their folder with launch/convert_janus.py"
+        return " These look like Janus weights: convert their folder with python -m vapi_jax.convert janus"
     return f" It has {', '.join(list(shapes)[:4])}, ..."
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from vapi_jax.common.trees import unflatten
-from vapi_jax.models.layers import conv2d
+from vapi_jax.models.layers import conv2d, precision_of
 from vapi_jax.models.resize import bicubic_pillow, bicubic_torch
 from vapi_jax.weights.names import Rule
 
@@ -220,10 +220,6 @@ def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _precision(dtype: Any) -> str:
-    return "highest" if dtype == jnp.float32 else "default"
-
-
 def embed_images(
     params: Params, pixels: Float[Array, "N S S 3"], config: CLIPConfig
 ) -> Float[Array, "N E"]:
@@ -236,7 +232,7 @@ def embed_images(
     """
     weights, kernel = params["vision"], params["vision"]["patches"]["kernel"]
     dtype, count = kernel.dtype, len(pixels)
-    with jax.default_matmul_precision(_precision(dtype)), jax.named_scope("clip_vision"):
+    with jax.default_matmul_precision(precision_of(dtype)), jax.named_scope("clip_vision"):
         x = conv2d(pixels.astype(dtype), kernel, strides=config.patch, padding="VALID")
         x = x.reshape(count, -1, config.vision.width)
         first = jnp.broadcast_to(weights["class"], (count, 1, config.vision.width))
@@ -257,7 +253,7 @@ def embed_texts(params: Params, ids: Int[Array, "N L"], config: CLIPConfig) -> F
     """
     weights = params["text"]
     dtype = weights["tokens"].dtype
-    with jax.default_matmul_precision(_precision(dtype)), jax.named_scope("clip_text"):
+    with jax.default_matmul_precision(precision_of(dtype)), jax.named_scope("clip_text"):
         x = weights["tokens"][ids] + weights["positions"][: ids.shape[1]]
         x = _blocks(weights, x, config.text.heads, config.activation, causal=True)
         end = jnp.argmax(ids, axis=1)

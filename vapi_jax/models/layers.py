@@ -49,6 +49,11 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 _MAX_TAPS = 25
 
 
+def precision_of(dtype: Any) -> str:
+    """For `jax.default_matmul_precision`: accelerators multiply float32 in fewer bits where not told so."""
+    return "highest" if dtype == jnp.float32 else "default"
+
+
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from vapi_jax.common.options import Count, Natural, Positive
 from vapi_jax.common.trees import flatten, unflatten
+from vapi_jax.models.layers import precision_of
 from vapi_jax.parallel.sharding import replicated
 from vapi_jax.weights.names import Rule
 
@@ -175,7 +176,8 @@ def encode(
         gate = jax.nn.gelu(y @ w["w1"]["kernel"], approximate=True)
         return x + (gate * (y @ w["w3"]["kernel"])) @ w["w2"]["kernel"], None
 
-    x, _ = jax.lax.scan(block, params["embed_tokens"]["embedding"][ids], params["layers"])
+    with jax.default_matmul_precision(precision_of(table.dtype)):
+        x, _ = jax.lax.scan(block, params["embed_tokens"]["embedding"][ids], params["layers"])
     x = _norm(x, params["final_norm"]["scale"], c.layer_norm_epsilon)
     return jnp.where(mask[..., None], x, 0)
 

@@ -22,6 +22,7 @@ def train(
     workdir: Path,
     resume_with_changes: bool,
     profile: range | None = None,
+    stopped_status: int = 0,
     **process: Any,
 ) -> int:
     """Finds the other processes of the run, if there are any, and trains; the exit status.
@@ -31,11 +32,12 @@ def train(
       workdir: of the run, the same for all processes.
       resume_with_changes: go on though the configuration has changed.
       profile: steps to trace for TensorBoard.
+      stopped_status: the exit status where a signal has stopped it before its end.
       process: which one this is, as far as flags say; see `distributed.as_one`.
     """
     compiler.reserve_memory()
     return distributed.as_one(
-        lambda: execute(require(recipe), workdir, resume_with_changes, profile),
+        lambda: execute(require(recipe), workdir, resume_with_changes, profile, stopped_status),
         preemption=True,
         **process,
     )
@@ -46,6 +48,7 @@ def execute(
     workdir: Path,
     resume_with_changes: bool = False,
     profile: range | None = None,
+    stopped_status: int = 0,
 ) -> int:
     """Runs to the end, or to a signal; says what went wrong, and returns the exit status."""
     stop = StopRequest()
@@ -65,4 +68,4 @@ def execute(
         return exit_status(work)
     except Stopped as stopped:
         announce(f"{stopped}. The same command goes on from there")
-        return 0
+        return stopped_status

@@ -107,28 +107,29 @@ def open_tensors(path: str | Path, entry: str = "") -> Iterator[TensorFile]:
     Raises:
       WeightsError: if the file is missing, damaged, refused, or holds no state dict.
     """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            path = _file_in(path)
-        if not path.is_file():
-            raise WeightsError(f"{path} does not exist: a file of weights is wanted")
-        if path.name.endswith(TORCH_INDEX_SUFFIX):
-            with contextlib.ExitStack() as stack:
-                yield _chosen(_open_torch_index(path, stack), entry)
-            return
-        if path.name.endswith(INDEX_SUFFIX):
-            yield _chosen(_open_index(path), entry)
-            return
-        head = head_of(path)
-        named_torch = path.suffix in _TORCH and not is_safetensors(head)
-        if head.startswith(_ZIP) or named_torch:
-            with open_torch_file(path) as file:
-                yield _open_checkpoint(path, file.value, entry)
-        else:
-            yield _chosen(TensorFile((path,), _open_safetensors(path)), entry)
-    except (TorchFileError, PickleRefused, OSError) as error:
-        raise WeightsError(f"{error}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            found = _open(Path(path), entry, stack)
+        except (TorchFileError, PickleRefused, OSError) as error:
+            raise WeightsError(f"{error}") from error
+        yield found
+
+
+def _open(path: Path, entry: str, stack: contextlib.ExitStack) -> TensorFile:
+    if path.is_dir():
+        path = _file_in(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist: a file of weights is wanted")
+    if path.name.endswith(TORCH_INDEX_SUFFIX):
+        return _chosen(_open_torch_index(path, stack), entry)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _chosen(_open_index(path), entry)
+    head = head_of(path)
+    named_torch = path.suffix in _TORCH and not is_safetensors(head)
+    if head.startswith(_ZIP) or named_torch:
+        file = _open_checkpoint(path, stack.enter_context(open_torch_file(path)).value, entry)
+        return dataclasses.replace(file, tensors=_unwrapped(file.tensors))
+    return _chosen(TensorFile((path,), _open_safetensors(path)), entry)
 
 
 def _file_in(folder: Path) -> Path:
@@ -208,7 +209,13 @@ def _open_index(path: Path) -> TensorFile:
 
 
 def _open_torch_index(path: Path, stack: contextlib.ExitStack) -> TensorFile:
-    return _gather(path, ".bin", lambda shard: stack.enter_context(open_tensors(shard)).tensors)
+    def open_shard(shard: Path) -> Mapping[str, LazyTensor]:
+        if is_safetensors(head_of(shard)):
+            return _open_safetensors(shard)
+        file = stack.enter_context(open_torch_file(shard))
+        return _open_checkpoint(shard, file.value, "").tensors  # by the names that the index has
+
+    return _gather(path, ".bin", open_shard)
 
 
 Found = TypeVar("Found")
@@ -275,7 +282,6 @@ def _open_checkpoint(path: Path, value: Any, entry: str) -> TensorFile:
             f"{choice if others else ''}"
         )
     ignored += [str(key) for key in value if key not in found]
-    found = _unwrapped(found)
 
     def lazy(tensor: TorchTensor) -> LazyTensor:
         return LazyTensor(
@@ -285,7 +291,7 @@ def _open_checkpoint(path: Path, value: Any, entry: str) -> TensorFile:
         )
 
     tensors = {name: lazy(tensor) for name, tensor in found.items()}
-    total = sum(tensor.nbytes for name, tensor in tensors.items() if name not in _TIED)
+    total = sum(x.nbytes for name, x in _unwrapped(tensors).items() if name not in _TIED)
     size = path.stat().st_size
     if total > size:
         raise WeightsError(

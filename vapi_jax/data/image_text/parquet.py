@@ -116,7 +116,8 @@ class Parquet(Layout):
 
     def _image_column(self, number: int) -> str:
         """The column of images; "" without one."""
-        import pyarrow.types as kinds
+        schema = self._of(number).schema_arrow
+        import pyarrow.types as kinds  # there, or the file would not be open
 
         def holds(kind: Any) -> bool:
             if kinds.is_struct(kind):
@@ -124,7 +125,6 @@ class Parquet(Layout):
                 return inner >= 0 and holds(kind.field(inner).type)
             return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
-        schema = self._of(number).schema_arrow
         found = [field.name for field in schema if holds(field.type)]
         return next((name for name in _NAMES if name in found), found[0] if found else "")
 
