@@ -121,6 +121,17 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_was_to_be_replaced_is_back_after_a_kill_between_two_names(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "a").touch()
+    files.partial_of(out).mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(out, replace=True):
+        raise KeyboardInterrupt
+    assert [p.name for p in out.iterdir()] == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path):
     (tmp_path / "disk" / "there").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "there")

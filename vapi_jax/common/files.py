@@ -144,10 +144,12 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
       FolderExistsError: there is something at `out`.
     """
-    if out.exists() and not replace:
-        raise FolderExistsError(f"{out} exists; choose another place")
-    out = out.resolve()  # a link stays, and what it leads to is replaced
+    named, out = out, out.resolve()  # a link stays, and what it leads to is replaced
     partial, old = partial_of(out), out.with_name(f"{out.name}.replaced")
+    if old.exists() and not out.exists():
+        old.rename(out)  # killed before the new one had the name
+    if out.exists() and not replace:
+        raise FolderExistsError(f"{named} exists; choose another place")
     for left in (partial, old):
         if left.exists():
             shutil.rmtree(left)
