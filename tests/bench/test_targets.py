@@ -81,6 +81,16 @@ def sequences(text, rows):
     ]
 
 
+def assert_gradients_are_scattered(method, text, found, rest):
+    """Each device keeps its part of the layers' gradients; of all others, a share `rest` may be whole."""
+    sizes = {path: x.size for path, x in flatten(targets.shapes(method)[1].params).items()}
+    layers = sum(size for path, size in sizes.items() if "kernel" in path and "layers/" in path)
+    assert found.collectives["reduce-scatter"].operand_bytes >= 2 * layers
+    assert found.collectives["all-reduce"].operand_bytes < rest * 4 * sum(sizes.values())
+    whole = [(LAYERS, WIDTH, 3 * WIDTH), (LAYERS, WIDTH, WIDTH)]
+    assert not arrays(text) & set(whole)
+
+
 # --- with the compilers ---------------------------------------------------------------------------
 
 
@@ -128,13 +138,7 @@ def test_eight_h100s_split_gradients_and_hold_one_sequence_an_image():
     assert found.attention.startswith("cuDNN")
     slow = [one.instruction.op_name for one in products(text, padding=False)[0] if one.slow]
     assert slow and all("encode" in name for name in slow)
-    # Layers are gathered, and gradients scattered; whole are those of norms and embeddings at most.
-    sizes = {path: x.size for path, x in flatten(targets.shapes(method)[1].params).items()}
-    layers = sum(size for path, size in sizes.items() if "kernel" in path and "layers/" in path)
-    assert found.collectives["reduce-scatter"].operand_bytes >= 2 * layers
-    assert found.collectives["all-reduce"].operand_bytes < 0.02 * 4 * sum(sizes.values())
-    whole = [(LAYERS, WIDTH, 3 * WIDTH), (LAYERS, WIDTH, WIDTH)]
-    assert not arrays(text) & set(whole)
+    assert_gradients_are_scattered(method, text, found, rest=0.02)
     assert not sequences(text, GROUP * IMAGES // 8)
     assert found.peak < 10e6  # 9.1 MB
 
@@ -170,12 +174,14 @@ def test_recipes_of_real_sizes_keep_their_budgets_on_eight_h100s(name, peak, sen
 def test_a_tpu_slice():
     target = parse("v5e:2x4")
     config = recipe()
-    _, text, known, compiled = compiled_step(config, targets.open_mesh(config, target))
+    method, text, known, compiled = compiled_step(config, targets.open_mesh(config, target))
     found = targets.read("step", compiled, known, target, 0.0)
     slow = [one.instruction.op_name for one in products(text, padding=False)[0] if one.slow]
     assert slow and all("encode" in name for name in slow)
     assert found.exact and found.flops > 0
     assert found.collectives["all-gather"].dtypes == ("bf16",)
+    # A TPU adds up what has fewer than its 128 lanes a device whole: here the embeddings, 7 %.
+    assert_gradients_are_scattered(method, text, found, rest=0.08)
     assert not sequences(text, GROUP * IMAGES // 8)
     assert found.peak < 6e6
 
