@@ -192,6 +192,7 @@ def sweep(
     """
     if not config.options.fused:
         raise ConfigError("config.options.fused=False: a sweep varies the fused step")
+    variants(recipe or {}, config, options)  # a wrong one is told before weights are made
     say("weights and data")
     setup = setups.build(config, mesh)
     host = {name: np.asarray(value) for name, value in jax.device_get(setup.batch).items()}
