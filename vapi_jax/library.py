@@ -195,9 +195,7 @@ def reward(
 
     @jax.jit
     def values(weights: Any, samples: Array, known: Any, prompts: Any) -> dict[str, Array]:
-        found = {
-            t.name: t.reward(weights[t.name], samples, {**known, **prompts[t.name]}) for t in terms
-        }
+        found = {t.name: t(weights[t.name], samples, {**known, **prompts[t.name]}) for t in terms}
         return {**found, "total": total(found, terms)}
 
     def judge(samples: Any, images: Any, conditions: Any = None) -> dict[str, Array]:

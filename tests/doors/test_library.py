@@ -14,6 +14,7 @@ from tests.helpers import commands
 from tests.helpers.paths import ROOT
 from vapi_jax.common.recipes import RecipeError
 from vapi_jax.methods.config import ConfigError
+from vapi_jax.rewards import RewardError
 
 
 @pytest.mark.slow
@@ -83,6 +84,15 @@ def test_what_a_reward_on_the_host_raises_is_raised_and_the_next_call_works():
     with pytest.raises(ValueError, match="too bright"):
         worth(samples + 1, None)
     np.testing.assert_array_equal(worth(samples, None)["total"], [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_reward_of_another_shape_is_refused_and_not_broadcast(on_host):
+    name = "tests.helpers.toys:mean_of_groups"
+    worth = vj.reward(["mse", {"name": name, "options": {"on_host": on_host}}])
+    # As many images as samples of each: [B] would be added to [B, G] along the wrong axis.
+    with pytest.raises(RewardError, match=r"(\(2,\)).*\[B, G\] = \(2, 2\)"):
+        worth(np.zeros((2, 2, 8, 8, 3), np.float32), np.zeros((2, 8, 8, 3), np.float32))
 
 
 PROGRAM = """

@@ -50,6 +50,11 @@ def contrast(pixels, batch, power=1):
     return jnp.std(pixels, axis=(2, 3, 4)) ** power
 
 
+def mean_of_groups(pixels, batch):
+    """A number for each image, where one for each sample is wanted."""
+    return pixels.mean(axis=(1, 2, 3, 4))
+
+
 def low_tokens(pixels, batch):
     """The share of tokens in the first half of 16 codes, which looks at no picture."""
     return jnp.mean(batch["samples"] < 8, axis=-1)

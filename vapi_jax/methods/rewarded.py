@@ -226,7 +226,7 @@ def says(term: Term, frozen: Mapping[str, Any], pixels: Array, batch: Mapping[st
     known = {name: value for name, value in batch.items() if name != PROMPTS}
     if (prompt := batch.get(PROMPTS, {}).get(term.name)) is not None:
         known["prompt"] = prompt
-    return term.reward(_weights_for(term, frozen), pixels, known)
+    return term(_weights_for(term, frozen), pixels, known)
 
 
 def inner_products(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vapi_jax.common.options import Errors, build
@@ -17,13 +18,14 @@ from vapi_jax.models.vq import VQModel
 from vapi_jax.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from vapi_jax.rewards.http import HTTP
 from vapi_jax.rewards.reconstruction import GAN, L1, LPIPS, MSE, CodebookCosine
-from vapi_jax.rewards.reward import Batch, FunctionReward, Reward
+from vapi_jax.rewards.reward import Batch, FunctionReward, Reward, RewardError, Rewards
 from vapi_jax.rewards.scenes import SceneReward
 
 __all__ = [
     "REWARDS",
     "Batch",
     "Reward",
+    "RewardError",
     "RewardSpec",
     "Term",
     "check_rewards",
@@ -70,6 +72,20 @@ class Term:
     name: str
     weight: float
     reward: Reward
+
+    def __call__(self, weights: Any, pixels: Float[Array, "B G H W 3"], batch: Batch) -> Rewards:
+        """What the reward says of every sample.
+
+        Raises:
+          RewardError: it has another shape, which would be broadcast, to other images' rewards perhaps.
+        """
+        found, wanted = self.reward(weights, pixels, batch), pixels.shape[:2]
+        if (shape := jnp.shape(found)) != wanted:
+            raise RewardError(
+                f"reward {self.name} has shape {shape}, not [B, G] = {wanted}: it must give a number for "
+                "each sample, as means over the last three axes of the pixels [B, G, H, W, 3] do"
+            )
+        return found
 
 
 DEFAULT = (RewardSpec("mse"), RewardSpec("lpips"))

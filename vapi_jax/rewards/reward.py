@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.host_calls import on_host
 from vapi_jax.common.options import given
 from vapi_jax.models.vq import VQModel
@@ -36,6 +37,10 @@ policy takes it, "samples" int [B, G, T], the tokens that were decoded, and "pro
 `prepare` made of the raw conditions, where it made anything."""
 
 Rewards = Float[Array, "B G"]
+
+
+class RewardError(ExpectedError, ValueError):
+    """A reward that gives something else than a number for each sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +163,7 @@ class FunctionReward(Reward):
             found = self.function(*jax.tree.map(np.asarray, (pixels, batch)), **arguments)
             found = np.asarray(found, np.float32)
             if found.shape != shape:
-                raise ValueError(f"the reward has shape {found.shape}, not [B, G] = {shape}")
+                raise RewardError(f"the reward has shape {found.shape}, not [B, G] = {shape}")
             return found
 
         return on_host(call, jax.ShapeDtypeStruct(shape, jnp.float32), pixels, dict(batch))
