@@ -64,6 +64,13 @@ def test_config_dicts_and_mappings_resolve_alike():
             "policy.n_layers: nothing reads this option; did you mean policy.n_layer?",
         ),
         ({"mesh": {"zzz": 1}}, "mesh.zzz: nothing reads this option; known: data, fsdp"),
+        # What code sets, too: another option may well be what is meant.
+        (
+            {"rewards": ({"name": "clip", "options": {"weights": "x", "tokenizer": "y"}},)},
+            "rewards.clip.tokenizer: nothing reads this option; did you mean "
+            "rewards.clip.tokenizer_path?",
+        ),
+        ({"options": {"x": 1}}, "options: nothing reads this option; did you mean condition?"),
     ],
 )
 def test_an_unknown_option_names_the_nearest_known_one(changes, line):

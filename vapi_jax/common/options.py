@@ -129,8 +129,6 @@ def build(
         return make(**more)
     hints, kept = hints_of(kind), dict(more)
     for name, value in values.items():
-        if name in more:
-            continue
         if name not in hints:
             errors.append(f"{where}{name}: nothing reads this option{nearest(name, hints, where)}")
         elif dataclasses.is_dataclass(hints[name]):
