@@ -46,13 +46,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == "slow":
             time.sleep(data)
             status, data = 200, None
-        self.reply(status, json.dumps({"scores": scores}).encode() if data is None else data)
+        if status == "stalls":  # before it says what is wrong
+            self.reply(503, b"", missing=9)
+            self.wfile.flush()
+            time.sleep(data)
+        elif status == "cut":
+            self.reply(200, b'{"sco', missing=data)
+        else:
+            self.reply(status, json.dumps({"scores": scores}).encode() if data is None else data)
 
-    def reply(self, status, data):
+    def reply(self, status, data, missing=0):
         self.send_response(status)
         if status == 302:
             self.send_header("Location", self.server.url)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + missing))
         self.end_headers()
         self.wfile.write(data)
 

@@ -54,10 +54,12 @@ def test_a_long_prompt_loses_its_end_between_letters(server):
 
 
 def test_what_may_pass_is_tried_again(server):
-    server.answers = [(503, b"busy"), (429, b"later"), ("slow", 0.4)]
-    found = reward(server, timeout=0.2, retries=3).ask(IMAGES, PROMPTS)
+    server.answers = [
+        (503, b"busy"), (429, b"later"), ("slow", 0.4), ("stalls", 0.4), ("cut", 30),
+    ]  # fmt: skip
+    found = reward(server, timeout=0.2, retries=5).ask(IMAGES, PROMPTS)
     np.testing.assert_array_equal(found, np.float32(WANT))
-    assert len(server.asked) == 4
+    assert len(server.asked) == 6
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,7 @@ def test_what_may_pass_is_tried_again(server):
     [
         ([(500, b"out of memory")] * 3, "3 tries.*500.*out of memory", 3),
         ([("slow", 0.4)] * 3, "3 tries.*(time|answer)", 3),
+        ([("cut", 30)] * 3, "3 tries.*5 of 35 bytes", 3),
         ([(404, b"no such page")], "404.*no such page", 1),
         ([(302, b"")], "302", 1),
         ([(200, b"<html>")], "no JSON.*html", 1),
@@ -98,6 +101,10 @@ def test_a_failure_inside_a_compiled_step_is_told_by_its_reason(server):
 def test_a_server_that_is_not_there():
     with pytest.raises(HTTPRewardError, match="2 tries.*refused"):
         HTTP(url="http://127.0.0.1:9/", retries=1, backoff=0.01).ask(IMAGES, PROMPTS)
-    for url in ("", "file:///etc/passwd", "ftp://host/x", "http://"):
+    for url in (
+        "", "file:///etc/passwd", "ftp://host/x", "http://", "http://host:port/x", "http://host:0/x",
+        "http://host:99999/x", "http://[::1:8000/x", "http://host/a b", "http://host/ü",
+    ):  # fmt: skip
         assert "url" in HTTP(url=url).problems(8)[0]
+    assert HTTP(url="http://[::1]:8000/score?model=a").problems(8) == []
     assert HTTP(url="https://host/score").problems(8) == []

@@ -11,11 +11,13 @@ no more; redirections are not followed. The URL is the user's own, from a recipe
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import http.client
 import io
 import json
 import math
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -81,8 +83,13 @@ class HTTP(Reward):
     template: str = "a photo of {}"
 
     def problems(self, side: int) -> list[str]:
-        lines, parts = super().problems(side), urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        lines = super().problems(side)
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of a port that is no number, or half a bracket
+            known = False
+        if not known or not re.fullmatch("[!-~]+", self.url):
             lines.append(f"url={self.url!r}: wants http://HOST:PORT/PATH or https://...")
         return lines
 
@@ -156,7 +163,7 @@ class HTTP(Reward):
         opener = urllib.request.build_opener(_NoRedirection)
         try:
             with opener.open(request, timeout=self.timeout) as answer:
-                data = b""
+                data, promised = b"", answer.length or 0
                 # A server that sends a byte a minute must not hold a run: the end is that of all.
                 while part := answer.read1(most + 1 - len(data)):
                     data += part
@@ -166,11 +173,14 @@ class HTTP(Reward):
                         )
                     if time.monotonic() > end:
                         raise _Again(f"no whole answer in {self.timeout:g} s")
+                if len(data) < promised:
+                    raise _Again(f"the answer ended after {len(data)} of {promised} bytes")
                 return data
         except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(500).decode("utf-8", "replace")
-            told = f"status {error.code} {error.reason}: {said!r}"
+            said = b""
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(500)
+            told = f"status {error.code} {error.reason}: {said.decode('utf-8', 'replace')!r}"
             if error.code == 429 or error.code >= 500:
                 raise _Again(told) from error
             raise HTTPRewardError(f"reward http: {self.url}: {told}") from error
