@@ -196,6 +196,9 @@ def test_files_of_torchvision_and_lpips_give_the_bundled_weights(net, request, t
     other = {"vgg": "alex", "alex": "vgg"}[net]
     with pytest.raises(WeightsError, match="features"):
         L.load_lpips_params(other, files)
+    torch.save({**heads, "lin0.model.1.weight": torch.full((1, 64, 1, 1), torch.nan)}, files[1])
+    with pytest.raises(WeightsError, match=r"lin0.*heads\.pth.*not finite"):
+        L.load_lpips_params(net, files)
 
 
 def _convolutions(modules):

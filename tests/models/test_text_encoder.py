@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from tests.helpers.compare import assert_close_in_norm
 from tests.helpers.compilers import optimised
@@ -180,6 +181,13 @@ def fewer_rows(path):
     (path / "model.safetensors").unlink()
 
 
+def overflown(path):
+    """As a T5 in float16 may be."""
+    tensors = load_file(path / "model.safetensors")
+    tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"][3, 1] = np.inf
+    save_file(tensors, path / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -195,6 +203,7 @@ def fewer_rows(path):
         (change("config.json", vocab_size=300), "does not belong.*399"),
         (change("config.json", eos_token_id=5), "does not belong"),
         (fewer_rows, "encoder.final_layer_norm.weight"),
+        (overflown, "feed_forward/w2/kernel in .*1 of .* not finite"),
         (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     ],
 )

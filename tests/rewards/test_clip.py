@@ -162,9 +162,15 @@ def test_the_aesthetic_head_is_five_layers_in_one(folder, images, theirs, tmp_pa
     with torch.no_grad():
         want = torch.nn.Sequential(*layers)(torch.from_numpy(theirs[0].copy()))[..., 0].numpy()
     assert_close(score(reward, images, {}), want, 2e-5)
-    torch.save({"layers.0.weight": torch.zeros(2, 8)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other\.pth.*layers"):
-        dataclasses.replace(reward, head=str(tmp_path / "other.pth")).load()
+    other = dataclasses.replace(reward, head=str(tmp_path / "other.pth"))
+    for spoilt, told in (
+        ({"layers.0.weight": torch.zeros(2, 8)}, r"other\.pth.*layers"),
+        ({"layers.norm.weight": torch.zeros(2, 8)}, r"other\.pth.*layers"),
+        ({**state, "layers.7.bias": torch.tensor([torch.nan])}, r"layers\.7\.bias.*not finite"),
+    ):
+        torch.save(spoilt, tmp_path / "other.pth")
+        with pytest.raises(WeightsError, match=told):
+            other.load()
 
 
 def test_tokens_are_those_of_transformers_from_either_file(folder, released):

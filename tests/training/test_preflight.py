@@ -394,6 +394,10 @@ def test_a_reward_whose_weights_do_not_fit_is_refused(recipe, tmp_path, wrong):
     errors = Errors()
     weights(recipe(rewards=(gan,)), errors, thorough=True)
     assert len(errors) == (0 if wrong["ndf"] == 4 else 1)
+    save_safetensors(path, jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes))
+    weights(recipe(rewards=(gan,)), errors, thorough=True)
+    told = "not finite" if wrong["ndf"] == 4 else "wrong shape"
+    assert errors[-1].startswith("rewards.gan") and told in errors[-1]
 
 
 def test_a_reward_without_its_weights_says_which_option(recipe):

@@ -138,7 +138,7 @@ def load_weights(
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), target)
     with open_weights(source, target) as weights:
         check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
-        read = partial(_read_finite, weights, source.path)
+        read = partial(read_finite, weights, source.path)
         if shardings is not None:
             return put_sharded(read, target, shardings)
         return unflatten(
@@ -159,10 +159,11 @@ def read_through(source: WeightsSource, target: Any) -> None:
         check_like(unflatten(weights.leaves), target, f"the weights in {source.path}")
         for path, leaf in weights.leaves.items():
             for i in range(leaf.shape[0]) if len(leaf.shape) > 2 else (None,):
-                _read_finite(weights, source.path, path, () if i is None else (slice(i, i + 1),))
+                read_finite(weights, source.path, path, () if i is None else (slice(i, i + 1),))
 
 
-def _read_finite(weights: Weights, where: str, path: str, index: Any) -> np.ndarray:
+def read_finite(weights: Weights, where: str, path: str, index: Any) -> np.ndarray:
+    """A slice of a parameter; raises `WeightsError` where a value of it is not finite."""
     array = weights.read(path, index)
     check_finite(array, f"{path} in {where}")
     return array

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.models.layers import conv2d
 from vapi_jax.weights import safe_pickle
-from vapi_jax.weights.names import Rule, WeightsError, from_reference
+from vapi_jax.weights.names import Rule, WeightsError, check_finite, from_reference
 from vapi_jax.weights.tensors import open_tensors
 
 Params = Mapping[str, Any]
@@ -216,7 +216,9 @@ def _load_files(net: str, files: Sequence[str | Path]) -> dict[str, Any]:
     tensors: dict[str, np.ndarray] = {}
     for path in files:
         with open_tensors(path) as file:
-            tensors |= {name: tensor.read() for name, tensor in file.tensors.items()}
+            for name, tensor in file.tensors.items():
+                tensors[name] = tensor.read()
+                check_finite(tensors[name], f"{name} in {path}")
     return from_reference(tensors, lpips_shapes(net), name_rules(net), IGNORED_NAMES)
 
 

@@ -27,7 +27,7 @@ from vapi_jax.common.options import Errors, build, hints_of
 from vapi_jax.common.progress import announce
 from vapi_jax.models import caption_text, t5, text_tokens
 from vapi_jax.models.caption_text import clean_caption, has_other_script
-from vapi_jax.models.loading import reference_weights
+from vapi_jax.models.loading import read_finite, reference_weights
 from vapi_jax.models.text_tokens import T5Tokenizer
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, put_sharded, shard_whole, tree_shardings
@@ -282,7 +282,8 @@ def _load(
             f"{sum(not name.startswith(('shared', 'encoder')) for name in tensors)} are a decoder's "
             "and not read"
         )
-        params = put_sharded(weights.read, target, tree_shardings(target, mesh))
+        read = partial(read_finite, weights, str(path))
+        params = put_sharded(read, target, tree_shardings(target, mesh))
     return file.paths, params
 
 

@@ -30,7 +30,7 @@ from vapi_jax.models.classes import read_class_list
 from vapi_jax.models.clip_files import CLIPTokenizer, open_clip
 from vapi_jax.rewards.prompts import texts_of
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
-from vapi_jax.weights.names import WeightsError
+from vapi_jax.weights.names import WeightsError, check_finite
 from vapi_jax.weights.tensors import open_tensors
 
 IMAGENET = "imagenet"
@@ -277,12 +277,14 @@ class Aesthetic(_Images):
         """The head as one function, multiplied out in float64.
 
         Raises:
-          WeightsError: it is another file, or does not fit the network.
+          WeightsError: it is another file, does not fit the network, or is not finite.
         """
         with open_tensors(self.head) as file:
-            found = {name: np.float64(t.read()) for name, t in file.tensors.items()}
-        numbers = sorted({int(n.split(".")[1]) for n in found if n.startswith("layers.")})
+            found = {n: np.asarray(t.read(), np.float64) for n, t in file.tensors.items()}
+        for name, array in found.items():
+            check_finite(array, f"{name} in {self.head}")
         try:
+            numbers = sorted({int(n.split(".")[1]) for n in found if n.startswith("layers.")})
             w, b = np.eye(self.config.embed), np.zeros(self.config.embed)
             for number in numbers:
                 matrix = found.pop(f"layers.{number}.weight")

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float
 
 from vapi_jax.common.options import Count, Dtype
 from vapi_jax.common.paths import PathText
+from vapi_jax.common.trees import flatten
 from vapi_jax.models import lpips
 from vapi_jax.models.discriminator import PatchGAN
 from vapi_jax.rewards.pairs import pooled_inner
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
-from vapi_jax.weights.names import WeightsError, check_like
+from vapi_jax.weights.names import WeightsError, check_finite, check_like
 from vapi_jax.weights.store import load_metadata, load_safetensors
 
 # --- pure functions: losses, lower is better ------------------------------------------------------
@@ -207,6 +208,8 @@ class GAN(Reward):
     def load(self) -> Any:
         found = load_safetensors(self.weights, "float32")
         check_like(found, self.shapes(), f"the discriminator weights {self.weights}")
+        for name, array in flatten(found).items():
+            check_finite(array, f"{name} in {self.weights}")
         return found
 
     def origin(self) -> tuple[str, str] | None:
