@@ -178,8 +178,10 @@ def reward(
 
     Raises:
       ConfigError: listing what is wrong with the rewards.
+      ValueError: by a call, of pixels that are no floats or of another shape.
     """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from vapi_jax.common.host_calls import raise_failure
@@ -191,6 +193,9 @@ def reward(
     specs = parse(rewards, errors)
     raise_all(errors)
     terms = make_terms(specs)
+    raise_all([
+        f"rewards.{term.name}: looks at tokens, and here are none" for term in terms if term.reward.shares
+    ])  # fmt: skip
     weights = {term.name: jax.device_put(term.reward.load()) for term in terms}
 
     @jax.jit
@@ -200,6 +205,15 @@ def reward(
 
     def judge(samples: Any, images: Any, conditions: Any = None) -> dict[str, Array]:
         known = {} if images is None else {"image": images}
+        for pixels, axes in ((samples, "[B, G, H, W, 3]"), (images, "[B, H, W, 3]")):
+            if pixels is None:
+                continue
+            # Levels would give numbers, too, of no meaning.
+            if not jnp.issubdtype(pixels.dtype, jnp.floating) or pixels.ndim != axes.count(",") + 1:
+                raise ValueError(
+                    f"pixels are {pixels.dtype} {pixels.shape}; wants floats {axes} in [-1, 1], such as "
+                    "levels / 127.5 - 1"
+                )
         prompts: dict[str, Any] = {term.name: {} for term in terms}
         if conditions is not None:
             raw = np.asarray(conditions)

@@ -78,6 +78,17 @@ def test_rewards_are_equation_10():
         vj.reward("beauty")
 
 
+def test_rewards_are_of_floats_and_of_no_tokens():
+    worth, samples = vj.reward("mse"), np.zeros((2, 3, 8, 8, 3), np.float32)
+    for wrong in ((samples.astype(np.uint8), samples[:, 0]), (samples[:, 0], samples[:, 0])):
+        with pytest.raises(ValueError, match=r"wants floats \[B, G, H, W, 3\] in \[-1, 1\]"):
+            worth(*wrong)
+    with pytest.raises(ValueError, match=r"uint8.*wants floats \[B, H, W, 3\]"):
+        worth(samples, samples[:, 0].astype(np.uint8))
+    with pytest.raises(ConfigError, match="codebook_cosine.*tokens"):
+        vj.reward("mse, codebook_cosine")
+
+
 def test_what_a_reward_on_the_host_raises_is_raised_and_the_next_call_works():
     reward = {"name": "tests.helpers.toys:dark_alone_on_host", "options": {"on_host": True}}
     worth, samples = vj.reward([reward]), np.zeros((1, 2, 8, 8, 3), np.float32)
