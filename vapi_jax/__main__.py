@@ -31,6 +31,10 @@ def main() -> int:
         (sys.stdout if asked else sys.stderr).write(usage)
         return 0 if asked else 2
     sys.argv[1:2] = []
+    if not sys.flags.safe_path:
+        # Where one stands, last: a recipe's "module:Class" is found there, as with `python -m`. A script's
+        # own folder is all that Python looks into otherwise.
+        sys.path.append("")
     runpy.run_module(f"vapi_jax.{name}", run_name="__main__", alter_sys=True)
     return 0
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers import commands
 from tests.helpers.messages import assert_mentions
+from tests.helpers.paths import ROOT
 
 XXL = "--config=configs/c2i_xxl.py:tiny"
 
@@ -131,6 +132,28 @@ def test_check_has_the_resolved_options_as_json_overrides_included():
     assert config["eval"]["temperatures"] == [0.5, 0.25]
     assert config["optimizer"]["schedule"] == "cosine"
     assert plan["problems"] == []
+
+
+SCRIPT = """
+import runpy, sys
+from vapi_jax.__main__ import main
+from vapi_jax.common.plugins import find
+runpy.run_module = lambda name, **_: print(name, find("of_ones_own:WORTH", {}, "reward"))
+sys.exit(main())
+"""
+
+
+def test_the_one_name_finds_modules_where_one_stands(tmp_path):
+    for folder, name, text in (("bin", "vapi-jax", SCRIPT), ("here", "of_ones_own.py", "WORTH=3")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+
+    def run(*options):
+        how = {"cwd": tmp_path / "here", "env": commands.environment(PYTHONPATH=str(ROOT))}
+        return commands.python(tmp_path / "bin" / "vapi-jax", "main", options=options, **how)
+
+    assert run().stdout == "vapi_jax.main 3\n"
+    assert "there is no module 'of_ones_own'" in run("-P").stderr
 
 
 def test_json_without_check_is_refused():
