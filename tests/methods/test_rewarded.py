@@ -8,6 +8,7 @@ from tests.helpers.clip_files import make_model, write_tokenizer
 from tests.helpers.compare import assert_close
 from tests.helpers.tiny import make_tiny_method
 from vapi_jax.common.digests import sha256_file
+from vapi_jax.models.classes import ClassesError
 from vapi_jax.models.conditions import stored_caption
 from vapi_jax.parallel.sharding import make_mesh
 from vapi_jax.rewards.clip import CLIPScore
@@ -37,6 +38,19 @@ def test_embeddings_of_class_prompts_are_what_their_texts_and_files_make_them(fo
     assert texts[0] == "a photo of tench, Tinca tinca" and len(texts) == 1000
     assert files["weights"]["model.safetensors"] == sha256_file(f"{folder}/model.safetensors")
     assert not make_tiny_method("vapi", method.mesh).computed()
+
+
+def test_a_list_of_classes_that_is_not_there_is_told_with_the_weights_and_not_in_a_step(folder):
+    gone = {"prompts": "gone.txt"}
+    clip = {"name": "clip", "options": {"weights": folder, **gone}}
+    http = {"name": "http", "options": {"url": "http://localhost:9/", **gone}}
+    mesh = make_mesh(devices=jax.devices()[:1])
+    *_, network = make_tiny_method("vapi", mesh, rewards=("mse", clip)).networks()
+    assert network.option == "rewards.clip"
+    asks = make_tiny_method("vapi", mesh, rewards=(http,))
+    for look in (network.origin, lambda: asks.prepare({"condition": np.zeros(ROWS, int)})):
+        with pytest.raises(ClassesError, match=r"there is no file gone\.txt"):
+            look()
 
 
 def test_captions_of_a_batch_reach_the_reward_that_asks_for_them(folder):

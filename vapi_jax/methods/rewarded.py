@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from vapi_jax.common.errors import ExpectedError
 from vapi_jax.common.options import Errors
 from vapi_jax.methods import grpo
 from vapi_jax.methods.config import TrainConfig
@@ -19,7 +20,6 @@ from vapi_jax.methods.method import EMA, Aux, Network, NothingLearned, Scalars, 
 from vapi_jax.methods.objective import GRPOOptions
 from vapi_jax.models.pixels import PixelSpace
 from vapi_jax.rewards import Reward, Term, check_rewards, make_terms
-from vapi_jax.weights.names import WeightsError
 
 PROMPTS = "prompts"
 """In a batch: reward -> what it made of the raw conditions (`Reward.prepare`)."""
@@ -211,7 +211,7 @@ class GroupMethod(RewardedMethod):
 def _has_weights(reward: Reward) -> bool:
     try:
         return bool(jax.tree.leaves(reward.shapes()))
-    except WeightsError:
+    except ExpectedError:  # of weights, or of a list of classes
         return True  # and `origin` says what is wrong with them
 
 

@@ -94,7 +94,10 @@ class HTTP(Reward):
         return lines
 
     def prepare(self, raw: Any) -> UInt8[np.ndarray, "B L"] | None:
-        return None if self.prompts else to_bytes(texts_of(raw))
+        if not self.prompts:
+            return to_bytes(texts_of(raw))
+        class_prompts(self.prompts, self.template)  # here a list that is not there stops no step
+        return None
 
     def example(self, rows: int) -> Any:
         return None if self.prompts else jax.ShapeDtypeStruct((rows, LETTERS), jnp.uint8)
