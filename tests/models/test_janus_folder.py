@@ -106,6 +106,16 @@ def test_other_widths_inside_the_gen_modules_come_from_the_tensors(golden, tmp_p
     assert_holds(tmp_path / "again", tensors)
 
 
+@pytest.mark.parametrize(
+    "said", [{"rope_theta": 5e3}, {"rope_parameters": {"rope_theta": 5e3, "rope_type": "default"}}]
+)
+def test_the_base_of_positions_is_where_either_transformers_keeps_it(golden, tmp_path, said):
+    src = write_deepseek(tmp_path / "published", golden, deepseek_tensors(golden))
+    language(**said)(src)
+    convert_janus(src, tmp_path / "converted")
+    assert load(tmp_path / "converted")[0].rope_base == 5e3
+
+
 def test_a_converted_folder_is_a_generator_by_itself(converted):
     generator = load_generator(str(converted), make_mesh())
     config, params = load(converted)
@@ -197,6 +207,8 @@ def language(**changes):
         (language(num_key_value_heads=2), ("num_key_value_heads", 2, 4)),
         (language(num_attention_heads="4"), ("num_attention_heads", "'4'")),
         (language(rope_scaling={"type": "linear"}), ("rope_scaling", "linear")),
+        (language(rope_parameters={"rope_type": "linear"}), ("rope_type", "linear")),
+        (language(rope_parameters=[1.0]), ("rope_parameters", "[1.0]")),
         (
             lambda folder: edit(
                 folder / "processor_config.json", lambda found: found.update(num_image_tokens=15)

@@ -60,6 +60,7 @@ _GIVEN = {
 _ONLY = {
     "hidden_act": ("silu",),
     "rope_scaling": (None,),
+    "rope_type": ("default",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
 }
@@ -90,6 +91,11 @@ def infer_janus(
         name.removeprefix(_LAYER).partition(".")[0] for name in shapes if name.startswith(_LAYER)
     }
     facts["n_layer"] = len(numbers)
+    # What transformers 5 has in place of rope_theta and rope_scaling.
+    rope = settings.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise WeightsError(f"config.json: rope_parameters is {rope!r}, where an object is wanted")
+    settings = {**settings, **rope}
     heads = _number(settings, "num_attention_heads", _DEFAULT_HEADS)
     head_dim = _number(settings, "head_dim", facts["dim"] // heads)
     differences = [
