@@ -84,7 +84,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier conversion at DIR"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    for part, names in (
+        ("gpt", ("args", "entry", "classes", "image_size", "t2i")),
+        ("vq", ("vq_args", "vq_entry")),
+    ):
+        for name in names if getattr(args, part) is None else ():
+            if getattr(args, name):
+                likely = f"; --vq-{name} is the tokenizer's" if name in ("args", "entry") else ""
+                parser.error(
+                    f"--{name.replace('_', '-')} is of --{part}, which is not given{likely}"
+                )
+    return args
 
 
 def convert_files(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.helpers.messages import assert_mentions
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.common.digests import sha256_file
 from vapi_jax.common.trees import flatten
+from vapi_jax.convert import parse
 from vapi_jax.export import main as export_command
 from vapi_jax.methods import make_method
 from vapi_jax.models import conversion
@@ -213,6 +215,23 @@ def test_the_average_of_a_shard_folder_and_the_names_of_classes_can_be_asked_for
         convert(tmp_path / "other", **given, classes="imagenet")
     with pytest.raises(WeightsError, match="imagenet"):
         convert(tmp_path / "other", vq=golden.directory / "vq.safetensors", classes="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        # The averaged tokenizer is asked for, and would not be what is converted.
+        (("--vq=x.pt", "--entry=ema"), "--entry is of --gpt.*--vq-entry"),
+        (("--vq=x.pt", "--args=x.json"), "--args is of --gpt.*--vq-args"),
+        (("--vq=x.pt", "--image-size=384"), "--image-size is of --gpt"),
+        (("--gpt=x.pt", "--vq-args=x.json"), "--vq-args is of --vq"),
+    ],
+)
+def test_flags_of_a_model_that_is_not_converted_are_refused(flags, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert", "--out=out", *flags])
+    with pytest.raises(SystemExit):
+        parse()
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_half_precision_can_be_asked_for_and_is_kept_by_default(golden, released, tmp_path):

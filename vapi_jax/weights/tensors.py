@@ -231,6 +231,9 @@ def _unwrapped(found: Mapping[str, Found]) -> dict[str, Found]:
     return found
 
 
+_CHOOSE = "choose with --entry=NAME (of --vq: --vq-entry=NAME)"
+
+
 def _chosen(file: TensorFile, entry: str) -> TensorFile:
     """The tensors of one model, where names of several begin with "model.", "ema." and the like."""
     groups = {name.partition(".")[0] for name in file.tensors}
@@ -238,9 +241,7 @@ def _chosen(file: TensorFile, entry: str) -> TensorFile:
     if not entry and groups & set(_AVERAGES) and groups <= set(known):
         entry = next((nest for nest in _NESTS if nest in groups), "")
         if not entry:
-            raise WeightsError(
-                f"{file.paths[0]} holds {', '.join(sorted(groups))}: choose with --entry=NAME"
-            )
+            raise WeightsError(f"{file.paths[0]} holds {', '.join(sorted(groups))}: {_CHOOSE}")
     if entry and entry not in groups:
         raise WeightsError(
             f"{file.paths[0]} has no entry {entry!r}: its names begin with "
@@ -275,7 +276,7 @@ def _open_checkpoint(path: Path, value: Any, entry: str) -> TensorFile:
     found = {k: v for k, v in value.items() if isinstance(v, TorchTensor) and isinstance(k, str)}
     if not found:
         others = [str(key) for key, inner in value.items() if _holds_tensors(inner)]
-        choice = f". Tensors are under {', '.join(others)}: choose with --entry=NAME"
+        choice = f". Tensors are under {', '.join(others)}: {_CHOOSE}"
         raise WeightsError(
             f"{path} holds no state dict: tensors were looked for at the top and under "
             f"{', '.join(_NESTS)}; it has {', '.join(map(str, value)) or 'nothing'}"
