@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers.reward_server import serving
 from vapi_jax.common.host_calls import raise_failure
+from vapi_jax.models.classes import ClassesError
 from vapi_jax.rewards.http import HTTP, HTTPRewardError
 from vapi_jax.rewards.prompts import LETTERS
 
@@ -46,6 +47,13 @@ def test_captions_and_labels_go_through_a_compiled_step(server, tmp_path):
     found = jax.jit(lambda x, b: named({}, x, b))(pixels, {"condition": np.array([1, 0])})
     np.testing.assert_allclose(found, means + np.array([[6], [4]]), rtol=1e-6)
     assert {text for _, texts in server.asked for text in texts} == {*texts, "one!", "three!"}
+
+
+def test_names_of_classes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "names.txt").write_bytes("jalapeño\n".encode("latin-1"))
+    named = HTTP(url="http://host/", prompts=str(tmp_path / "names.txt"))
+    with pytest.raises(ClassesError, match=r"names\.txt is no text in UTF-8"):
+        named.prepare(np.array([0]))
 
 
 def test_a_long_prompt_loses_its_end_between_letters(server):

@@ -26,7 +26,7 @@ from vapi_jax.common.digests import digest_of
 from vapi_jax.common.options import Count, Dtype
 from vapi_jax.common.paths import PathText
 from vapi_jax.models import clip
-from vapi_jax.models.classes import read_class_list
+from vapi_jax.models.classes import ClassesError, read_class_list
 from vapi_jax.models.clip_files import CLIPTokenizer, open_clip
 from vapi_jax.rewards.prompts import texts_of
 from vapi_jax.rewards.reward import Batch, Reward, Rewards
@@ -319,9 +319,18 @@ def in_words(config: clip.CLIPConfig) -> str:
 
 
 def class_prompts(names: str, template: str) -> tuple[str, ...]:
-    """The prompt of every label: a list of classes, each name in the place of {} in a template."""
+    """The prompt of every label: a list of classes, each name in the place of {} in a template.
+
+    Raises:
+      ClassesError: the list cannot be read, or names what is no text.
+    """
     which = "imagenet_words" if names == IMAGENET else names
-    return tuple(template.replace("{}", name) for name in read_class_list(which).names)
+    found = read_class_list(which).names
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError as error:  # names of folders may be any bytes; prompts are text
+        raise ClassesError(f"{names} is no text in UTF-8, which prompts have to be") from error
+    return tuple(template.replace("{}", name) for name in found)
 
 
 def _looked_at(weights: str, activation: str) -> tuple[clip.CLIPConfig, clip.Names]:
