@@ -178,7 +178,7 @@ def reward(
 
     Raises:
       ConfigError: listing what is wrong with the rewards.
-      ValueError: by a call, of pixels that are no floats or of another shape.
+      ValueError: by a call, of pixels that are no floats or of another shape, or without what a reward reads.
     """
     import jax
     import jax.numpy as jnp
@@ -221,7 +221,10 @@ def reward(
             prompts = {name: {} if x is None else {"prompt": x} for name, x in made.items()}
             if raw.dtype.kind in "iu":
                 known["condition"] = raw.astype(np.int32)
-        found = jax.block_until_ready(values(weights, samples, known, prompts))
+        try:
+            found = jax.block_until_ready(values(weights, samples, known, prompts))
+        except KeyError as error:
+            raise ValueError(f"a reward asks for {error}, which this call was not given") from error
         raise_failure()
         return found
 

@@ -85,6 +85,8 @@ def test_rewards_are_of_floats_and_of_no_tokens():
             worth(*wrong)
     with pytest.raises(ValueError, match=r"uint8.*wants floats \[B, H, W, 3\]"):
         worth(samples, samples[:, 0].astype(np.uint8))
+    with pytest.raises(ValueError, match="'image'"):
+        worth(samples, None)
     with pytest.raises(ConfigError, match="codebook_cosine.*tokens"):
         vj.reward("mse, codebook_cosine")
 

@@ -127,7 +127,9 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(model, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match=r"\.\./secret \(missing\)"):
         load_weights(source(copy, config), target)
-    for text, message in (("{}", "no files"), ("[]", "no JSON object"), ("{", "be read")):
+    of_a_word = json.dumps({**manifest, "outputs": {"model.safetensors": "whole"}})
+    wrong = {"{}": "no files", "[]": "no JSON object", "{": "be read", of_a_word: "of model.*'whole'"}
+    for text, message in wrong.items():
         (copy / "manifest.json").write_text(text)
         with pytest.raises(WeightsError, match=message):
             load_weights(source(copy, config), target)

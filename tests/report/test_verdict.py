@@ -23,6 +23,7 @@ from vapi_jax.report import verdict
             "worse.*although the reward rose",
             "rose from 471",
         ),
+        ({"after": 471.6}, "mixed", "No change", "did not change: 47"),
         ({"after": 472.0}, "mixed", "No change.*although the reward rose", "inside the noise"),
         ({"after": 440.0, "unseen": 99.0}, "mixed", "worse in features it never", "do not say the"),
         ({"after": 440.0, "last": -0.52}, "mixed", "and the reward fell", "fell from −0.5050"),

@@ -334,6 +334,8 @@ def verify_directory(directory: Path, manifest: Mapping[str, Any]) -> None:
     wrong = []
     for name, facts in outputs.items():
         path = directory / name
+        if not isinstance(facts, dict):
+            raise WeightsError(f"{directory / MANIFEST} is damaged: of {name} it has {facts!r}")
         if Path(name).name != name or not path.is_file():
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != facts.get("size") or digest_of(path) != facts.get("sha256"):

@@ -210,11 +210,12 @@ def _distance_sentences(summary: Mapping[str, Any]) -> tuple[Comparison, Compari
     other = compare(unseen["after"], unseen["before"])
     sentences = []
     if change.outcome != "absent":
+        before, after = show_distance(seen["before"]), show_distance(seen["after"])
         way = "fell" if change.difference < 0 else "rose"
+        told = f"{way} from {before} to {after}, {_noise(change)}"
         sentences.append(
             f"The Fréchet distance of samples to real images ({feature_name(summary, 'frechet')};"
-            f" lower is better) {way} from {show_distance(seen['before'])} to"
-            f" {show_distance(seen['after'])}, {_noise(change)}."
+            f" lower is better) {told if change.difference else f'did not change: {after}'}."
         )
     if other.outcome != "absent":
         agree = "agree" if other.outcome == change.outcome else "do not say the same"
