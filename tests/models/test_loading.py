@@ -128,7 +128,12 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(model, tmp_path):
     with pytest.raises(WeightsError, match=r"\.\./secret \(missing\)"):
         load_weights(source(copy, config), target)
     of_a_word = json.dumps({**manifest, "outputs": {"model.safetensors": "whole"}})
-    wrong = {"{}": "no files", "[]": "no JSON object", "{": "be read", of_a_word: "of model.*'whole'"}
+    wrong = {
+        "{}": "no files",
+        "[]": "no JSON object",
+        "{": "be read",
+        of_a_word: "of model.*'whole'",
+    }
     for text, message in wrong.items():
         (copy / "manifest.json").write_text(text)
         with pytest.raises(WeightsError, match=message):
