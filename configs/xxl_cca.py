@@ -4,7 +4,7 @@
         --config.data.path=DIR_WITH_PREPARED_TFDS
 
 Published: one epoch (5000 steps of 256 images), FID 3.12 without guidance for XXL, 3.10 for XL, 3.43 for L,
-7.04 for B; VA-π, with 1 % of the data, has 7.65 and 9.23. Hardware and time are not known; it is about 17
+7.04 for B; VA-π, with 1 % of the data, has 7.65 and 9.23. Hardware and time are not known; it is about 18
 EFLOP. Not run with this code. Published runs took ten crops of every image; here they are centre crops,
 flipped at random.
 

@@ -9,10 +9,10 @@ usage: launch/gpu_proof.sh [--dry-run] [OUT]
 
 On one H100 or the like, without a network: correctness first, then the XXL step at 128 x 8 with its
 phases and top kernels, its variant h100x1 beside other settings, the fastest named, the XL step, the plain
-step at a batch that fits, and sampling at guidance 1 and 1.75. Writes OUT/proof.json and OUT/proof.md, the latter ready for docs/performance.md
-(default OUT: runs/gpu_proof/<time>), and the log of every part.
+step at a batch that fits, and sampling at guidance 1 and 1.75. Writes OUT/proof.json and OUT/proof.md,
+the latter ready for docs/performance.md (default OUT: runs/gpu_proof/<time>), and the log of every part.
 
---dry-run runs the same parts but the XL step in tiny sizes on the CPU.
+--dry-run runs all parts except the XL step in tiny sizes on the CPU.
 
 Environment: PYTHON=... is an interpreter that has the package's dependencies and JAX for the GPU; by
 default that of .venv. SECONDS_LEFT=... is the time for all parts (540): one that cannot begin any more is

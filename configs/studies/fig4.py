@@ -3,7 +3,7 @@
     python -m vapi_jax.study --study=configs/studies/fig4.py --workdir=studies/fig4
 
 The paper's text gives two points, no term and CE at 0.1; the others are only in its picture. The KL is k3
-at the samples, as in the released code. Needs what table2_xxl.py needs. ":tiny" runs four arms on the
+at the samples, as in the released code. Needs what table2_xxl.py needs. ":tiny" runs three arms on the
 shipped models in minutes. Not run yet.
 """
 
