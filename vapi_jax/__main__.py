@@ -10,7 +10,7 @@ COMMANDS = {
     "sample": "draw images from a checkpoint",
     "study": "train and judge several recipes under one protocol",
     "evaluate": "measure generated images",
-    "score": "score generated images from what a detector says of them",
+    "score": "score generated images by a detector's boxes or by a reward model",
     "convert": "turn released weights into a directory that recipes load",
     "export": "write a trained model under LlamaGen's names",
     "encode": "turn captions into features, or the images of a recipe into tokens, once",

@@ -6,7 +6,7 @@ reference batch; or what --precompute has written).
 
   python -m vapi_jax.evaluate --samples out/samples.npz --reference imagenet256.npz \\
       --inception pt_inception-2015-12-05-6726825d.pth
-  python -m vapi_jax.real_images --config=configs/c2i_demo.py --num=512 --out=photos
+  python -m vapi_jax.real_images --config=configs/c2i_demo.py --num=1024 --out=photos
   python -m vapi_jax.evaluate --samples out --reference photos --features lpips_vgg --metrics fid,kid
   python -m vapi_jax.evaluate --samples reconstructions --reference originals --paired
   python -m vapi_jax.evaluate --precompute photos_stats.npz --reference photos

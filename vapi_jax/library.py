@@ -97,8 +97,8 @@ def load(checkpoint: str | os.PathLike[str] | Trained, *, dtype: Dtype = "float3
     """A generator to sample from, to encode and to decode with, on all devices.
 
     Args:
-      checkpoint: "demo", a run (its directory or what `train` gave), or a converted directory. A
-        folder called demo is "./demo" or a Path.
+      checkpoint: "demo" or "scenes" (shipped), a run (its directory or what `train` gave), or a converted
+        directory. A folder of such a name is "./demo" or a Path.
       dtype: compute dtype of generator and decoder, "float32" or "bfloat16".
 
     Raises:

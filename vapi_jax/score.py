@@ -112,15 +112,13 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
         help="replaced if it is there",
     )
     add("--against", type=local_path, metavar="FILE.jsonl", help="a set to compare with, by prompt")
+    of_geneval = command.prog.endswith("geneval")
+    place = "that of --detections" if of_geneval else "--images"
     add(
         "--samples", type=local_path, metavar="DIR",
-        help="the folder of the images, with the recipe of their making (default: that of --detections)",
+        help=f"the folder of the images, with the recipe of their making (default: {place})",
     )  # fmt: skip
-    whole = (
-        "than 4 of each of 553 prompts"
-        if command.prog.endswith("geneval")
-        else "than were asked for"
-    )
+    whole = "than 4 of each of 553 prompts" if of_geneval else "than were asked for"
     add("--allow_incomplete", action="store_true", help=f"images may be fewer {whole}")
     for field in dataclasses.fields(Rules):
         kind = int if field.name == "max_objects" else float

@@ -137,6 +137,13 @@ def test_the_plan_reads_well(capsys):
     assert all(len(line) <= 180 for line in text.splitlines())
 
 
+def test_a_data_set_is_named_where_the_source_has_some(capsys):
+    check(load("c2i_xxl"))
+    assert "data        tfds imagenet2012 at 384 px; not found" in capsys.readouterr().out
+    check(load("c2i_xxl", "tiny"))
+    assert "data        photos at 32 px; 12 classes" in capsys.readouterr().out
+
+
 def test_options_that_are_wrong_in_themselves_have_no_plan(capsys):
     recipe = load("c2i_xxl")
     recipe.vapi.group_size = 1

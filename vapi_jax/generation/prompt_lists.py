@@ -73,7 +73,7 @@ def read_prompts(asked: Path | str, layout: str) -> Prompts:
 
     Args:
       asked: `.txt` with a prompt on each line; `.jsonl` with JSON strings, or objects that have a
-        prompt, Prompt, text or caption; `.tsv` or `.csv` with such a column; `.json` with a list of
+        prompt, Prompt, Prompts, text or caption; `.tsv` or `.csv` with such a column; `.json` with a list of
         texts; for "hps" one such file, whose name is the style, or a folder of them.
       layout: "geneval" wants the lines of GenEval's metadata.
 

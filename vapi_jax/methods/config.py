@@ -64,8 +64,8 @@ class OptimizerConfig:
 class InitConfig:
     """Weights to start from; "" starts from scratch.
 
-    `gpt` and `vq` take "demo" (shipped), a directory of vapi_jax.convert, the workdir of a
-    run, or a file: a released one of LlamaGen, or safetensors with our names.
+    `gpt` and `vq` take "demo" or "scenes" (shipped), a directory of vapi_jax.convert, the workdir of
+    a run, or a file: a released one of LlamaGen, or safetensors with our names.
     """
 
     gpt: PathText = ""  # the generator's

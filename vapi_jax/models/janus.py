@@ -45,7 +45,7 @@ Condition = Any  # {"tokens": Int[B, P], "mask": Bool[B, P]}, mask False = paddi
 
 @dataclass(frozen=True)
 class JanusConfig:
-    """Hyper-parameters; the defaults are Janus-Pro-1B at 384x384.
+    """Hyper-parameters; the defaults are Janus-Pro-1B at 384x384, but for pad_id, which is the 7B's.
 
     hidden_dim: SwiGLU width. text_vocab_size: prompt tokens. image_embed_dim: width of gen_embed.
     aligner_dim, gen_head_dim: width inside gen_aligner and gen_head; None for that of the model.

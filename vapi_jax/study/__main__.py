@@ -7,8 +7,8 @@
 
 Arms are ordinary runs under WORKDIR/arms; judgements are JSON files under WORKDIR/results. What is finished
 is not done again: the same command goes on after an interruption. Started several times, on one machine
-or on several that share WORKDIR, it shares the arms out. study.md, differences.png are the page to read; they
-are written whenever a process ends, from the results that there are. --results=DIR writes them from results
+or on several that share WORKDIR, it shares the arms out. study.md with its pictures is the page to read; it
+is written whenever a process ends, from the results that there are. --results=DIR writes it from results
 alone, without training.
 """
 
@@ -38,7 +38,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--study", required=True, metavar="FILE.py[:VARIANT]", help="whose get_study makes it")
+    add(
+        "--study",
+        required=True,
+        metavar="FILE.py[:VARIANT]",
+        help="whose get_study makes it, or the name of one that ships",
+    )
     add("--workdir", type=local_path, required=True, metavar="DIR", help="made if absent")
     add("--check", action="store_true", help="print what it would cost, and what is in its way")
     add(

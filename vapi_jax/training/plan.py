@@ -294,7 +294,8 @@ def _devices(plan: Plan) -> str:
 
 def _data(plan: Plan) -> str:
     data, found = plan.config.data, plan.data
-    text = " ".join(filter(None, (data.name, data.dataset, data.path)))
+    own = data.name == "tfds" or ":" in data.name  # others have no data sets by name
+    text = " ".join(filter(None, (data.name, data.dataset if own else "", data.path)))
     text += f" at {data.image_size} px"
     what = f"{found.classes:,} classes" if found.classes else "captions"
     if found.classes is None:

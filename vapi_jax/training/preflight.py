@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 32
 """Images that a thorough look decodes, spread evenly over the split."""
 
-_CONVERT = "name 'demo', a released file, a directory of vapi_jax.convert or the workdir of a run"
+_CONVERT = "name 'demo' or 'scenes', a released file, a directory of vapi_jax.convert or the workdir of a run"
 _REPORTED = 24  # real images in the report, from the held-out split
 
 
