@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tests.helpers.clip_files import make_model, write_tokenizer
 from tests.helpers.paths import CONFIGS, GOLDEN
 from tests.helpers.processes import ends, free_port, one_run, started
 from vapi_jax.common.locks import LOCK
@@ -95,6 +97,21 @@ def test_what_needs_no_devices_is_done_by_one_of_two(tmp_path):
     score += [f"--detections={tmp_path / 'd.jsonl'}", f"--out={tmp_path / 's.jsonl'}"]
     assert "1 images of 1 prompts" in both(score)
     assert json.loads((tmp_path / "s.jsonl").read_text())["correct"] is True
+
+
+def test_a_reward_model_scores_on_the_devices_of_one_of_two(tmp_path):
+    clip, images = tmp_path / "clip", tmp_path / "images"
+    make_model().save_pretrained(clip)
+    write_tokenizer(clip)
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(images / f"{i}.png")
+    (tmp_path / "p.txt").write_text("the cat\n")
+    words = ["score", "clip", f"--weights={clip}", f"--images={images}"]
+    words.append(f"--prompts={tmp_path / 'p.txt'}")
+    assert "3 images of 1 prompts" in both([*words, f"--out={tmp_path / 'two.jsonl'}"])
+    one_run(command(*words, f"--out={tmp_path / 'one.jsonl'}"))
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_ctrl_c_in_one_of_two_that_draw_ends_both(tmp_path):

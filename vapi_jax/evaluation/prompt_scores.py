@@ -198,7 +198,7 @@ def score_pictures(
     Raises:
       ScoreError: an image cannot be read, or a score is no number.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.local_devices())  # of several processes one does this work
     weights = jax.device_put(reward.load(), replicated(mesh))
     rows = -(-rows // mesh.size) * mesh.size
     run = jax.jit(lambda weights, pixels, batch: reward(weights, pixels, batch)[:, 0])

@@ -208,7 +208,7 @@ def as_one(
 
 
 def by_one(work: Callable[[], None]) -> None:
-    """Work that needs no devices: process 0 does it, and the others wait at the end of the command."""
+    """Work of process 0 alone, on its own devices; the others wait at the end of the command."""
     if jax.process_index() == 0:
         work()
 
