@@ -131,9 +131,10 @@ def test_a_command_without_standard_streams_does_its_work(tmp_path):
 
 
 DRAW = ["sample", "--ckpt=demo", "--num=1", "--out=absent"]
+WRITE = ["real_images", f"--config={CONFIGS / 'demo_base.py'}:tiny", "--num=1", "--out=absent"]
 
 
-@pytest.mark.parametrize(("door", "platform"), [(CHECK, "cuda"), (DRAW, "tpu")])
+@pytest.mark.parametrize(("door", "platform"), [(CHECK, "cuda"), (DRAW, "tpu"), (WRITE, "cuda")])
 def test_devices_that_are_not_there_are_named(door, platform, tmp_path):
     env = commands.environment(JAX_PLATFORMS=platform)
     done = commands.module(*door, env=env, cwd=tmp_path)

@@ -34,6 +34,7 @@ from vapi_jax.common.errors import exit_status
 from vapi_jax.parallel.cluster import TIMEOUT, Process, find_process
 from vapi_jax.parallel.links import Link, joined
 from vapi_jax.parallel.preemption import Stopped
+from vapi_jax.parallel.sharding import all_devices
 
 PAUSE = 1.0
 """Seconds before a process tells of its error: it may be but the consequence of another's death."""
@@ -208,7 +209,12 @@ def as_one(
 
 
 def by_one(work: Callable[[], None]) -> None:
-    """Work of process 0 alone, on its own devices; the others wait at the end of the command."""
+    """Work of process 0 alone, on its own devices; the others wait at the end of the command.
+
+    Raises:
+      DevicesError: see `all_devices`.
+    """
+    all_devices()
     if jax.process_index() == 0:
         work()
 
