@@ -154,6 +154,16 @@ def test_options_that_are_wrong_in_themselves_have_no_plan(capsys):
     assert_mentions(err, "error: ", "vapi.group_size=1", "optimizer.learning_rate?", "config.data")
 
 
+def test_a_reward_model_that_is_not_there_hides_no_other_error(capsys):
+    recipe = load("c2i_demo", "tiny")
+    recipe.rewards = ({"name": "clip", "options": {"weights": "nowhere", "prompts": "imagenet"}},)
+    recipe.init.gpt = "absent"
+    assert check(recipe) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_mentions(err, "2 error(s)", "rewards.clip: nowhere", "init.gpt='absent'")
+
+
 def test_devices_that_do_not_fit_leave_a_plan_without_memory(capsys):
     recipe = load("demo_base", "tiny")
     recipe.mesh = {"data": 3, "fsdp": 1}

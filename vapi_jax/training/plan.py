@@ -34,6 +34,7 @@ from vapi_jax.training.preflight import (
     notes_on_weights,
     open_mesh,
 )
+from vapi_jax.weights.names import WeightsError
 
 _FILES = (
     "report.html, summary.json, metrics.jsonl, config.json, classes.txt, parameters.txt, *.png, "
@@ -106,7 +107,7 @@ def check(
 
     Returns:
       The exit status: 0 where it can run here, 1 where not. Of options that are wrong in themselves no
-      plan is made.
+      plan is made, nor where a reward model's files, which tell its sizes, cannot be read.
     """
     config, errors = examine(raw)
     broken = len(errors)
@@ -119,8 +120,13 @@ def check(
     if workdir is not None and not broken:
         look_at_workdir(config, Path(workdir), errors, resume_with_changes, mesh)
     if not broken:
-        plan = make_plan(config, mesh, data, weights, list(errors))
-        print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))
+        try:
+            plan = make_plan(config, mesh, data, weights, list(errors))
+        except WeightsError:
+            if not errors:
+                raise
+        else:
+            print(json.dumps(_to_json(plan), indent=2) if as_json else render(plan, workdir))
     return exit_status(lambda: raise_all(errors))
 
 
