@@ -45,7 +45,7 @@ for argument in "$@"; do
 done
 
 case "$*" in
-  *t2i* | *scenes*) prepare text ;;  # captions want a tokenizer
+  *t2i* | *scenes* | *janus*) prepare text ;;  # captions want a tokenizer
   *) prepare ;;
 esac
 cd "$root"
