@@ -20,13 +20,15 @@ import pytest
 from hypothesis import settings
 
 from tests.helpers.compare import comparing
-from tests.helpers.compilers import need_compiler
+from tests.helpers.compilers import compile_quickly, need_compiler
 from tests.helpers.golden import Golden
 from tests.helpers.paths import GOLDEN
 
 # The same examples every time, however long they take.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+compile_quickly()
 
 
 def pytest_configure(config):

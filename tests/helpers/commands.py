@@ -18,15 +18,21 @@ PATIENCE = " ".join(
 LEAN, OPTIMISED = ({"JAX_DISABLE_MOST_OPTIMIZATIONS": flag} for flag in "10")
 """For an environment: compiles quickly; compiles as for users, as `tests.helpers.compilers.optimised`."""
 
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""Options of XLA: its older emitters, and one thread, compile what is small in half the time."""
+
+LEAN_FLAGS = " ".join(f"--{name}={value}".lower() for name, value in QUICK.items())
+"""For XLA_FLAGS, beside `LEAN`."""
+
 
 def environment(**more):
     """This process's environment for a command, which sees one CPU device and compiles quickly."""
-    names = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    more = {**LEAN, **more}
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    flags = {"XLA_FLAGS": " ".join(flags)} if flags else {}
+    flags += [LEAN_FLAGS] if LEAN.items() <= more.items() else []
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # compilers for targets
-    path = {"PYTHONPATH": os.pathsep.join(found)}
-    return {**names, **flags, **path, **LEAN, "JAX_PLATFORMS": "cpu", **more}
+    ours = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": os.pathsep.join(found)}
+    return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", **more}
 
 
 def python(*arguments, options=(), env=None, check=False, **more):

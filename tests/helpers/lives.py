@@ -21,7 +21,7 @@ import jax
 import tensorboardX  # noqa: F401  (imports torch where it is installed; once for all lives)
 from absl import logging as absl_logging
 
-from tests.helpers.commands import LEAN, PATIENCE
+from tests.helpers.commands import LEAN, LEAN_FLAGS, PATIENCE
 from tests.helpers.paths import ROOT
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
@@ -31,7 +31,7 @@ from vapi_jax.training import logging as metrics
 from vapi_jax.training.checkpoint import checkpointer
 
 ENVIRONMENT = {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {PATIENCE}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {PATIENCE} {LEAN_FLAGS}",
     "JAX_PLATFORMS": "cpu",
     **LEAN,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

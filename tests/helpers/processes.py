@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from tests.helpers.commands import LEAN, PATIENCE
+from tests.helpers.commands import LEAN, LEAN_FLAGS, PATIENCE
 from tests.helpers.paths import ROOT
 from vapi_jax.parallel import distributed
 
@@ -35,7 +35,8 @@ def environment(**more):
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "JAX_", "XLA_")) or name in KEPT
     }
-    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": PATIENCE, **LEAN}
+    flags = f"{PATIENCE} {LEAN_FLAGS}"
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **LEAN}
     return {**kept, **ours, "PYTHONUNBUFFERED": "1", **more}
 
 
