@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,15 @@ SHARD_BYTES = 4 * 10**9
 
 def model_shapes(config: ModelConfig) -> dict[str, Any]:
     """The parameters' shapes, nothing computed."""
+    return jax.tree.map(lambda leaf: leaf, _traced_shapes(config))  # a tree of the caller's own
+
+
+@lru_cache(maxsize=8)  # a run asks several times, and tracing takes a second
+def _traced_shapes(config: ModelConfig) -> dict[str, Any]:
     if isinstance(config, VQConfig):
         side = 2 * config.downsample_factor
-        image = jnp.zeros((1, side, side, 3))
-        return jax.eval_shape(lambda: VQModel(config).init(jax.random.key(0), image)["params"])
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        return jax.eval_shape(VQModel(config).init, jax.random.key(0), image)["params"]
     kind = "janus"
     if isinstance(config, LlamaConfig):
         kind = "class" if config.model_type == "c2i" else "text"
