@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -93,14 +94,19 @@ buffers grow, for a moment nearly twice."""
 def most_at_once(policy: Policy, guided: bool, device: jax.Device) -> int:
     """How many samples' keys and values fit a device; a guided sample has two rows of them."""
     most = min(CACHE_BYTES, (memory_of(device) or 4 * CACHE_BYTES) // 4)
+    return max(1, most // max(1, _row_bytes(policy) * (1 + guided)))
+
+
+@lru_cache(maxsize=8)  # every sampler asks, and tracing takes a second
+def _row_bytes(policy: Policy) -> int:
+    """Keys and values of a row."""
 
     def cache(params: Params) -> Any:
         cached = policy.prefill(policy.unstacked(params), policy.condition.longest(1))[1]
         return policy.with_room(cached, policy.context_length)
 
     rows = jax.eval_shape(cache, jax.eval_shape(policy.init, jax.random.key(0)))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
-    return max(1, most // max(1, size * (1 + guided)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
 
 
 def in_batches(count: int, batch: int) -> list[range]:
