@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import jax
@@ -169,6 +170,11 @@ def test_results_of_another_protocol_or_arm_are_not_mixed_in(done):
         recipe.write_text(before.replace("'steps': 2", "'steps': 5"))
         assert recipe.read_text() != before
         with pytest.raises(StudyError, match="steps: 2 -> 5"):
+            work(read_study(str(folder / "study.py")), out)
+        # The base, which is read first, has no learning rate.
+        recipe.write_text(re.sub(r"'learning_rate': [\d.e-]+", "'learning_rate': 0.5", before))
+        assert recipe.read_text() != before
+        with pytest.raises(StudyError, match=r"/(?!base)\w+_0\.json is of another.*learning_rate"):
             work(read_study(str(folder / "study.py")), out)
     finally:
         recipe.write_text(before)

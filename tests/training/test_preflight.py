@@ -293,7 +293,7 @@ def test_perceptual_files_that_are_not_there_are_named(recipe, tokenizer_file):
 
 def test_a_generator_without_a_tokenizer_is_refused(recipe):
     (line,) = problems(recipe(init={"vq": ""}))
-    assert line.startswith("init.vq='': the method needs these weights; name 'demo',")
+    assert line.startswith("init.vq='': the method needs these weights; name 'demo' or")
 
 
 def test_weights_of_another_model_are_refused_by_their_header(recipe, tokenizer_file):

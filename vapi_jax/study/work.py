@@ -177,7 +177,9 @@ def _other_facts(found: Mapping[str, Any], study: Study, arm: Arm, seed: int) ->
         return different
     config, then = resolve(recipe_of(study, arm, seed)), found["config"]
     trained = then.get("steps", 0)
-    steps = [] if arm.name == BASE else [f"steps: {trained} -> {config.steps}"]
+    steps = [f"steps: {trained} -> {config.steps}"]
+    if arm.name == BASE:  # which is not trained
+        then, steps = {**then, "optimizer": config_facts(config)["optimizer"]}, []
     # A run may go on for more steps; a result of fewer is another one.
     return config_changes(then, config) or (steps if trained < config.steps else [])
 
