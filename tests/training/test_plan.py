@@ -127,7 +127,7 @@ def test_the_plan_reads_well(capsys):
         "step        16 images, 8 samples of each",
         "run         100 steps: 1,600 images (0.13 epochs), 12,800 samples decoded and rewarded",
         'evaluation  64 images of "test", 6 times; 256 samples, 5 times; at the end a table of base, '
-        "sharpened base and result and controls (each trained anew), 3 x 2048 samples a row",
+        "sharpened base and result and controls (each trained anew), 3 x 5000 samples a row",
         "checkpoints 2 of 22.5 MiB each, 2 stay (45.1 MiB), and as many of each of 2 controls (135.3 MiB "
         "in all)",
         "            runs/demo/weights: policy.safetensors (7.5 MiB)",
