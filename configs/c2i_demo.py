@@ -20,7 +20,8 @@ On 2 CPU cores: 7 minutes, ":tiny" 50 seconds; ":full" takes 78 minutes of proce
 
 The paper's learning rate (1e-6) is meant for 1.4B parameters. Here, of 1e-5, 3e-5, 1e-4 and 3e-4 with two
 trainings each, 3e-5 raised the method's own objective, reward - 0.1 CE on 256 validation crops, most in both
-(seeds 2 and 3: by 0.0028 and 0.0023; 1e-5 by 0.0005 and 0.0013; 1e-4 and 3e-4 lowered it, though their reward rose):
+(by 0.0028 with seed 2 and 0.0023 with seed 3; 1e-5 by 0.0005 and 0.0013; 1e-4 and 3e-4 lowered it, though
+their reward rose):
 
     python -m vapi_jax.main --config=configs/c2i_demo.py --config.eval.split=val --config.eval.images=256 \\
         --config.eval.compare=False --config.optimizer.learning_rate=3e-5 --config.seed=3

@@ -2,8 +2,9 @@
 
     python -m vapi_jax.main --config=configs/demo_cca.py --workdir=runs/demo_cca
 
-The demo's images, steps and table; the learning rate is the best of configs/studies/mini_rates.py, above which
-the samples fall apart; β and λ are those published for LlamaGen, not tuned for a model of this size. ":tiny" runs the same path in seconds, without a table.
+The demo's images, steps and table; the learning rate is the best of configs/studies/mini_rates.py, above
+which the samples fall apart; β and λ are those published for LlamaGen, not tuned for a model of this size.
+":tiny" runs the same path in seconds, without a table.
 """
 
 from ml_collections import ConfigDict

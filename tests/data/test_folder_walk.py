@@ -1,13 +1,13 @@
 """A folder of images is walked once, whatever asks for its classes, splits and images afterwards."""
 
-import dataclasses
 import os
 from collections import Counter
 
 import pytest
 
 from tests.helpers.image_folders import write_images
-from tests.helpers.tiny import make_tiny_config
+from tests.helpers.tiny import make_tiny_recipe
+from vapi_jax.methods.resolve import resolve
 from vapi_jax.training import plan
 from vapi_jax.training.run import run
 
@@ -36,10 +36,10 @@ def test_a_check_and_a_run_list_every_folder_once(tmp_path, listed, splits):
     for folder in folders:
         write_images(folder, 60)
     data = {"name": "image_folder", "path": str(tmp_path / "data"), "folder_holdout": 0.5}
-    config = make_tiny_config(
+    recipe = make_tiny_recipe(
         "base", data=data, eval={"images": 24, "every": 1}, policy={"num_classes": 2}
     )
-    assert plan.check(dataclasses.asdict(config), str(tmp_path / "run")) == 0
-    run(config, tmp_path / "run")
+    assert plan.check(recipe, str(tmp_path / "run")) == 0
+    run(resolve(recipe), tmp_path / "run")
     counts = {path: n for path, n in listed.items() if path.startswith(f"{tmp_path}/data")}
     assert len(counts) >= 4 * len(splits) and set(counts.values()) == {1}

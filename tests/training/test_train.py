@@ -239,7 +239,10 @@ def test_the_learning_rate_is_of_the_step_whatever_was_applied_before(name, upda
 
 # --- health ---------------------------------------------------------------------------------------
 
-HEALTHY = {"grad_norm": 0.1, "advantages_nonzero": 1.0, "ratio_max_deviation": 0.0}
+HEALTHY = {
+    "grad_norm": 0.1, "advantages_nonzero": 1.0, "ratio_max_deviation": 0.0, "reward": -0.5,
+    "reward_group_std": 0.01,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +265,10 @@ def test_a_gradient_that_is_zero_or_not_finite_stops_the_run(kind, norm):
 def test_equal_rewards_everywhere_stop_the_run(vapi_task):
     with pytest.raises(HealthError, match="step 3.*samples"):
         vapi_task.check_health(3, {**HEALTHY, "advantages_nonzero": 0.0})
+    # Or they differ by what places in a batch do.
+    with pytest.raises(HealthError, match="step 3.*samples"):
+        vapi_task.check_health(3, {**HEALTHY, "reward_group_std": 3e-8})
+    vapi_task.check_health(3, {**HEALTHY, "reward_group_std": 1e-5})
     make_tiny_method("sft", vapi_task.mesh).check_health(3, {"grad_norm": 0.1})  # has no advantages
 
 

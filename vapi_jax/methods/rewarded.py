@@ -27,6 +27,9 @@ PROMPTS = "prompts"
 ENTROPY_WEIGHT = "entropy_weight"
 """In the extra state, where a bonus holds entropy at a target."""
 
+_ROUNDING = 1e-6
+"""Of a reward: samples that are the same may be judged so differently, each at its place in a batch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardedMethod(GeneratorMethod):
@@ -198,7 +201,8 @@ class GroupMethod(RewardedMethod):
         }
 
     def check_health(self, step: int, metrics: Mapping[str, float]) -> None:
-        if metrics["advantages_nonzero"] == 0.0:
+        same = metrics["reward_group_std"] <= _ROUNDING * abs(metrics["reward"])
+        if same or metrics["advantages_nonzero"] == 0.0:
             raise NothingLearned(
                 f"step {step}: all samples of every group have the same reward, so there is no "
                 "policy gradient. The policy may have collapsed to one token per position (look at "
