@@ -15,6 +15,15 @@ from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import make_mesh
 
 
+def known(platform):
+    """A platform's options by the names that the installed XLA has for them."""
+    newer = not jax.__version__.startswith("0.10.")
+    return dict(
+        compiler.RENAMED[name] if newer and name in compiler.RENAMED else (name, value)
+        for name, value in compiler.OPTIONS[platform].items()
+    )
+
+
 @pytest.fixture
 def gpu_options_on_cpu(monkeypatch):
     """XLA reads the options of all platforms on each: the GPU's stand for some that this one has."""
@@ -29,20 +38,40 @@ def test_nothing_is_set_on_a_cpu():
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")
 def test_options_are_those_of_the_devices_of_a_mesh_or_of_arrays():
-    assert compiler.options(make_mesh()) == compiler.OPTIONS["gpu"]
-    assert compiler.options({"a": jnp.ones(2), "b": np.ones(2)}) == compiler.OPTIONS["gpu"]
+    assert compiler.options(make_mesh()) == known("gpu")
+    assert compiler.options({"a": jnp.ones(2), "b": np.ones(2)}) == known("gpu")
     assert compiler.options({"b": np.ones(2)}) == {}
+
+
+def test_an_option_that_this_xla_lacks_is_left_out_or_called_by_its_later_name(monkeypatch):
+    fast, width = "xla_cpu_enable_fast_math", "xla_cpu_prefer_vector_width"
+    asked = {"xla_old": True, fast: False, "xla_gone": 3, "xla_gone_as_well": True}
+    monkeypatch.setitem(compiler.OPTIONS, "cpu", asked)
+    monkeypatch.setitem(compiler.RENAMED, "xla_old", (width, 128))
+    monkeypatch.setitem(compiler.RENAMED, "xla_gone", ("xla_gone_again", 4))
+    monkeypatch.setitem(compiler.RENAMED, fast, ("xla_not_there_yet", 1))
+    assert compiler.options(make_mesh()) == {width: 128, fast: False}
+    monkeypatch.setenv("XLA_FLAGS", f"--{width}=256")
+    assert compiler.options(make_mesh()) == {fast: False}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_old=true")
+    assert compiler.options(make_mesh()) == {fast: False}
+
+
+def test_a_value_that_the_compiler_refuses_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(compiler.OPTIONS, "cpu", {"xla_cpu_prefer_vector_width": "wide"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_prefer_vector_width"):
+        compiler.options(make_mesh())
 
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")
 @pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 def test_what_the_user_has_set_stays(variable, monkeypatch):
     monkeypatch.setenv(variable, "--xla_x=1 --xla_gpu_enable_triton_gemm=true --xla_y=z")
-    left = dict(compiler.OPTIONS["gpu"])
+    left = known("gpu")
     del left["xla_gpu_enable_triton_gemm"]
     assert compiler.options(make_mesh()) == left
     monkeypatch.setenv(variable, "--xla_dump_to=/x/xla_gpu_enable_triton_gemm")
-    assert compiler.options(make_mesh()) == compiler.OPTIONS["gpu"]
+    assert compiler.options(make_mesh()) == known("gpu")
 
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")
@@ -63,10 +92,14 @@ def test_samples_can_be_drawn_inside_another_program():
 
 @pytest.mark.parametrize("name", compiler.OPTIONS["gpu"])
 def test_the_installed_compiler_knows_every_option_for_gpus(name):
+    """By this name or its later one: an option that XLA has dropped would do nothing, unseen."""
+
     def compiled(options):
         return jax.jit(lambda x: x + 1, compiler_options=options)(1)
 
-    assert compiled({name: compiler.OPTIONS["gpu"][name]}) == 2
+    wanted = [(name, compiler.OPTIONS["gpu"][name]), compiler.RENAMED.get(name)]
+    [option] = {*known("gpu").items()} & {*wanted}
+    assert compiled(dict([option])) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         compiled({f"{name}_of_our_dreams": True})
 
@@ -77,7 +110,7 @@ def test_the_compiler_for_tpus_knows_every_option_for_tpus(monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     mesh = Mesh(np.array(devices), ("x",))
     options = compiler.options(mesh)
-    assert options == compiler.OPTIONS["tpu"]
+    assert options == known("tpu")
     rows = jax.ShapeDtypeStruct(
         (64, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("x"))
     )

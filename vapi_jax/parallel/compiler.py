@@ -5,6 +5,7 @@ though often seen: double-buffered loops, of which nothing is left to hide once 
 command buffers, whose default is kept.
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
 
 # The matrices of one layer of the largest generator (57 MB in bfloat16) travel as one collective.
 _LAYER = 128 * 2**20
 
-OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
+Value = bool | int | str
+
+OPTIONS: Mapping[str, Mapping[str, Value]] = {
     "gpu": {
         # Starts a layer's gathers and the gradients' reduction early, beside compute; set in
         # NVIDIA's own JAX images.
@@ -40,12 +44,20 @@ OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
 }
 """platform -> option -> value."""
 
+RENAMED: Mapping[str, tuple[str, Value]] = {
+    # From jax 0.11 on.
+    "xla_gpu_enable_pipelined_all_gather": (
+        "xla_gpu_pipeline_all_gather", "COLLECTIVE_PIPELINING_MODE_ON",
+    ),
+}  # fmt: skip
+"""option -> what it became in a later XLA: its name, and the value that means the same."""
 
-def options(where: Mesh | Any) -> dict[str, bool | int]:
+
+def options(where: Mesh | Any) -> dict[str, Value]:
     """`compiler_options` of a `jax.jit` for the devices that it runs on.
 
     What a person has set stays as it is: an option that XLA_FLAGS or LIBTPU_INIT_ARGS names, whatever
-    its value, is left out.
+    its value, is left out. So is one that this version of XLA does not know, for they come and go.
 
     Args:
       where: a mesh, or a tree of arrays that are on the devices.
@@ -54,16 +66,43 @@ def options(where: Mesh | Any) -> dict[str, bool | int]:
       {} on CPU, and where the arrays are being traced: only the outermost `jax.jit` takes options.
     """
     if isinstance(where, Mesh):
-        device = where.devices.flat[0]
+        devices = list(where.devices.flat)
     else:
         leaves = [x for x in jax.tree.leaves(where) if isinstance(x, jax.Array)]
         if not leaves or any(isinstance(x, jax.core.Tracer) for x in leaves):
             return {}
-        device = next(iter(leaves[0].devices()))
+        devices = list(leaves[0].devices())
     told = f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
     named = set(re.findall(r"(?:^|\s)--?(\w+)", told))
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    return {name: v for name, v in OPTIONS.get(platform, {}).items() if name not in named}
+    asked: dict[str, Value] = {}
+    for name, value in OPTIONS.get(_platform(devices[0]), {}).items():
+        same = dict([(name, value), *([RENAMED[name]] if name in RENAMED else [])])
+        if not named & same.keys():
+            asked |= same
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    unknown = _unknown((here or devices)[0], tuple(asked.items())) if asked else frozenset()
+    return {name: value for name, value in asked.items() if name not in unknown}
+
+
+def _platform(device: Any) -> str:
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, str(device.platform))
+
+
+@functools.cache
+def _unknown(device: Any, asked: tuple[tuple[str, Value], ...]) -> frozenset[str]:
+    """The options that a device's compiler has no such name for: it says one at a time."""
+    program = jax.jit(jnp.negative, in_shardings=SingleDeviceSharding(device))
+    lowered, unknown = program.lower(jax.ShapeDtypeStruct((), jnp.float32)), set[str]()
+    while True:
+        try:
+            lowered.compile({name: value for name, value in asked if name not in unknown})
+        except jax.errors.JaxRuntimeError as error:
+            named = re.search(r"No such compile option: '(\w+)'", str(error))
+            if named is None or named[1] in unknown:
+                raise
+            unknown.add(named[1])
+        else:
+            return frozenset(unknown)
 
 
 def reserve_memory() -> None:
