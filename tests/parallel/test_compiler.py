@@ -17,7 +17,7 @@ from vapi_jax.parallel.sharding import make_mesh
 
 def known(platform):
     """A platform's options by the names that the installed XLA has for them."""
-    newer = not jax.__version__.startswith("0.10.")
+    newer = jax.__version_info__ >= (0, 11)
     return dict(
         compiler.RENAMED[name] if newer and name in compiler.RENAMED else (name, value)
         for name, value in compiler.OPTIONS[platform].items()
