@@ -432,6 +432,31 @@ def test_a_gather_fused_with_what_runs_beside_it_counts_once():
     assert len(hlo.collectives(apart)) == 2
 
 
+SCATTER = """HloModule jit_f, num_partitions=4
+
+%scatter (g: f32[14,8]) -> f32[4,8] {
+  %g = f32[14,8]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %even = f32[16,8]{1,0} pad(%g, %zero), padding=0_2x0_0
+  %all = f32[16,8]{1,0} all-reduce(%even), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %part = f32[4,8]{1,0} dynamic-slice(%all, %at, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (a: f32[14,8]) -> f32[4,8] {
+  %a = f32[14,8]{1,0} parameter(0)
+  ROOT %f = f32[4,8]{1,0} fusion(%a), kind=kCustom, calls=%scatter, backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion"}}
+}
+"""  # noqa: E501
+
+
+def test_a_sum_fused_with_the_slice_that_is_taken_of_it_is_a_scatter():
+    (found,) = hlo.collectives(SCATTER)
+    assert (found.kind, found.operand_bytes, found.result_bytes) == ("reduce-scatter", 512, 128)
+    assert found.sent_bytes == 3 * 128
+    (whole,) = hlo.collectives(SCATTER.replace("AllReduceScatterFusion", "AllReduceFusion"))
+    assert (whole.kind, whole.sent_bytes) == ("all-reduce", 2 * 3 * 128)
+
+
 def test_products_at_float32_speed():
     found, _ = products(TPU)
     assert [(one.instruction.name, one.slow, one.flops) for one in found] == [

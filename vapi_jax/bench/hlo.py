@@ -40,6 +40,7 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"\}')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 _FUSED_START = "AsyncCollectiveStart"
+_FUSED_SCATTER = "AllReduceScatterFusion"
 
 
 class HloError(ValueError):
@@ -373,6 +374,13 @@ def collectives(text: str) -> list[Collective]:
     """
     devices, found, executed = device_count(text), [], instructions(text)
     starts = {one.computation for one in executed if f'"{_FUSED_START}"' in one.attributes}
+    # TPUs: a sum fused with the slice that a device takes of it is sent as a scatter, in one kernel.
+    scatters = {
+        name
+        for one in executed
+        if _FUSED_SCATTER in one.attributes
+        for name in _attribute(one.attributes, "calls")
+    }
     for one in executed:
         kind = _kind(one.opcode)
         # TPUs: one that is fused with compute stands in its start, in what runs beside it and in its end.
@@ -381,6 +389,8 @@ def collectives(text: str) -> list[Collective]:
         size = group_size(one.attributes, devices)
         shape = _result_shape(one)
         result = shape_bytes(shape)
+        if kind == "all-reduce" and one.computation in scatters:
+            kind, result = "reduce-scatter", result // size
         operand = {"all-gather": result // size, "reduce-scatter": result * size}.get(kind, result)
         dtypes = tuple(dict.fromkeys(dtype for dtype, _ in shape_arrays(shape)))
         found.append(
