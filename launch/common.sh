@@ -1,8 +1,11 @@
 # Sourced by demo.sh and test.sh: finds a Python, makes .venv beside pyproject.toml, installs into it.
-# Afterwards $root is the repository and $python the interpreter of the environment.
+# Afterwards $root is the repository and $python the interpreter of the environment. With $take_newer, it is
+# .venv-newer, with the versions of constraints-newer.txt.
 
+newer="${take_newer:-}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-venv="${VAPI_VENV:-$root/.venv}"
+venv="${VAPI_VENV:-$root/.venv}${newer:+-newer}"
+oldest=$([ -n "$newer" ] && echo 3.12 || echo 3.11)
 python="$venv/bin/python"
 marker="$venv/made-by-vapi_jax"
 compilers="$venv/compilers"
@@ -12,13 +15,13 @@ die() {
   exit 1
 }
 
-# The first Python >= 3.11 that runs and can make environments. A name on PATH may be a shim of a
+# The first Python >= $oldest that runs and can make environments. A name on PATH may be a shim of a
 # version manager that does not run, so every candidate is tried and not just looked up.
 find_python() {
   local candidate without_venv=""
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
     command -v "$candidate" >/dev/null 2>&1 || continue
-    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue
+    "$candidate" -c "import sys; sys.exit(sys.version_info < (${oldest/./, }))" >/dev/null 2>&1 || continue
     if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
       command -v "$candidate"
       return
@@ -29,7 +32,7 @@ find_python() {
     die "$without_venv cannot make environments: install its venv module (Debian and Ubuntu:" \
       "the package python3-venv), or name another interpreter: PYTHON=/path/to/python $0"
   fi
-  die "needs Python 3.11 or newer (python3.13, python3.12, python3.11 or python3 on PATH)." \
+  die "needs Python $oldest or newer (python3.13, python3.12, python3.11 or python3 on PATH)." \
     "Install one, or name it: PYTHON=/path/to/python $0"
 }
 
@@ -41,10 +44,21 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 text = repr((sys.version, str(root))).encode()
-for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+for name in ("pyproject.toml", "setup.py", "constraints.txt", "constraints-newer.txt"):
     text += (root / name).read_bytes()
 print(hashlib.sha256(text).hexdigest())
 PY
+}
+
+# constraints FILE: the versions to install, written to a file.
+constraints() {
+  local names
+  if [ -z "$newer" ]; then
+    cp "$root/constraints.txt" "$1"
+    return
+  fi
+  names="$(sed -n 's/==.*//p' "$root/constraints-newer.txt" | paste -sd'|' -)"
+  grep -Ev "^($names)==" "$root/constraints.txt" | cat - "$root/constraints-newer.txt" >"$1"
 }
 
 # prepare [EXTRA,...]: the environment with the base dependencies, and those of extras.
@@ -71,9 +85,10 @@ prepare() {
     fi
   done
   stamp="$venv/installed-${extra:-base}"
+  constraints "$venv/constraints.txt"
   printf 'Installing vapi_jax%s (a minute or two; log: %s)\n' "${extra:+ with the extra $extra}" "$log"
   if ! "$python" -m pip install --no-input --disable-pip-version-check \
-    -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then
+    -c "$venv/constraints.txt" -e "$root${extra:+[$extra]}" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
     die "the installation failed, most often for want of a network or of disk space (1.5 GB)." \
       "The whole log: $log"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the demo, making its environment first. See usage below.
 set -euo pipefail
+take_newer=""
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {

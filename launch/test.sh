@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Runs the tests, making the environment first. See usage below.
 set -euo pipefail
+take_newer=""
+if [ "${1:-}" = --newer ]; then
+  take_newer=yes
+  shift
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-usage: launch/test.sh [--all | --isa AVX2|SSE4_2 | --targets] [OPTION...]
+usage: launch/test.sh [--newer] [--all | --isa AVX2|SSE4_2 | --targets] [OPTION...]
 
 Runs the tests on the CPU (8 virtual devices), without the slow ones. Needs Python 3.11 or newer;
 makes an environment in .venv, which the next call uses again. OPTION is passed on to pytest, for
@@ -13,6 +18,9 @@ example:
   tests/methods/test_grpo.py -n 0         one file, in one process
   tests/parity --golden DIR               another set of golden arrays
   -m slow                                 the slow ones alone
+
+--newer, before all others, takes another environment, .venv-newer, with Python 3.12 or later and the
+JAX and NumPy of constraints-newer.txt.
 
 --all, before the others, runs the slow ones as well: whole runs of every recipe, runs of several
 processes, runs that are killed anywhere.
@@ -54,6 +62,7 @@ fi
 prepare test,text
 cd "$root"
 if [ "${1:-}" = --targets ]; then
+  [ -z "$newer" ] || die "--newer has no compilers for other devices: leave --targets out"
   shift
   prepare_compilers
   export PYTHONPATH="$compilers${PYTHONPATH:+:$PYTHONPATH}" VAPI_COMPILERS=1

@@ -187,7 +187,9 @@ def test_a_tpu_slice():
     # A TPU adds up what has fewer than its 128 lanes a device whole: here the embeddings, 7 %.
     assert_gradients_are_scattered(method, text, found, rest=0.08)
     assert not sequences(text, GROUP * IMAGES // 8)
-    assert found.peak < (16e6 if NEWER else 6e6)  # jax 0.10 has all temporary arrays in vector memory
+    assert found.peak < (
+        16e6 if NEWER else 6e6
+    )  # jax 0.10 has all temporary arrays in vector memory
 
 
 @pytest.mark.targets("compile-cuda")

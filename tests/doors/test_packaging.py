@@ -158,8 +158,17 @@ def test_constraints_cover_what_those_bring(base, extras, constraints):
     assert not missing
 
 
+def test_newer_constraints_are_later_versions_of_what_is_declared(base, constraints):
+    newer = read_requirements((ROOT / "constraints-newer.txt").read_text().splitlines())
+    assert {"jax", "jaxlib"} <= newer.keys()
+    for name, requirement in newer.items():
+        (pin,), (usual,) = requirement.specifier, constraints[name].specifier
+        assert pin.operator == "==" and Version(pin.version) > Version(usual.version), name
+        assert name not in base or base[name].specifier.contains(pin.version), name
+
+
 def test_no_package_index_is_named():
-    for name in ("requirements.txt", "constraints.txt", "pyproject.toml"):
+    for name in ("requirements.txt", "constraints.txt", "constraints-newer.txt", "pyproject.toml"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not re.search(r"^\s*(-i|-f|--\S*index|--find-links)|://", text, re.MULTILINE), name
 

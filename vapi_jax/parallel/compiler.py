@@ -100,8 +100,10 @@ def _unknown(device: Any, asked: tuple[tuple[str, Value], ...]) -> frozenset[str
     program = jax.jit(jnp.negative, in_shardings=SingleDeviceSharding(device))
     lowered, unknown = program.lower(jax.ShapeDtypeStruct((), jnp.float32)), set[str]()
     while True:
+        # JAX takes numbers as well, but names strings and booleans alone.
+        left: Any = {name: value for name, value in asked if name not in unknown}
         try:
-            lowered.compile({name: value for name, value in asked if name not in unknown})
+            lowered.compile(left)
         except jax.errors.JaxRuntimeError as error:
             named = re.search(r"No such compile option: '(\w+)'", str(error))
             if named is None or named[1] in unknown:
