@@ -23,12 +23,14 @@ from tests.helpers.compare import comparing
 from tests.helpers.compilers import compile_quickly, need_compiler
 from tests.helpers.golden import Golden
 from tests.helpers.paths import GOLDEN
+from tests.helpers.tracing import trace_quickly
 
 # The same examples every time, however long they take.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 compile_quickly()
+trace_quickly()
 
 
 def pytest_configure(config):

@@ -14,6 +14,7 @@ import warnings
 import vapi_jax.bench.measure
 import vapi_jax.generation.sampler
 import vapi_jax.training.run  # noqa: F401
+from tests.helpers.tracing import trace_quickly
 
 
 def asked():
@@ -29,6 +30,7 @@ def asked():
 
 
 if __name__ == "__main__":
+    trace_quickly()
     given = asked()
     os.environ.clear()
     os.environ.update(given["env"])

@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 
 from tests.helpers.commands import LEAN, LEAN_FLAGS, PATIENCE
 from tests.helpers.paths import ROOT
+from tests.helpers.tracing import trace_quickly
 from vapi_jax.common import progress
 from vapi_jax.evaluation import held_out
 from vapi_jax.methods.config import TrainConfig
@@ -103,6 +104,7 @@ def live(life, timeout=240):
 
 
 def _live(life):
+    trace_quickly()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     with life.log.open("ab", buffering=0) as log:
