@@ -254,8 +254,8 @@ class Method(abc.ABC):
         """The part of the parameters that `init_from` replaces: all of them."""
         return params
 
-    def with_start(self, loaded: Params, fresh: Callable[[], Params]) -> Params:
-        """All parameters, of which `loaded` replaces `start_like`; `fresh` makes the others."""
+    def with_start(self, loaded: Params, fresh: Callable[[str], Params]) -> Params:
+        """All parameters, of which `loaded` replaces `start_like`; `fresh` makes another part by name."""
         del fresh
         return loaded
 

@@ -160,10 +160,10 @@ class TokenizerTraining(Method):
     def start_like(self, params: Any) -> Any:
         return params["tokenizer"]
 
-    def with_start(self, loaded: Any, fresh: Callable[[], Any]) -> Any:
+    def with_start(self, loaded: Any, fresh: Callable[[str], Any]) -> Any:
         if self.discriminator is None:
             return {"tokenizer": loaded}
-        return {**fresh(), "tokenizer": loaded}
+        return {"tokenizer": loaded, "discriminator": fresh("discriminator")}
 
     def _example(self) -> Array:
         side = self.config.data.image_size

@@ -154,15 +154,19 @@ def init_state(
         method.init_from, method.start_like(shapes.params), method.start_like(shardings.params)
     )
     make = functools.partial(_state_of, method, optimizer)
-    params = method.with_start(loaded, functools.partial(_init_sharded, method, shardings, rng))
+    params = method.with_start(loaded, functools.partial(_init_part, method, shardings, rng))
     # Donated, or two copies would stand side by side for a moment.
     made = jax.jit(make, out_shardings=shardings, donate_argnums=1)(rng, params)
     return made, shardings
 
 
-def _init_sharded(method: Method, shardings: Any, rng: PRNGKeyArray) -> Any:
-    """Fresh parameters in their layout, where weights cover a part of them only."""
-    return jax.jit(method.init, out_shardings=shardings.params)(jax.random.split(rng)[0])
+def _init_part(method: Method, shardings: Any, rng: PRNGKeyArray, name: str) -> Any:
+    """One part of the fresh parameters in its layout: others, which weights cover, are not made."""
+
+    def make(rng: PRNGKeyArray) -> Any:
+        return method.init(rng)[name]
+
+    return jax.jit(make, out_shardings=shardings.params[name])(jax.random.split(rng)[0])
 
 
 # --- the step -------------------------------------------------------------------------------------
