@@ -134,7 +134,8 @@ class Machine:
         self.mesh = make_mesh(self.data, self.fsdp, devices)
         self.task = make_tiny_method(self.method, self.mesh, **self.changes)
         self.optimizer = train.make_optimizer(self.task.config.optimizer, 2)
-        _, self.shardings = train.init_state(self.task, self.optimizer, 0)
+        self.made = {}
+        self.made[0], self.shardings = train.init_state(self.task, self.optimizer, 0)
         self.frozen = train.load_frozen(self.task)
         if self.task.keeps_start:
             self.frozen["base"] = self.state().params
@@ -147,7 +148,10 @@ class Machine:
         self.batch = shard_batch(self.task.prepare(batch), self.mesh)
 
     def state(self, seed=0, step=0):
-        state, _ = train.init_state(self.task, self.optimizer, seed)
+        if seed not in self.made:
+            self.made[seed], _ = train.init_state(self.task, self.optimizer, seed)
+        # A step donates its state, so each run has a copy of what was compiled and drawn once.
+        state = jax.device_put(self.made[seed], self.shardings, may_alias=False)
         host = jax.device_get(state.params)
         host = flatten(with_random_head(host, 3) if "output" in host else host)
         params = put_sharded(host, state.params, self.shardings.params)
