@@ -27,12 +27,14 @@ from vapi_jax.training.checkpoint.manifest import read_manifest
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY = 240, 6
+STEPS, EVERY = 120, 6
 RANDOM_KILLS = 8
 CHANGES = {
     "mesh": {"data": 1, "fsdp": 2},
+    "batch_size": 4,
+    "optimizer": {"learning_rate": 1e-3, "eps": 1e-2},
     "checkpoint": {"every": EVERY},
-    "eval": {"every": 40, "images": 8, "grid_classes": 2, "grid_per_class": 2},
+    "eval": {"every": 20, "images": 8, "grid_classes": 2, "grid_per_class": 2},
 }
 SAME = "the finished run has the bits of one that was never disturbed"
 CLOCKS = {"time", "images_per_second"}
@@ -156,7 +158,7 @@ AT_THE_END = [
 
 
 def test_killed_anywhere_it_ends_as_if_it_had_never_been_killed(straight, new_life, tmp_path):
-    """A run of 240 steps is killed where it hurts and at random moments, and then left alone."""
+    """A run of 120 steps is killed where it hurts and at random moments, and then left alone."""
     workdir, log = tmp_path / "run", tmp_path / "log.txt"
     moment = random.Random(0)
     phases = collections.Counter()
