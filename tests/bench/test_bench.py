@@ -14,7 +14,6 @@ import pytest
 
 from tests.helpers import commands
 from tests.helpers.compare import assert_close_in_norm
-from tests.helpers.compilers import optimised
 from tests.helpers.tiny import make_tiny_config
 from vapi_jax.bench import hlo, measure, phases, report, scaling, setup, sweep
 from vapi_jax.bench.devices import measured_peak, peak, table_peak
@@ -226,8 +225,7 @@ def test_the_phases_together_are_the_gradient_of_the_step(tiny_setup):
 def test_the_model_of_what_is_sent_is_what_the_compiled_step_sends(data, fsdp, count):
     config = tiny(microbatch_size=16 // count, policy={"remat": "full"})
     alone = setup.abstract(config, make_mesh(data, fsdp))
-    with optimised():
-        compiled, _ = setup.compile_step(alone, True)
+    compiled, _ = setup.compile_step(alone, True)
     found = hlo.collectives(compiled.as_text())
     assert all(one.exact for one in found)
     gathers = sum(

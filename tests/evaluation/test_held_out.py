@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.compilers import optimised
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
 from vapi_jax.evaluation.held_out import HeldOut
@@ -30,11 +29,10 @@ def test_metrics_are_those_of_split_parameters_and_none_of_them_is_gathered(spli
     at = replicate(np.float32(0.8), method.mesh)
     rest = frozen, held_out._batch, held_out._rng, at
     whole = whole_copy(params, method.mesh, held_out._narrowed)
-    with optimised():
-        compiled = {
-            name: held_out._metrics.lower(tree, *rest).compile()
-            for name, tree in {"split": params, "whole": whole}.items()
-        }
+    compiled = {
+        name: held_out._metrics.lower(tree, *rest).compile()
+        for name, tree in {"split": params, "whole": whole}.items()
+    }
     sent = {name: hlo.totals(hlo.collectives(one.as_text())) for name, one in compiled.items()}
     assert "all-gather" in sent["split"] and "all-gather" not in sent["whole"]
     want = jax.device_get(compiled["split"](params, *rest))

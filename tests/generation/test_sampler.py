@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.compilers import optimised
 from tests.helpers.policies import BATCH, CASES, draw_weights, make_condition
 from tests.helpers.tiny import make_tiny_method, with_random_head
 from vapi_jax.bench import hlo
@@ -88,8 +87,7 @@ def program(policy, weights, mesh):
         jax.device_put(np.float32(1), whole), jax.device_put(np.ones(16, np.float32), whole),
         top_k=0, top_p=1.0, guided=0, greedy=False, with_entropy=True,
     )  # fmt: skip
-    with optimised():
-        return lowered.compile().as_text()
+    return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

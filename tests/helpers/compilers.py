@@ -38,7 +38,10 @@ def compile_quickly():
 
 @contextlib.contextmanager
 def optimised():
-    """Compiles as for users, where memory, collectives, kernels or many numbers are asked for."""
+    """Compiles as for users, where memory, kernels or many numbers are asked for.
+
+    What devices send each other is settled before code is generated, and so the same either way.
+    """
     lean = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     try:
