@@ -11,6 +11,7 @@ import time
 
 from tests.helpers.commands import LEAN, LEAN_FLAGS, PATIENCE
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny import SIDE, TOKENIZER, tokenizer_file
 from vapi_jax.parallel import distributed
 
 KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
@@ -129,7 +130,9 @@ def main(workdir, steps, *more):
     """A VA-π run of a few seconds over eight devices."""
     return [
         sys.executable, "-m", "vapi_jax.main", "--config=configs/bench_cpu.py:tiny",
-        f"--workdir={workdir}", f"--config.steps={steps}", "--config.data.image_size=16",
+        f"--workdir={workdir}", f"--config.steps={steps}", f"--config.data.image_size={SIDE}",
+        f"--config.init.vq={tokenizer_file()}",
+        *(f"--config.tokenizer.{name}={value}" for name, value in TOKENIZER.items()),
         "--config.vapi.group_size=2", "--config.eval.every=100", "--config.eval.grid_classes=1",
         "--config.eval.grid_per_class=1", "--config.policy.n_layer=1", "--config.policy.dim=32",
         "--config.policy.n_head=2", "--config.init.gpt=", "--config.checkpoint.every=1",
