@@ -71,8 +71,8 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant == "tiny":
         config.update({"steps": 4, "batch_size": 8})
         config.vapi.update({"group_size": 4})
-        config.eval.update({"every": 4, "images": 8, "samples": 32, "seeds": 2})
-        config.eval.update({"sampled_every": 4, "sampled": 32, "allow_singular": True})
+        config.eval.update({"every": 4, "images": 8, "samples": 16, "seeds": 2})
+        config.eval.update({"sampled_every": 4, "sampled": 16, "allow_singular": True})
     elif variant == "best":
         config = load_recipe(__file__, "demo_tokenizer_post").get_config()
         config.update({"name": "c2i_demo_best", "steps": 200})
