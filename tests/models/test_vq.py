@@ -145,7 +145,7 @@ def test_a_token_of_its_own_patch_knows_of_no_other(params, images, output):
         one, other = (apply(params, x, "encode_latents", model) for x in (images, changed))
         np.testing.assert_array_equal((one != other).any(-1), own | elsewhere)
     alone = apply(params, images[:, 2:4, 4:6], "encode_latents", MODEL)
-    assert_close(alone[:, 0, 0], apply(params, images, "encode_latents", patches)[:, 1, 2], 1e-6)
+    assert_close(alone[:, 0, 0], apply(params, images, "encode_latents", patches)[:, 1, 2], 3e-6)
     assert apply(params, images, "encode", patches).shape == output.indices.shape
 
 
