@@ -19,9 +19,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 # The matrices of one layer of the largest generator (57 MB in bfloat16) travel as one collective.
 _LAYER = 128 * 2**20
 
-# With estimates from data sheets, which order a program since then, a layer's backward collectives run
-# beside nothing. Before, they are ordered well with them and take less memory.
-_BY_DATA_SHEETS = {"xla_gpu_enable_analytical_sol_latency_estimator": False}
+_SINCE_0_11 = {
+    # Where estimates from data sheets order a program, which is their default since then, a layer's
+    # backward collectives run beside nothing.
+    "xla_gpu_enable_analytical_sol_latency_estimator": False,
+    # jax 0.11 computes a product that is both used and kept for the backward pass twice, once into the
+    # stack of what is kept.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+}
 _NEWER = jax.__version_info__ >= (0, 11)
 
 Value = bool | int | str
@@ -40,7 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Value]] = {
         "xla_gpu_all_gather_combine_threshold_bytes": _LAYER,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": _LAYER,
         "xla_gpu_all_reduce_combine_threshold_bytes": _LAYER,
-        **(_BY_DATA_SHEETS if _NEWER else {}),
+        **(_SINCE_0_11 if _NEWER else {}),
     },
     "tpu": {
         # Gathers in several pieces under compute; as MaxText runs.
