@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.compilers import optimised
 from vapi_jax.bench import hlo
+from vapi_jax.bench.hlo_flops import products
 from vapi_jax.models.policies import make_policy, on_devices
 from vapi_jax.parallel import compiler, fsdp, targets
 from vapi_jax.parallel.sharding import make_mesh, tree_shardings
@@ -18,11 +19,11 @@ from vapi_jax.parallel.sharding import make_mesh, tree_shardings
 TOKENS, HEADS, LAYERS = 256, 4, 4
 
 
-def compiled_gradient(target):
+def compiled_gradient(target, remat="full"):
     """The program of a gradient through the layers, each device with two images of its own."""
     mesh = make_mesh(1, 8, targets.open_devices(targets.parse(target)))
     sizes = {"dim": 384, "n_layer": LAYERS, "n_head": HEADS, "block_size": TOKENS}
-    made = make_policy("class", **sizes, vocab_size=64, dtype="bfloat16", remat="full")
+    made = make_policy("class", **sizes, vocab_size=64, dtype="bfloat16", remat=remat)
     policy = on_devices(made, mesh, alone=True)
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     layout = tree_shardings(shapes, mesh)
@@ -66,6 +67,16 @@ def test_on_gpus_a_layers_gathers_run_under_matrix_products():
         assert any("dot_general" in one.op_name or "cublas" in one.attributes for one in between)
         assert opcodes.count("all-gather-start") == 1  # the layer's matrices travel as one
     assert seen == 2  # forward, and backward
+
+
+@pytest.mark.targets("compile-cuda")
+@pytest.mark.slow
+def test_what_is_kept_for_the_backward_pass_is_computed_once():
+    none, dots, full = (
+        sum(one.flops for one in products(compiled_gradient("h100:8", remat))[0])
+        for remat in ("none", "dots", "full")
+    )
+    assert none <= dots < none + 0.2 * (full - none)  # of what "full" computes again, attention
 
 
 @pytest.mark.targets("compile-tpu")
