@@ -27,7 +27,6 @@ _SINCE_0_11 = {
     # stack of what is kept.
     "xla_gpu_enable_dynamic_slice_fusion": False,
 }
-_NEWER = jax.__version_info__ >= (0, 11)
 
 Value = bool | int | str
 
@@ -45,7 +44,7 @@ OPTIONS: Mapping[str, Mapping[str, Value]] = {
         "xla_gpu_all_gather_combine_threshold_bytes": _LAYER,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": _LAYER,
         "xla_gpu_all_reduce_combine_threshold_bytes": _LAYER,
-        **(_SINCE_0_11 if _NEWER else {}),
+        **(_SINCE_0_11 if jax.__version_info__ >= (0, 11) else {}),
     },
     "tpu": {
         # Gathers in several pieces under compute; as MaxText runs.
