@@ -1,5 +1,7 @@
 """Compiler options for each platform, accepted by its compiler; and the cache of compiled programs."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.helpers import commands
+from tests.helpers.compilers import optimised
 from tests.helpers.observations import observe
 from vapi_jax.models import sampling
+from vapi_jax.models.layers import conv2d
 from vapi_jax.models.policies import make_policy
 from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import make_mesh
@@ -31,14 +35,32 @@ def gpu_options_on_cpu(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 
-def test_nothing_is_set_on_a_cpu():
+def one():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def test_convolutions_of_the_one_device_of_a_cpu_are_xlas_where_its_library_leaves_cores_idle():
+    old = jax.__version_info__ < (0, 11)
+    options = compiler.options(one())
+    assert options == compiler.options({"a": jnp.ones(2)}) == known("cpu")
+    assert bool(options) == old
     assert compiler.options(make_mesh()) == {}
-    assert compiler.options({"a": jnp.ones(2)}) == {}
+
+    def calls_library(options):
+        maps, kernel = jnp.ones((16, 32, 32, 64)), jnp.ones((3, 3, 64, 64))
+        program = jax.jit(partial(conv2d, padding=1), compiler_options=options)
+        text = program.lower(maps, kernel).compile().as_text()
+        assert "convolution" in text
+        return "ynn_fusion" in text
+
+    with optimised():
+        assert calls_library({})
+        assert calls_library(options) != old
 
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")
 def test_options_are_those_of_the_devices_of_a_mesh_or_of_arrays():
-    assert compiler.options(make_mesh()) == known("gpu")
+    assert compiler.options(one()) == known("gpu")
     assert compiler.options({"a": jnp.ones(2), "b": np.ones(2)}) == known("gpu")
     assert compiler.options({"b": np.ones(2)}) == {}
 
@@ -50,17 +72,17 @@ def test_an_option_that_this_xla_lacks_is_left_out_or_called_by_its_later_name(m
     monkeypatch.setitem(compiler.RENAMED, "xla_old", (width, 128))
     monkeypatch.setitem(compiler.RENAMED, "xla_gone", ("xla_gone_again", 4))
     monkeypatch.setitem(compiler.RENAMED, fast, ("xla_not_there_yet", 1))
-    assert compiler.options(make_mesh()) == {width: 128, fast: False}
+    assert compiler.options(one()) == {width: 128, fast: False}
     monkeypatch.setenv("XLA_FLAGS", f"--{width}=256")
-    assert compiler.options(make_mesh()) == {fast: False}
+    assert compiler.options(one()) == {fast: False}
     monkeypatch.setenv("XLA_FLAGS", "--xla_old=true")
-    assert compiler.options(make_mesh()) == {fast: False}
+    assert compiler.options(one()) == {fast: False}
 
 
 def test_a_value_that_the_compiler_refuses_is_not_hidden(monkeypatch):
     monkeypatch.setitem(compiler.OPTIONS, "cpu", {"xla_cpu_prefer_vector_width": "wide"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_prefer_vector_width"):
-        compiler.options(make_mesh())
+        compiler.options(one())
 
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")
@@ -69,9 +91,9 @@ def test_what_the_user_has_set_stays(variable, monkeypatch):
     monkeypatch.setenv(variable, "--xla_x=1 --xla_gpu_enable_triton_gemm=true --xla_y=z")
     left = known("gpu")
     del left["xla_gpu_enable_triton_gemm"]
-    assert compiler.options(make_mesh()) == left
+    assert compiler.options(one()) == left
     monkeypatch.setenv(variable, "--xla_dump_to=/x/xla_gpu_enable_triton_gemm")
-    assert compiler.options(make_mesh()) == known("gpu")
+    assert compiler.options(one()) == known("gpu")
 
 
 @pytest.mark.usefixtures("gpu_options_on_cpu")

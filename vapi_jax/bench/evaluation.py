@@ -53,6 +53,7 @@ from vapi_jax.evaluation.reference import Network
 from vapi_jax.evaluation.statistics import Moments, merge
 from vapi_jax.methods.config import TrainConfig
 from vapi_jax.models import inception
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import replicated, shard_whole
 
 BATCH = 64
@@ -163,7 +164,8 @@ def _compiled(engine: Engine, side: int) -> tuple[Any, tuple[Any, Any], float]:
         return {name: found[name].astype(jnp.float32) for name in wanted}
 
     start = time.perf_counter()
-    compiled = jax.jit(apply).lower(params, placed).compile()
+    options = compiler.options(engine.mesh)
+    compiled = jax.jit(apply, compiler_options=options).lower(params, placed).compile()
     return compiled, (params, placed), time.perf_counter() - start
 
 

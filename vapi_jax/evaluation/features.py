@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, UInt8
 from vapi_jax.common.errors import ExpectedError
 from vapi_jax.models import efficientnet, inception
 from vapi_jax.models.lpips import backbone_features, load_lpips_params
+from vapi_jax.parallel import compiler
 from vapi_jax.parallel.sharding import host_array, replicated, shard_whole
 
 Params = Mapping[str, Any]
@@ -299,7 +300,7 @@ class FeatureStream:
             found = apply(params, images)
             return {name: found[name].astype(jnp.float32) for name in names}
 
-        self._apply = jax.jit(named)
+        self._apply = jax.jit(named, compiler_options=compiler.options(mesh))
 
     def __call__(
         self, batches: Iterable[UInt8[np.ndarray, "N H W 3"]]

@@ -1,8 +1,8 @@
 """What the compiler is told for each platform, and the cache of compiled programs.
 
-On CPU nothing is set: of the flags that were tried none helped (docs/performance.md). Not set on GPU,
-though often seen: double-buffered loops, of which nothing is left to hide once gathers are pipelined;
-command buffers, whose default is kept.
+On CPU one is set, for jax 0.10 and one device: of the others that were tried none helped
+(docs/performance.md). Not set on GPU, though often seen: double-buffered loops, of which nothing is left to
+hide once gathers are pipelined; command buffers, whose default is kept.
 """
 
 import functools
@@ -19,6 +19,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 # The matrices of one layer of the largest generator (57 MB in bfloat16) travel as one collective.
 _LAYER = 128 * 2**20
 
+_BEFORE_0_11 = {
+    # What goes to the library YNNPACK: its default less convolutions, with which jax 0.10's keeps two
+    # cores busy for three quarters of the time, and XLA's own all of it. Several devices of one CPU are
+    # busy side by side, and its convolutions then take less processor time.
+    "xla_cpu_experimental_ynn_fusion_type": ",".join(
+        f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("DOT", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE")
+    ),
+}
 _SINCE_0_11 = {
     # Where estimates from data sheets order a program, which is their default since then, a layer's
     # backward collectives run beside nothing.
@@ -31,6 +39,7 @@ _SINCE_0_11 = {
 Value = bool | int | str
 
 OPTIONS: Mapping[str, Mapping[str, Value]] = {
+    "cpu": _BEFORE_0_11 if jax.__version_info__ < (0, 11) else {},
     "gpu": {
         # Starts a layer's gathers and the gradients' reduction early, beside compute; set in
         # NVIDIA's own JAX images.
@@ -73,7 +82,8 @@ def options(where: Mesh | Any) -> dict[str, Value]:
       where: a mesh, or a tree of arrays that are on the devices.
 
     Returns:
-      {} on CPU, and where the arrays are being traced: only the outermost `jax.jit` takes options.
+      {} where the arrays are being traced, for only the outermost `jax.jit` takes options; on several
+      devices of one CPU; and on a CPU from jax 0.11 on.
     """
     if isinstance(where, Mesh):
         devices = list(where.devices.flat)
@@ -82,14 +92,17 @@ def options(where: Mesh | Any) -> dict[str, Value]:
         if not leaves or any(isinstance(x, jax.core.Tracer) for x in leaves):
             return {}
         devices = list(leaves[0].devices())
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    platform = _platform(devices[0])
+    if platform == "cpu" and len(here) > 1:
+        return {}
     told = f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
     named = set(re.findall(r"(?:^|\s)--?(\w+)", told))
     asked: dict[str, Value] = {}
-    for name, value in OPTIONS.get(_platform(devices[0]), {}).items():
+    for name, value in OPTIONS.get(platform, {}).items():
         same = dict([(name, value), *([RENAMED[name]] if name in RENAMED else [])])
         if not named & same.keys():
             asked |= same
-    here = [device for device in devices if device.process_index == jax.process_index()]
     unknown = _unknown((here or devices)[0], tuple(asked.items())) if asked else frozenset()
     return {name: value for name, value in asked.items() if name not in unknown}
 
