@@ -205,7 +205,7 @@ def test_the_policy_runs_one_sequence_an_image(step):
     assert any(shape[0] == images for shape in shapes)
     assert not [shape for shape in shapes if shape[0] == sequences]
     plain = Machine(1, 1, {"vapi": {"fused": False}, "policy": POLICY})
-    traced = jax.make_jaxpr(plain.step)(plain.state(), plain.frozen, plain.batch).jaxpr
+    traced = plain.step.trace(plain.state(), plain.frozen, plain.batch).jaxpr.jaxpr
     rows = {shape[0] for shape in hidden_shapes(traced, policy.dim)}
     assert BATCH * config.options.group_size in rows  # the measure measures
     assert largest_intermediate(traced) > largest_intermediate(jaxpr)

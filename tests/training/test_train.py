@@ -133,7 +133,7 @@ def test_nothing_is_sorted_in_a_step(options):
     state = train.abstract_state(method, optimizer, 0)
     shardings = train.state_shardings(state, method.mesh)
     step = train.make_train_step(method, optimizer, shardings)
-    traced = jax.make_jaxpr(step)(state, method.frozen_shapes(), method.example_batch(BATCH))
+    traced = step.trace(state, method.frozen_shapes(), method.example_batch(BATCH))
     names = {equation.primitive.name for equation in every_equation(traced.jaxpr)}
     assert "cumsum" in names  # the measure measures: the draws are there
     assert "sort" not in names

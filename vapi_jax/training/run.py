@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,11 +299,11 @@ def _compare(
         "first": by_kind["base"]["entropy"],
         "last": by_kind["vapi"]["entropy"],
     }
-    return [
-        plane
-        for name, sets in features.items()
-        for plane in planes_of(sets, name, FEATURES[name].description)
-    ]
+    # A thread for each network: most of the time one core is all that t-SNE takes.
+    with ThreadPoolExecutor() as threads:
+        titles = [FEATURES[name].description for name in features]
+        planes = threads.map(planes_of, features.values(), features, titles)
+        return [plane for found in planes for plane in found]
 
 
 # --- what is written ------------------------------------------------------------------------------
