@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 
 from tests.helpers.processes import ends, environment, free_port, main, one_run, program, started
+from vapi_jax.evaluation.held_out import HELD_OUT
 
 
 def history(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     changing = ("time", "images_per_second")
     return [{k: v for k, v in row.items() if k not in changing} for row in rows]
+
+
+def assert_same(two, one):
+    """One process judges on one device, whose convolutions round elsewhere: another code may be as near."""
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            rtol = 1e-3 if name.startswith(HELD_OUT) else 1e-5
+            np.testing.assert_allclose(ours[name], theirs[name], rtol, atol=1e-6, err_msg=name)
 
 
 SRUN = """#!/usr/bin/env bash
@@ -52,10 +62,7 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path):
     # The first life of the two ended, and was judged, at step 2.
     two = [row for row in two if row["step"] != 2 or "held_out/reward" not in row]
     assert [row["step"] for row in two] == [row["step"] for row in one] == [0, 1, 2, 3, 3]
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_same(two, one)
 
 
 @pytest.mark.slow
@@ -79,10 +86,7 @@ def test_two_processes_train_on_captions_as_one_does(tmp_path):
     one_run([*words, "--config.cpu_devices=2", f"--workdir={tmp_path / 'one'}"], env)
     two, one = history(tmp_path / "two"), history(tmp_path / "one")
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_same(two, one)
 
 
 @pytest.mark.slow
