@@ -63,7 +63,7 @@ def test_the_same_steps_on_one_device_and_on_eight(case):
         assert got.keys() == want.keys()
         for name in want:
             np.testing.assert_allclose(got[name], want[name], rtol=3e-5, atol=3e-6, err_msg=name)
-    assert_close(many.params, one.params, 1e-5)
+    assert_close(many.params, one.params, 3e-5)  # as tests/training/test_train.py has it
     assert_close(many.extra, one.extra, 1e-5)
     if case == "vapi with options":
         assert one.metrics[0]["entropy_weight"] == 0.0

@@ -22,7 +22,7 @@ def history(workdir):
 LIBRARY = "--xla_cpu_experimental_ynn_fusion_type=" + ",".join(
     f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("INDIVIDUAL_DOT", "REDUCE", "INDIVIDUAL_CONVOLUTION")
 )
-"""For XLA_FLAGS: the same convolutions on any number of CPU devices (`compiler.OPTIONS`)."""
+"""For XLA_FLAGS: the same convolutions on any number of CPU devices a process (`compiler.OPTIONS`)."""
 
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == -* ]]; do shift; done
@@ -67,7 +67,7 @@ def test_two_processes_of_four_devices_compute_what_one_of_eight_does(tmp_path):
 def test_two_processes_train_on_captions_as_one_does(tmp_path):
     """A T5 in front of the generator: each process encodes the captions of its own rows."""
     env = environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
-    env["XLA_FLAGS"] += f" {LIBRARY}"  # also where one process judges, on one device
+    env["XLA_FLAGS"] += f" {LIBRARY}"  # two processes have a device each, the one has two
     words = [
         sys.executable, "-m", "vapi_jax.main", "--config=configs/t2i_xl.py:tiny", "--config.steps=2",
         "--config.vapi.group_size=2", "--config.eval.grid_classes=1", "--config.policy.n_layer=1",

@@ -1,6 +1,6 @@
 """What the compiler is told for each platform, and the cache of compiled programs.
 
-On CPU one is set, for jax 0.10 and one device: of the others that were tried none helped
+On CPU one is set, for jax 0.10 and one device a process: of the others that were tried none helped
 (docs/performance.md). Not set on GPU, though often seen: double-buffered loops, of which nothing is left to
 hide once gathers are pipelined; command buffers, whose default is kept.
 """
@@ -21,8 +21,8 @@ _LAYER = 128 * 2**20
 
 _BEFORE_0_11 = {
     # What goes to the library YNNPACK: its default less convolutions, with which jax 0.10's keeps two
-    # cores busy for three quarters of the time, and XLA's own all of it. Several devices of one CPU are
-    # busy side by side, and its convolutions then take less processor time.
+    # cores busy for three quarters of the time, and XLA's own all of it. Several devices of one process
+    # are busy side by side, and its convolutions then take less processor time.
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
     ),
@@ -82,8 +82,8 @@ def options(where: Mesh | Any) -> dict[str, Value]:
       where: a mesh, or a tree of arrays that are on the devices.
 
     Returns:
-      {} where the arrays are being traced, for only the outermost `jax.jit` takes options; on a mesh
-      of several CPU devices; and on CPUs from jax 0.11 on.
+      {} where the arrays are being traced, for only the outermost `jax.jit` takes options; where this
+      process has several CPU devices of them; and on CPUs from jax 0.11 on.
     """
     if isinstance(where, Mesh):
         devices = list(where.devices.flat)
@@ -92,8 +92,9 @@ def options(where: Mesh | Any) -> dict[str, Value]:
         if not leaves or any(isinstance(x, jax.core.Tracer) for x in leaves):
             return {}
         devices = list(leaves[0].devices())
+    here = [device for device in devices if device.process_index == jax.process_index()]
     platform = _platform(devices[0])
-    if platform == "cpu" and len(devices) > 1:
+    if platform == "cpu" and len(here) > 1:
         return {}
     told = f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
     named = set(re.findall(r"(?:^|\s)--?(\w+)", told))
@@ -102,7 +103,6 @@ def options(where: Mesh | Any) -> dict[str, Value]:
         same = dict([(name, value), *([RENAMED[name]] if name in RENAMED else [])])
         if not named & same.keys():
             asked |= same
-    here = [device for device in devices if device.process_index == jax.process_index()]
     unknown = _unknown((here or devices)[0], tuple(asked.items())) if asked else frozenset()
     return {name: value for name, value in asked.items() if name not in unknown}
 
