@@ -344,6 +344,11 @@ ENTRY %main (p0: bf16[64,32]) -> bf16[64,16] {
   %image = bf16[2,8,8,4]{3,2,1,0} parameter(2)
   %kernel = bf16[6,3,3,4]{3,2,1,0} parameter(3)
   %cudnn = (bf16[2,8,8,6]{3,2,1,0}, u8[0]{0}) custom-call(%image, %kernel), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward", backend_config={}
+  %small = bf16[2,4,4,5]{3,2,1,0} parameter(5)
+  %wide = bf16[5,4,4,7]{3,2,1,0} parameter(6)
+  %dx = (bf16[2,8,8,7]{3,2,1,0}, u8[0]{0}) custom-call(%small, %wide), window={size=4x4 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput", backend_config={}
+  %large = bf16[2,8,8,3]{3,2,1,0} parameter(7)
+  %dk = (bf16[5,4,4,3]{3,2,1,0}, u8[0]{0}) custom-call(%large, %small), window={size=4x4 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter", backend_config={}
   %q = bf16[4,128,12,64]{3,2,1,0} parameter(4)
   %fmha = (bf16[4,12,128,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"algorithm":{"algo_id":"0"},"fmha_scale":0.125,"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["4","12","128","128"],"tuple_shapes":[]}}}
   %back = (bf16[4,12,128,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["4","12","128","128"]}}}
@@ -357,7 +362,8 @@ def test_library_calls_on_gpus_by_hand():
     found = matmul_flops(GPU_CALLS)
     attention = 4 * 12 * 128 * 128 * 64 * 2
     assert found.dot == 2 * 64 * 16 * 32 + (2 + 5) * attention
-    assert found.convolution == 2 * 2 * 64 * 6 * 9 * 4
+    # Forward 8x8 places; the gradients' convolution has 4x4 places of 4x4 taps.
+    assert found.convolution == 2 * 2 * (64 * 6 * 9 * 4 + 16 * 5 * 16 * 7 + 16 * 5 * 16 * 3)
     assert found.uncounted == {"__cub$DeviceRadixSort": 1}
 
 

@@ -1,15 +1,22 @@
 """Convolution and group normalisation: both formulations agree, options mean what they say."""
 
+import re
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, SingleDeviceSharding
 from scipy.signal import correlate
 
 from tests.helpers.compare import assert_close
+from tests.helpers.compilers import optimised
+from vapi_jax.bench.hlo_flops import matmul_flops
 from vapi_jax.models import layers
 from vapi_jax.models.layers import Conv, GroupNorm, conv2d
+from vapi_jax.parallel import compiler, targets
 
 
 def arrays(*shapes):
@@ -70,6 +77,68 @@ def test_conv2d_against_scipy(side):
     )
     for padding in ("SAME", 1, ((1, 1), (1, 1))):
         assert_close(conv2d(x, kernel, padding=padding)[0], expected, 2e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (5, 4)])
+@pytest.mark.parametrize(
+    "formulation",
+    [layers._upsampled_quarters, layers._upsampled_transposed, layers.conv2d_upsampled],
+)
+def test_a_convolution_of_repeated_pixels_without_repeating_them(formulation, size):
+    x, kernel = arrays((2, *size, 3), (3, 3, 3, 4))
+
+    def repeated(x, kernel):
+        return conv2d(x.repeat(2, axis=1).repeat(2, axis=2), kernel, padding=1)
+
+    wanted, pullback = jax.vjp(repeated, x, kernel)
+    cotangent = jnp.cos(jnp.arange(wanted.size, dtype=jnp.float32)).reshape(wanted.shape)
+    got, ours = jax.vjp(formulation, x, kernel)
+    assert_close((got, *ours(cotangent)), (wanted, *pullback(cotangent)), 2e-6)
+
+    low = formulation(x.astype(jnp.bfloat16), kernel)  # sums of taps are taken in float32
+    assert low.dtype == jnp.bfloat16
+    assert_close(low.astype(jnp.float32), wanted, 0.015)
+    if formulation is layers.conv2d_upsampled:
+        with pytest.raises(ValueError, match=r"takes a kernel of \[3, 3, 2, O\]"):
+            formulation(x[..., :2], kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("h100:1", marks=pytest.mark.targets("compile-cuda")),
+        pytest.param("v5e:1x1", marks=pytest.mark.targets("compile-tpu")),
+    ],
+)
+def test_repeated_pixels_are_never_made_and_four_products_of_nine_are_left(target):
+    """Forward, and by both gradients: what a library computes, and room beside arguments and results."""
+    batch, side, width = 8, 96, 256  # of VQ-16 on 384 pixels
+    device = targets.open_devices(targets.parse(target))[0]
+    options = compiler.options(Mesh([device], "x"))
+    jit = partial(
+        jax.jit,
+        compiler_options=options,
+        in_shardings=SingleDeviceSharding(device),
+        out_shardings=SingleDeviceSharding(device),
+    )
+    shapes = ((batch, side, side, width), (3, 3, width, width), (batch, 2 * side, 2 * side, width))
+    x, kernel, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+
+    def gradients(x, kernel, dy):
+        return jax.vjp(layers.conv2d_upsampled, x, kernel)[1](dy)
+
+    with optimised():
+        forward = jit(layers.conv2d_upsampled).lower(x, kernel).compile()
+        backward = jit(gradients).lower(x, kernel, dy).compile()
+    once = 2 * batch * (2 * side) ** 2 * 4 * width**2
+    assert matmul_flops(forward.as_text()).convolution == once
+    assert matmul_flops(backward.as_text()).convolution == 2 * once
+    if target.startswith("h100"):
+        calls = [re.findall(r"__cudnn\$(\w+)", p.as_text()) for p in (forward, backward)]
+        assert calls == [["convBackwardInput"], ["convForward", "convBackwardFilter"]]
+        taps = 2 * 16 * width**2
+        assert all(p.memory_analysis().temp_size_in_bytes < 2.5 * taps for p in (forward, backward))
 
 
 def test_conv_module_parameters_dtype_and_asymmetric_padding():

@@ -141,6 +141,12 @@ class _Maps:
         along = taps(size, size // 2, 3, 2, padding=self.padding)  # padded at the far edge only
         return 2.0 * along**2 * width**2
 
+    def up(self, size: int, width: int, repeated: bool) -> float:
+        if repeated:
+            return self.conv(2 * size, width, width)
+        along = sum(taps(size, size, 2, low=low, padding=self.padding) for low in (0, 1))
+        return 2.0 * along**2 * width**2
+
     def residual(self, size: int, inputs: int, outputs: int) -> float:
         shortcut = self.conv(size, inputs, outputs, 1) if inputs != outputs else 0.0
         return self.conv(size, inputs, outputs) + self.conv(size, outputs, outputs) + shortcut
@@ -174,8 +180,18 @@ def encoder_flops(config: VQConfig, side: int, padding: bool = True) -> float:
     return total + 2.0 * size**2 * config.codebook_size * config.codebook_embed_dim
 
 
-def decoder_flops(config: VQConfig, side: int, padding: bool = True) -> float:
-    """From one image's tokens to its `side` pixels; the codes are projected by a look-up."""
+def decoder_flops(
+    config: VQConfig, side: int, padding: bool = True, repeated: bool = False
+) -> float:
+    """From one image's tokens to its `side` pixels; the codes are projected by a look-up.
+
+    Args:
+      config: of the tokenizer.
+      side: of the image.
+      padding: whether taps on padding count.
+      repeated: whether maps are doubled before they are convolved, as published code does, and not by
+        `layers.conv2d_upsampled`.
+    """
     multipliers, maps = config.decoder_ch_mult[::-1], _Maps(padding)
     size, width = side // config.downsample_factor, config.ch * multipliers[0]
     total = maps.conv(size, config.z_channels, width) + maps.middle(size, width)
@@ -186,8 +202,8 @@ def decoder_flops(config: VQConfig, side: int, padding: bool = True) -> float:
             total += maps.attention(size, wide) if level == 0 else 0.0
             width = wide
         if level < len(multipliers) - 1:
+            total += maps.up(size, width, repeated)
             size *= 2
-            total += maps.conv(size, width, width)
     return total + maps.conv(size, width, 3)
 
 
@@ -248,8 +264,8 @@ def step_flops(
       policy: its generator.
       way: "fused": one sequence an image. "plain": `plain_vapi_loss`, a sampling forward and G
         sequences an image. "reference": the authors' code, which also runs a base generator that
-        nothing needs, and the target's perceptual features once a sample. By default what the
-        configuration says.
+        nothing needs, the target's perceptual features once a sample, and a decoder that doubles its
+        maps before it convolves them. By default what the configuration says.
       prompt_length: see `policy_flops`; 0 for the longest that the recipe allows.
 
     Raises:
@@ -268,7 +284,7 @@ def step_flops(
     return StepFlops(
         encode=0.0 if encoded else images * encoder_flops(config.tokenizer, side),
         sampling=0.0 if way == "fused" else images * one.total,
-        decode=samples * decoder_flops(config.tokenizer, side),
+        decode=samples * decoder_flops(config.tokenizer, side, repeated=way == "reference"),
         lpips=(samples + targets) * _rewards_flops(config),
         forward=sequences * one.total,
         backward=2 * sequences * one.total,

@@ -104,8 +104,13 @@ def _convolution_flops(one: Instruction, shapes: Mapping[str, str], padding: boo
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     if labels is None:
         raise HloError(f"convolution {one.name} has no dim_labels")
-    ((_, image),), ((_, kernel),) = (shape_arrays(shapes[name]) for name in one.operands[:2])
+    image, kernel = (shape_arrays(shapes[name])[0][1] for name in one.operands[:2])
     out = shape_arrays(one.shape)[0][1]
+    # cuDNN's gradients name the arrays by their parts in the convolution that they are gradients of.
+    if "convBackwardInput" in one.attributes:
+        image, out = out, image
+    elif "convBackwardFilter" in one.attributes:
+        kernel, out = out, kernel
     axes = [label for label in labels[3] if label.isdigit()]
     keys = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
     window = {key: _window(one.attributes, key, len(axes), value) for key, value in keys.items()}

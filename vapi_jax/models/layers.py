@@ -177,6 +177,100 @@ def conv2d(
     )
 
 
+# --- a convolution of repeated pixels -------------------------------------------------------------
+
+
+def _taps_of_pixels(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "4 4 I O"]:
+    """Adds up, along both axes, the taps that fall on copies of one pixel: k0, k0 + k1, k1 + k2, k2."""
+    for axis in (0, 1):
+        pads = [[(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0))]
+        kernel = jnp.pad(kernel, pads[0]) + jnp.pad(kernel, pads[1])
+    return kernel
+
+
+def _conv_halving(
+    y: Float[Array, "B 2*H 2*W O"], taps: Float[Array, "4 4 O I"]
+) -> Float[Array, "B H W I"]:
+    return _conv_lax(y, taps, (2, 2), ((1, 1), (1, 1)))
+
+
+@jax.custom_vjp
+def _conv_transposed(
+    x: Float[Array, "B H W I"], taps: Float[Array, "4 4 O I"]
+) -> Float[Array, "B 2*H 2*W O"]:
+    """The transpose of `_conv_halving`, which accelerators have kernels for.
+
+    Its gradients are written down, for that of the taps is a gradient of `_conv_halving`. Derived, cuDNN
+    would get it as a convolution by a kernel of H x W taps.
+    """
+    batch, height, width, _ = x.shape
+    shape = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, taps.shape[2]), x.dtype)
+    (y,) = jax.linear_transpose(partial(_conv_halving, taps=taps), shape)(x)
+    return y
+
+
+def _transposed_forward(x: Array, taps: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _conv_transposed(x, taps), (x, taps)
+
+
+def _transposed_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, taps = kept
+    dx, pull = jax.vjp(partial(_conv_halving, dy), taps)
+    return dx, pull(x)[0]
+
+
+_conv_transposed.defvjp(_transposed_forward, _transposed_backward)
+
+
+def _upsampled_transposed(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
+) -> Float[Array, "B 2*H 2*W O"]:
+    # Turned over before taps are added up: XLA tells cuDNN's kernel by the turn that transposing makes,
+    # and two turns in a row would cancel.
+    taps = _taps_of_pixels(jnp.flip(kernel, (0, 1))).swapaxes(2, 3)
+    return _conv_transposed(x, taps.astype(x.dtype))
+
+
+def _upsampled_quarters(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
+) -> Float[Array, "B 2*H 2*W O"]:
+    """Rows and columns of either parity by a 2x2 convolution of their own, which then interlock."""
+    taps, rows = _taps_of_pixels(kernel).astype(x.dtype), []
+    for i in (0, 1):
+        row = [conv2d(x, taps[i::2, j::2], padding=((1 - i, i), (1 - j, j))) for j in (0, 1)]
+        rows.append(jnp.stack(row, axis=3))
+    batch, height, width, _ = x.shape
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, kernel.shape[-1])
+
+
+def conv2d_upsampled(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
+) -> Float[Array, "B 2*H 2*W O"]:
+    """`conv2d` (3x3, "SAME") of the map with both sides doubled by repeating pixels, without that map.
+
+    A place of the result sees 2x2 pixels of `x`, and so takes 4 products a channel where the repeated map
+    takes 9: the taps that fall on copies of one pixel are added up first.
+
+    Args:
+      x: feature maps.
+      kernel: weights; their sums are taken in its dtype and rounded to that of `x`.
+
+    Returns:
+      Feature maps in the dtype of `x`.
+
+    Raises:
+      ValueError: the kernel is not 3x3, or channels do not match.
+    """
+    if kernel.shape[:3] != (3, 3, x.shape[-1]):
+        raise ValueError(
+            f"conv2d_upsampled: an input of shape {x.shape} takes a kernel of [3, 3, {x.shape[-1]}, O],"
+            f" not of {kernel.shape}"
+        )
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=_upsampled_quarters, default=_upsampled_transposed
+    )
+
+
 class Conv(nn.Module):
     """2-D convolution with parameters `kernel` [kh, kw, I, O] and `bias` [O], both float32.
 
@@ -185,6 +279,7 @@ class Conv(nn.Module):
       kernel_size: one number or (height, width).
       strides, padding: as for `conv2d`.
       use_bias: whether to add a bias.
+      upsample: whether of the map with both sides doubled, as `conv2d_upsampled` does it.
       dtype: compute (and output) dtype.
     """
 
@@ -193,18 +288,19 @@ class Conv(nn.Module):
     strides: int | Sequence[int] = 1
     padding: Padding = "SAME"
     use_bias: bool = True
+    upsample: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         shape = (*_pair(self.kernel_size), x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        out = conv2d(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            strides=self.strides,
-            padding=self.padding,
-        )
+        x = x.astype(self.dtype)
+        if self.upsample:
+            out = conv2d_upsampled(x, kernel)
+        else:
+            kernel = kernel.astype(self.dtype)
+            out = conv2d(x, kernel, strides=self.strides, padding=self.padding)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             out = out + bias.astype(self.dtype)

@@ -105,13 +105,6 @@ def _codebook_init(rng: Array, shape: tuple[int, int], unit_norm: bool) -> Float
     return l2_normalize(codes) if unit_norm else codes
 
 
-def _upsample(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Doubles both sides by repeating pixels."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut (1x1 where the width changes)."""
 
@@ -175,7 +168,7 @@ class Level(nn.Module):
             pads = ((0, 1), (0, 1))
             x = Conv(self.features, 3, 2, padding=pads, dtype=self.dtype, name="downsample")(x)
         elif self.resample == "up":
-            x = Conv(self.features, 3, dtype=self.dtype, name="upsample")(_upsample(x))
+            x = Conv(self.features, 3, upsample=True, dtype=self.dtype, name="upsample")(x)
         return x
 
 
