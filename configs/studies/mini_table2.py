@@ -4,8 +4,9 @@
 
 Run mini_rates.py first and write its rates down. Four trainings an arm, with guidance and without, on the
 shipped models. "Equal arithmetic" is as many steps as cost the model FLOPs of VA-π's 50 when they ran
-(vapi_jax/bench/flops.py); decoders have become cheaper since, so that STE has 2 % and CCA 6 % more. AR-GRPO is left out: it wants a reward model that needs no image beside it, and
-none is at hand for photographs of 32 pixels. ":tiny" shows in minutes that every arm works.
+(vapi_jax/bench/flops.py); decoders have become cheaper since, so that STE has 2 % and CCA 6 % more than it.
+AR-GRPO is left out: it wants a reward model that needs no image beside it, and none is at hand for
+photographs of 32 pixels. ":tiny" shows in minutes that every arm works.
 """
 
 from vapi_jax.common.recipes import load_recipe
