@@ -103,6 +103,21 @@ def test_a_convolution_of_repeated_pixels_without_repeating_them(formulation, si
             formulation(x[..., :2], kernel)
 
 
+def test_gradients_over_repeated_pixels_are_as_precise_as_what_they_are_of():
+    def total(x, kernel):
+        with jax.default_matmul_precision("highest"):
+            return jnp.square(layers.conv2d_upsampled(x, kernel)).sum()
+
+    gradients = jax.jit(jax.grad(total, (0, 1)))
+    for platform in ("cpu", "cuda", "tpu"):
+        text = jax.export.export(gradients, platforms=[platform])(
+            *arrays((2, 4, 4, 3), (3, 3, 3, 4))
+        ).mlir_module()
+        found = re.findall(r"stablehlo.convolution.*", text)
+        assert len(found) == (12 if platform == "cpu" else 3)
+        assert all("HIGHEST" in one for one in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target",

@@ -194,29 +194,36 @@ def _conv_halving(
     return _conv_lax(y, taps, (2, 2), ((1, 1), (1, 1)))
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv_transposed(
-    x: Float[Array, "B H W I"], taps: Float[Array, "4 4 O I"]
+    x: Float[Array, "B H W I"], taps: Float[Array, "4 4 O I"], precision: str | None
 ) -> Float[Array, "B 2*H 2*W O"]:
     """The transpose of `_conv_halving`, which accelerators have kernels for.
 
     Its gradients are written down, for that of the taps is a gradient of `_conv_halving`. Derived, cuDNN
-    would get it as a convolution by a kernel of H x W taps.
+    would get it as a convolution by a kernel of H x W taps. They multiply in the precision that was asked
+    for where the function was called, as derived ones do.
     """
     batch, height, width, _ = x.shape
     shape = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, taps.shape[2]), x.dtype)
-    (y,) = jax.linear_transpose(partial(_conv_halving, taps=taps), shape)(x)
+    with jax.default_matmul_precision(precision):
+        (y,) = jax.linear_transpose(partial(_conv_halving, taps=taps), shape)(x)
     return y
 
 
-def _transposed_forward(x: Array, taps: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _conv_transposed(x, taps), (x, taps)
+def _transposed_forward(
+    x: Array, taps: Array, precision: str | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return _conv_transposed(x, taps, precision), (x, taps)
 
 
-def _transposed_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _transposed_backward(
+    precision: str | None, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, taps = kept
-    dx, pull = jax.vjp(partial(_conv_halving, dy), taps)
-    return dx, pull(x)[0]
+    with jax.default_matmul_precision(precision):
+        dx, pull = jax.vjp(partial(_conv_halving, dy), taps)
+        return dx, pull(x)[0]
 
 
 _conv_transposed.defvjp(_transposed_forward, _transposed_backward)
@@ -227,8 +234,8 @@ def _upsampled_transposed(
 ) -> Float[Array, "B 2*H 2*W O"]:
     # Turned over before taps are added up: XLA tells cuDNN's kernel by the turn that transposing makes,
     # and two turns in a row would cancel.
-    taps = _taps_of_pixels(jnp.flip(kernel, (0, 1))).swapaxes(2, 3)
-    return _conv_transposed(x, taps.astype(x.dtype))
+    taps = _taps_of_pixels(jnp.flip(kernel, (0, 1))).swapaxes(2, 3).astype(x.dtype)
+    return _conv_transposed(x, taps, jax.config.values["jax_default_matmul_precision"])
 
 
 def _upsampled_quarters(
@@ -279,7 +286,8 @@ class Conv(nn.Module):
       kernel_size: one number or (height, width).
       strides, padding: as for `conv2d`.
       use_bias: whether to add a bias.
-      upsample: whether of the map with both sides doubled, as `conv2d_upsampled` does it.
+      upsample: whether of the map with both sides doubled (`conv2d_upsampled`), which is 3x3 with stride
+        1 and "SAME" alone.
       dtype: compute (and output) dtype.
     """
 
