@@ -139,16 +139,18 @@ class Judge:
         others = {kind: self._verdicts[kind] for kind in ("base", "matched")}
         return {kind: self._scenes.change(tuned, found) for kind, found in others.items()}
 
-    def real_row(self, name: str, kind: str, through: Any = None) -> dict[str, Any]:
+    def real_row(
+        self, name: str, kind: str, tick: Callable[[], None], through: Any = None
+    ) -> dict[str, Any]:
         """Real crops in place of samples, or their reconstructions by the tokenizer that belongs to
-        parameters of the method, `through`: what a row can reach."""
+        parameters of the method, `through`: what a row can reach. `tick` is called after each seed."""
         images = self.judge.real
         if through is not None:
             images = partial(self.judge.reconstructed, params=through)
-        found = [
-            self.distances(self.judge.features(images(self._samples, seed + 1)))
-            for seed in range(self.method.config.eval.seeds)
-        ]
+        found = []
+        for seed in range(self.method.config.eval.seeds):
+            found.append(self.distances(self.judge.features(images(self._samples, seed + 1))))
+            tick()
         row = {"name": name, "kind": kind, "temperature": None, "guidance": None}
         row |= {"reward": None, "ce": None, "entropy": None}
         verdicts: list[Image] = []
@@ -250,8 +252,10 @@ def compare(
             done = 0
             rows.append(judge.row(entry, tick)[0])
         del entry
-    rows.append(judge.real_row("tokenizer floor (real crops, reconstructed)", "floor", tuned))
-    rows.append(judge.real_row("real crops against other real crops", "real"))
+    with ProgressBar(2 * seeds, "evaluation of real crops") as progress:
+        done, floor = 0, "tokenizer floor (real crops, reconstructed)"
+        rows.append(judge.real_row(floor, "floor", tick, tuned))
+        rows.append(judge.real_row("real crops against other real crops", "real", tick))
     sets = {REAL: judge.reference, BASE: base_features, TUNED: vapi_features}
     features = {
         name: {label: found[name] for label, found in sets.items()}
