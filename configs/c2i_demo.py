@@ -13,10 +13,10 @@ which on these photographs beats the base at equal entropy beyond noise: 265.6 +
 291.5 +- 2.5 in EfficientNet's (base 324.8, 313.9), in 24 minutes of processor time; docs/studies.md has four
 trainings.
 
-On 2 CPU cores: 7 minutes, ":tiny" 50 seconds; ":full" takes 78 minutes of processor time. Measured with
-":full": held-out reward -0.4709 -> -0.4644; Fréchet distance in LPIPS-VGG features 296.0 +- 1.8 ->
-286.3 +- 3.8, the base sampled at the same entropy 285.0 +- 5.8; in EfficientNet-Lite0's 287.0 +- 2.1 ->
-284.6 +- 2.3, at the same entropy 284.2 +- 2.1.
+On 2 CPU cores: 6.5 minutes, ":tiny" 50 seconds; ":full" takes 77 minutes of processor time. Measured with
+":full": held-out reward -0.4709 -> -0.4646; Fréchet distance in LPIPS-VGG features 296.0 +- 1.8 ->
+283.6 +- 4.9, the base sampled at the same entropy 286.5 +- 4.9; in EfficientNet-Lite0's 287.0 +- 2.1 ->
+284.1 +- 2.4, at the same entropy 284.8 +- 2.1.
 
 The paper's learning rate (1e-6) is meant for 1.4B parameters. Here, of 1e-5, 3e-5, 1e-4 and 3e-4 with two
 trainings each, 3e-5 raised the method's own objective, reward - 0.1 CE on 256 validation crops, most in both
