@@ -3,7 +3,7 @@
     python -m vapi_jax.main --config=configs/demo_sft.py --workdir=runs/demo_sft
 
 The images, contexts and steps of configs/c2i_demo.py, and its table; the paper's row "CE only" (Table 4)
-with the released XXL: FID 14.36 -> 14.17, where VA-π has 7.65. 7 minutes on 2 CPU cores, as the demo.
+with the released XXL: FID 14.36 -> 14.17, where VA-π has 7.65. As long as the demo on CPU cores.
 ":tiny" runs the same path in seconds, without a table.
 """
 
